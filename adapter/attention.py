@@ -1,0 +1,28 @@
+"""The per-rank head override: what Transformers' attention modules must believe about themselves on a shard.
+
+Releases 4.45-4.51 end attention with `view(bsz, q_len, self.hidden_size)`, others with -1; all split heads by their own
+`num_heads`. Making those numbers the shard's lets every release run its own, unpatched forward.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from adapter.plan import Plan
+from policies.rules import expand
+
+
+def override_heads(modules: dict[str, nn.Module], plan: Plan, rank: int) -> None:
+    """Set each attention module's numbers to this rank's. `modules` maps published names to modules.
+
+    An attribute a release does not have is left out; an attention module that is not there is a bug in the policy.
+    `replaced` is DeepSpeed's own mark on modules whose numbers are already true, which keeps it from dividing them.
+    """
+    for row in plan.policy.head_numbers:
+        shard = plan.heads[row.tower][rank]
+        for name in expand(row.module, plan.geometry.layers):
+            module = modules[name]
+            for attribute, field in row.numbers.items():
+                if hasattr(module, attribute):
+                    setattr(module, attribute, getattr(shard, field))
+            module.replaced = True  # type: ignore[assignment]

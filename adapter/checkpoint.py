@@ -1,0 +1,227 @@
+"""Safetensors checkpoints: headers without weights, and any rank's slice of any tensor without the rest.
+
+The files are read with pread into the tensor that will hold the slice. Nothing is mapped, so no page of another rank's
+part ever counts against this process, every byte read is counted, and a file that shrinks underneath is an error here
+and not a SIGBUS. The format (an 8-byte little-endian header length, a JSON header, raw row-major data) is documented at
+https://huggingface.co/docs/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from policies.errors import UserError
+from policies.policy import Geometry, Policy
+from policies.rules import TensorSlice
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `offset` is from the start of `file`, in bytes; `dtype` is safetensors' name for it."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass
+class Checkpoint:
+    """The tensors of a model directory by published name, what is wrong with them, and a count of bytes read."""
+
+    directory: Path
+    tensors: dict[str, TensorInfo]
+    problems: list[str]
+    bytes_read: int = field(default=0)
+
+    def check(self, policy: Policy, geometry: Geometry) -> list[str]:
+        """Every way in which the tensors differ from what the policy and config.json promise, in words."""
+        expected, found = policy.inventory(geometry), list(self.problems)
+        tied_copy = policy.tied[0] if geometry.tied else None
+        for name in sorted(expected.keys() - self.tensors.keys() - {tied_copy}):
+            found.append(f"tensor {name!r} {list(expected[name])} is missing from {self.directory}")
+        for name in sorted(self.tensors.keys() - expected.keys()):
+            if not name.endswith(policy.ignored):
+                found.append(f"{self.tensors[name].file.name}: tensor {self.tensors[name].name!r} is not part of a "
+                             f"{policy.model_type} of this config.json")
+        for name in sorted(self.tensors.keys() & expected.keys()):
+            info = self.tensors[name]
+            if info.shape != expected[name]:
+                found.append(f"{info.file.name}: tensor {info.name!r} has shape {list(info.shape)}, "
+                             f"config.json says {list(expected[name])}")
+            if info.dtype not in ITEM_BYTES:
+                found.append(f"{info.file.name}: tensor {info.name!r} has dtype {info.dtype}; "
+                             f"known: {', '.join(ITEM_BYTES)}")
+        return found
+
+    def read(self, name: str, part: TensorSlice) -> torch.Tensor:
+        """This slice of tensor `name` (published name), in the file's dtype, in new memory.
+
+        Raises UserError where the file ends early or cannot be read.
+        """
+        import torch
+
+        info = self.tensors[name]
+        assert info.shape == part.shape, (name, info.shape, part.shape)
+        out = torch.empty(part.local_shape, dtype=getattr(torch, TORCH_NAMES[info.dtype]))
+        target = memoryview(out.reshape(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+        done = 0
+        with _opened(info) as fd:
+            for start, length in _byte_runs(part, ITEM_BYTES[info.dtype]):
+                _pread_full(fd, target[done : done + length], info, info.offset + start)
+                done += length
+        assert done == len(target)
+        self.bytes_read += done
+        return out
+
+
+def open_checkpoint(directory: Path, policy: Policy) -> Checkpoint | None:
+    """Read every header in `directory`; None where it holds no safetensors file at all.
+
+    What is wrong (a file the index names is missing, a truncated file, a broken header, a tensor the index promises and
+    no file has) is collected in `problems`, to be reported together with everything else.
+    """
+    problems: list[str] = []
+    index = directory / INDEX
+    promised: Mapping[str, str] = {}
+    if index.exists():
+        promised = _read_index(index, problems)
+        files = sorted(set(promised.values()))
+    else:
+        files = [SINGLE] if (directory / SINGLE).exists() else []
+        if not files:
+            return None
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for info in _read_header(directory / file, problems):
+            published = policy.published(info.name)
+            if published in tensors:
+                problems.append(f"{file}: tensor {info.name!r} is also in {tensors[published].file.name}")
+            tensors[published] = info
+    unreadable = {f for f in files if any(p.startswith(f"{f}: ") for p in problems)}
+    for name, file in promised.items():
+        if file not in unreadable and policy.published(name) not in tensors:
+            problems.append(f"{INDEX}: promises tensor {name!r} in {file}, which does not hold it")
+    return Checkpoint(directory, tensors, problems)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a model directory as a mapping. Raises UserError where it is missing or broken."""
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{directory}: no config.json here; model.path must be a model directory") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: holds a {type(config).__name__}, a mapping is needed")
+    return config
+
+
+def _read_index(index: Path, problems: list[str]) -> Mapping[str, str]:
+    """Tensor name -> file name. Names that leave the directory are refused."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        pairs = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        problems.append(f"{index.name}: cannot be read: {error!r}")
+        return {}
+    outside = sorted({f for f in pairs.values() if Path(f).name != f})
+    problems += [f"{index.name}: file {f!r} is not a plain file name of this directory" for f in outside]
+    return {name: file for name, file in pairs.items() if file not in outside}
+
+
+def _read_header(file: Path, problems: list[str]) -> list[TensorInfo]:
+    """Every tensor of one file; what is wrong with the file goes to `problems` as 'file name: what'."""
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise ValueError(f"truncated or not a safetensors file: {size} bytes, header of {length} bytes")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        infos = [TensorInfo(name, file, str(e["dtype"]), tuple(map(int, e["shape"])), 8 + length + e["data_offsets"][0],
+                            e["data_offsets"][1] - e["data_offsets"][0]) for name, e in header.items()]
+        for info in infos:
+            _check_extent(info, size)
+    except FileNotFoundError:
+        problems.append(f"{file.name}: missing from {file.parent}; download it again")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        problems.append(f"{file.name}: {error}")
+    else:
+        return infos
+    return []
+
+
+def _check_extent(info: TensorInfo, file_size: int) -> None:
+    end, count = info.offset + info.nbytes, 1
+    for n in info.shape:
+        count *= n
+    if end > file_size:
+        raise ValueError(f"truncated: {file_size} bytes, but tensor {info.name!r} ends at byte {end}; download it again")
+    if info.nbytes < 0 or info.nbytes != count * ITEM_BYTES.get(info.dtype, info.nbytes // max(count, 1)):
+        raise ValueError(f"tensor {info.name!r}: {info.nbytes} bytes do not hold {list(info.shape)} of {info.dtype}")
+
+
+def _byte_runs(part: TensorSlice, item: int) -> Iterator[tuple[int, int]]:
+    """(start, length) in bytes of every contiguous run of a slice of a row-major tensor, in the slice's order."""
+    shape = part.shape
+    if part.dim is None:
+        total = item
+        for n in shape:
+            total *= n
+        yield 0, total
+        return
+    assert part.dim <= 1 and (part.dim == 0 or len(shape) == 2), part
+    row = item
+    for n in shape[1:]:
+        row *= n
+    if part.dim == 0:
+        yield from ((start * row, (stop - start) * row) for start, stop in part.ranges if stop > start)
+        return
+    for r in range(shape[0]):
+        yield from ((r * row + start * item, (stop - start) * item) for start, stop in part.ranges if stop > start)
+
+
+@contextmanager
+def _opened(info: TensorInfo) -> Iterator[int]:
+    try:
+        fd = os.open(info.file, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{info.file}: cannot be opened: {error.strerror}") from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _pread_full(fd: int, target: memoryview, info: TensorInfo, offset: int) -> None:
+    """Fill `target` from `offset`; a single call may return less than asked (2 GB limit, signals)."""
+    done = 0
+    while done < len(target):
+        try:
+            got = os.preadv(fd, [target[done:]], offset + done)
+        except OSError as error:
+            raise UserError(f"{info.file}: cannot be read: {error.strerror}") from None
+        if not got:
+            raise UserError(f"{info.file}: ends at byte {offset + done}, inside tensor {info.name!r}; it was truncated "
+                            "while it was being read")
+        done += got

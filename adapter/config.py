@@ -1,0 +1,444 @@
+"""The YAML schema: strict, typed and frozen. Everything wrong with a file is told at once, in one `UserError`.
+
+    config = load_config("configs/demo_tp4.yaml", ["tensor_parallel.tp_size=2"])
+
+Nothing is coerced ("4" is not 4, 1 is not true) and nothing unknown is dropped. Precedence: override > file > default.
+A relative path belongs to whoever states it: the directory of the YAML or JSON-lines file,
+for an override the current directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import reprlib
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+from urllib.parse import unquote, urlparse
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field
+from pydantic import Tag, ValidationError, ValidationInfo
+from pydantic import field_validator as check
+
+from policies.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T", bound="Section")
+_show = reprlib.Repr()
+_show.maxstring = _show.maxother = 120
+Bases = dict[str, Path]  # what relative paths are relative to: of "model" and of "requests"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+WORDING = (  # pydantic's words in those of YAML
+    (r"Input should", "it should"),
+    (r"a valid (dictionary|mapping)( or instance of \w+)?", "a mapping"),
+    (r"a valid (tuple|list)", "a list"),
+    (r"(a valid number)$", r"\1 (in YAML 1e-5 is text, 1.0e-5 a number)"),
+)
+KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", list: "a list", dict: "a mapping"}
+
+
+def _base(info: ValidationInfo, key: str) -> Path:
+    return Path((info.context or {}).get(key, "."))
+
+
+def _absolute(path: str, base: Path) -> Path:
+    return Path(os.path.abspath(base / os.path.expanduser(path)))
+
+
+def _media(value: Any, info: ValidationInfo) -> Any:
+    """A path is made absolute. A URL stays as it is: which may be read is decided where it is read, per request."""
+    if isinstance(value, str) and value.startswith("file://"):
+        value = unquote(urlparse(value).path)
+    is_path = isinstance(value, str) and value.strip() and not URL.match(value)
+    return str(_absolute(value, _base(info, "requests"))) if is_path else value
+
+
+def _directory(value: Any, info: ValidationInfo) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("the directory of a checkpoint is needed")
+    path = _absolute(value, _base(info, "model"))
+    if path.is_dir():
+        return path
+    advice = "the directory of a checkpoint is needed"
+    if HUB_ID.fullmatch(value):
+        name = value.split("/")[1]
+        get = f"`huggingface-cli download {value} --local-dir {name}` (newer: `hf download`)"
+        advice = f"it looks like a hub id, and nothing is downloaded here: run {get}, then model.path={name}"
+    raise ValueError(f"{'not a directory' if path.exists() else 'no such directory'}: {path}; {advice}")
+
+
+def _not_empty(value: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not value:
+        raise ValueError("at least one item is needed")
+    return value
+
+
+Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+Listed = Field(strict=False)  # a YAML list fills a tuple; its items stay strict
+Media = Annotated[str, BeforeValidator(_media), Field(min_length=1)]
+Frames = Annotated[tuple[Media, ...], Listed, AfterValidator(_not_empty)]
+Film = Annotated[
+    Annotated[Media, Tag("<file>")] | Annotated[Frames, Tag("<frames>")],
+    Discriminator(lambda value: "<frames>" if isinstance(value, list | tuple) else "<file>"),
+]
+
+
+class Section(BaseModel):
+    """What every mapping of the schema has in common."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class Pixels(Section):
+    """How many pixels a picture, or each frame of a film, has after resizing; None: as the checkpoint says."""
+
+    min_pixels: Count | None = None
+    max_pixels: Count | None = None
+
+    @check("max_pixels")
+    @classmethod
+    def _ordered(cls, high: int | None, info: ValidationInfo) -> int | None:
+        low = info.data.get("min_pixels")
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"max_pixels must not be below min_pixels = {low}")
+        return high
+
+
+class ImageUrl(Section):
+    url: Media
+    detail: str = "auto"
+
+
+class Part(Section):
+    """A piece of a message: text, a picture or a film, in the words of Transformers or of OpenAI."""
+
+    text: str | None = None
+    image: Media | None = None
+    video: Film | None = None
+    image_url: ImageUrl | None = None
+    type: Literal["text", "image", "video", "image_url"]
+
+    @check("type")
+    @classmethod
+    def _one(cls, kind: str, info: ValidationInfo) -> str:
+        stated = [key for key, value in info.data.items() if value is not None]
+        if stated != [kind] and kind in info.data:
+            raise ValueError(f"exactly the key {kind!r} must go with it, here: {stated or 'none'}")
+        return kind
+
+
+class Message(Section):
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[
+        tuple[Part, ...],
+        BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value),
+        AfterValidator(_not_empty),
+        Listed,
+    ]
+
+
+Chat = Annotated[tuple[Message, ...], Listed, AfterValidator(_not_empty)]
+
+
+class Request(Pixels):
+    """One question: a `prompt` with its pictures and films, or a whole chat as `messages`."""
+
+    id: Text
+    prompt: str | None = None
+    images: Annotated[tuple[Media, ...], Listed] = ()
+    videos: Annotated[tuple[Film, ...], Listed] = ()
+    system: str | None = None
+    expected: str | None = None
+    messages: Chat | None = Field(None, validate_default=True)
+
+    @check("messages")
+    @classmethod
+    def _one_form(cls, chat: tuple[Message, ...] | None, info: ValidationInfo) -> tuple[Message, ...] | None:
+        if "prompt" in info.data and (chat is None) == (info.data["prompt"] is None):
+            raise ValueError("exactly one of prompt and messages must be given")
+        if stray := [key for key in ("images", "videos", "system") if chat is not None and info.data.get(key)]:
+            raise ValueError(f"{', '.join(stray)} go with prompt; in messages they are parts of the content")
+        return chat
+
+    def turns(self) -> list[tuple[str, list[tuple[str, Any]]]]:
+        """[(role, [(kind, value)])], kind being text, image or video, whichever way it was stated; a prompt comes last."""
+        if self.messages is None:
+            media = [("image", image) for image in self.images] + [("video", video) for video in self.videos]
+            system = [] if self.system is None else [("system", [("text", self.system)])]
+            return [*system, ("user", [*media, ("text", self.prompt)])]
+        return [(turn.role, [_kind_and_value(part) for part in turn.content]) for turn in self.messages]
+
+
+def _kind_and_value(part: Part) -> tuple[str, Any]:
+    return ("image", part.image_url.url) if part.image_url else (part.type, getattr(part, part.type))
+
+
+class Model(Section):
+    path: Annotated[Path, BeforeValidator(_directory)]
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
+
+
+class TensorParallel(Section):
+    tp_size: Count = 4
+    vision: Literal["tensor"] = "tensor"
+
+
+class Weights(Section):
+    format: Literal["dense"] = "dense"
+
+
+class Processor(Pixels):
+    fps: Annotated[float, Field(gt=0)] = 2.0  # frames taken from a second of film
+    max_frames: Annotated[int, Field(ge=2)] = 768
+
+
+class Generation(Section):
+    """The types of GenerationConfig's common names. Transformers itself looks at the others."""
+
+    model_config = ConfigDict(extra="allow")
+    max_new_tokens: Count = 1
+    do_sample: bool = False
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    num_beams: Count = 1
+    num_return_sequences: Count = 1
+
+
+class Config(Section):
+    """The whole file. `deepspeed` is for DeepSpeedInferenceConfig, `generation` for GenerationConfig, as they stand."""
+
+    model: Model
+    tensor_parallel: TensorParallel = TensorParallel()
+    deepspeed: dict[str, Any] = {}
+    weights: Weights = Weights()
+    processor: Processor = Processor()
+    generation: dict[str, Any] = {}
+    requests: Annotated[tuple[Request, ...], Listed] = ()
+    batch_size: Count = 8
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, put `key.sub=value` overrides over it, check it. Raises UserError with every problem."""
+    path, problems = Path(path), []
+    home = path.absolute().parent
+    tree, bases = _read_yaml(path), {"model": home, "requests": home}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        try:
+            if not equals or not all(key.split(".")):
+                raise UserError("write key.sub=value")
+            tree = _put(tree, key.split("."), _parse_yaml(text))
+        except UserError as error:
+            problems.append(f"override {override!r}: {error}")
+        if key in ("model", "model.path", "requests"):
+            bases[key.split(".")[0]] = Path.cwd()
+    return _build(tree, bases, str(path), problems)
+
+
+def from_dict(mapping: Mapping[str, Any], base_dir: str | Path = ".", name: str = "config") -> Config:
+    """The same for a mapping; relative paths are relative to `base_dir`. Raises UserError with every problem."""
+    base = Path(base_dir).absolute()
+    return _build(dict(mapping), {"model": base, "requests": base}, name, [])
+
+
+def parse_request(mapping: Mapping[str, Any], base_dir: str | Path = ".", name: str = "request") -> Request:
+    """One request that is not part of a file, `id` included. Raises UserError with every problem."""
+    problems: list[str] = []
+    request = _validate(Request, mapping, {"requests": Path(base_dir).absolute()}, {}, problems)
+    return _or_raise(request, name, problems)
+
+
+def _build(tree: dict[str, Any], bases: Bases, name: str, problems: list[str]) -> Config:
+    """Fill in what spans fields (the requests file, ids, generation names), then let the schema judge."""
+    where: dict[int, str] = {}
+    if isinstance(file := tree.get("requests"), str):
+        path = _absolute(file, bases["requests"])
+        requests, where = _read_json_lines(path, problems)
+        tree, bases = {**tree, "requests": requests}, {**bases, "requests": path.parent}
+    if isinstance(stated := tree.get("requests"), list):
+        numbered = [{"id": str(i), **r} if isinstance(r, dict) else r for i, r in enumerate(stated, start=1)]
+        tree = {**tree, "requests": numbered}
+        problems += _repeated_ids(numbered, where)
+    if generation := tree.get("generation"):
+        problems += _generation_problems(generation)
+    return _or_raise(_validate(Config, tree, bases, where, problems), name, problems)
+
+
+def _validate(kind: type[T], tree: Any, bases: Bases, where: dict[int, str], problems: list[str]) -> T | None:
+    try:
+        return kind.model_validate(tree, context=bases)
+    except ValidationError as error:
+        problems += [_say(kind, problem, where) for problem in error.errors(include_url=False)]
+        return None
+
+
+def _or_raise(result: T | None, name: str, problems: list[str]) -> T:
+    if result is None or problems:
+        raise UserError("\n  - ".join([f"{name}: {len(problems)} problem{'s' * (len(problems) > 1)}", *problems]))
+    return result
+
+
+def _say(kind: type[Section], problem: Mapping[str, Any], where: dict[int, str]) -> str:
+    """One of pydantic's errors as a line: the dotted key, the value, what is allowed, the nearest known word."""
+    steps = [step for step in problem["loc"] if not str(step).startswith("<")]  # <...> are tags of unions, not keys
+    key = ".".join(map(str, steps))
+    if where and len(steps) > 1 and steps[0] == "requests":
+        key = f"{where[steps[1]]} {'.'.join(map(str, steps[2:]))}".rstrip()
+    if problem["type"] == "missing":
+        return f"{key}: missing; it must be given"
+    message = problem["msg"].removeprefix("Value error, ")
+    for theirs, ours in WORDING:
+        message = re.sub(theirs, ours, message)
+    if problem["type"].endswith("_type"):
+        message = f"{KINDS.get(type(problem['input']), 'null')}; {message}"
+    if problem["type"] == "extra_forbidden":
+        message = "unknown key" + _nearest(str(steps[-1]), _known_keys(kind, steps[:-1]))
+    elif problem["type"] == "literal_error":
+        message += _nearest(str(problem["input"]), re.findall(r"'([^']*)'", problem["ctx"]["expected"]), show=False)
+    return f"{key} = {_show.repr(problem['input'])}: {message}"
+
+
+def _nearest(word: str, known: Iterable[str], show: bool = True) -> str:
+    close = difflib.get_close_matches(word.lower(), known, n=1)
+    listed = f" (known: {', '.join(known)})" if show else ""
+    return (f"; did you mean {close[0]!r}?" if close else "") + listed
+
+
+def _known_keys(kind: Any, steps: Iterable[str | int]) -> list[str]:
+    """The keys of the section that `steps` leads to: through fields, and through unions, lists and annotations."""
+
+    def sections(annotation: Any) -> Iterator[type[Section]]:
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            yield annotation
+        for inner in get_args(annotation):
+            yield from sections(inner)
+
+    for step in steps:
+        if step in kind.model_fields:
+            kind = next(sections(kind.model_fields[step].annotation))
+    return sorted(kind.model_fields)
+
+
+def _repeated_ids(requests: Sequence[Any], where: dict[int, str]) -> list[str]:
+    places: dict[Hashable, list[str]] = {}
+    for index, request in enumerate(requests):
+        if isinstance(request, dict) and isinstance(request["id"], str):
+            places.setdefault(request["id"], []).append(where.get(index, f"requests.{index}"))
+    return [
+        f"{' and '.join(at)} have the same id {name!r} (the default is the position, from 1); ids must differ"
+        for name, at in places.items()
+        if len(at) > 1
+    ]
+
+
+def _generation_problems(generation: Any) -> list[str]:
+    from transformers import GenerationConfig
+
+    if not isinstance(generation, dict):
+        return []  # the schema says so itself
+    names = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "transformers_version"]
+    unknown = {str(key): value for key, value in generation.items() if key not in names}
+    problems = [f"{key} = {value!r}: unknown name{_nearest(key, names, show=False)}" for key, value in unknown.items()]
+    _validate(Generation, generation, {}, {}, problems)
+    if not problems:
+        try:
+            GenerationConfig(**generation)
+        except Exception as error:  # whatever Transformers finds, the user can mend
+            problems.append(f"{generation}: Transformers refuses it: {error}")
+    return [f"generation.{problem}" for problem in problems]
+
+
+def _put(tree: Any, keys: Sequence[str], value: Any) -> dict[str, Any]:
+    """A copy of `tree` with one value replaced; YAML anchors share mappings, so nothing is changed in place."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{_show.repr(tree)} has no keys to set {keys[0]!r} in; override it as a whole")
+    return {**tree, keys[0]: value if len(keys) == 1 else _put(tree.get(keys[0], {}), keys[1:], value)}
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader takes the last of two equal keys without a word; here they are an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node, seen = super().compose_mapping_node(anchor), set[tuple[str, str]]()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return node
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"{line}{error.problem or error.context}") from None
+    except Exception as error:  # PyYAML lets through what int(), date() and others raise at odd values
+        raise UserError(f"not valid YAML: {error}") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
+    try:
+        tree = _parse_yaml(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if not isinstance(tree, dict):
+        found = "is empty" if tree is None else f"holds {KINDS.get(type(tree), 'a scalar')}"
+        raise UserError(f"{path}: {found}; a mapping with at least `model: {{path: ...}}` is needed")
+    return tree
+
+
+def _strict_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise ValueError(f"key {sorted(twice)[0]!r} appears twice")
+    return dict(pairs)
+
+
+def _read_json_lines(path: Path, problems: list[str]) -> tuple[list[Any], dict[int, str]]:
+    """The requests of a JSON-lines file, and of each the `file:line` that it stands at."""
+    requests: list[Any] = []
+    where: dict[int, str] = {}
+    try:
+        lines = _read_text(path).split("\n")
+    except UserError as error:
+        problems.append(f"requests: {error}")
+        return requests, where
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                request = json.loads(line, object_pairs_hook=_strict_object)
+            except (ValueError, RecursionError) as error:
+                problems.append(f"{path}:{number}: not a JSON object: {error}")
+                continue
+            where[len(requests)] = f"{path}:{number}"
+            requests.append(request)
+    if not requests and not problems:
+        problems.append(f"requests: {path} holds no requests")
+    return requests, where

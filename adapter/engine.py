@@ -1,0 +1,194 @@
+"""`init_inference`: a config or a loaded model -> a deepspeed.InferenceEngine over this rank's shard."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from adapter import topology
+from adapter.config import Config, load_config
+from adapter.inject import build_on_meta, checkpoint_source, inject, model_source
+from adapter.plan import Plan, make_plan, require
+from adapter.topology import Mpu, TensorParallel
+from policies.dialects import injection_policy
+from policies.errors import UserError
+from policies.policy import Policy
+from policies.registry import policy_for
+
+log = logging.getLogger("qwenvl_tp")
+
+# deepspeed.init_inference arguments that the adapter sets itself -> what to use instead
+OWN_KEYS = {
+    "dtype": "model.dtype", "tensor_parallel": "tensor_parallel.tp_size", "tp": "tensor_parallel.tp_size",
+    "mp_size": "tensor_parallel.tp_size", "mpu": "the launcher", "injection_policy": "a policy page in policies/",
+    "injection_policy_tuple": "a policy page in policies/", "checkpoint": "model.path",
+    "replace_with_kernel_inject": "nothing: kernel injection and this policy exclude each other",
+}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What this rank did to get its shard: bytes read from files, bytes held, seconds."""
+
+    bytes_read: int
+    weight_bytes: int
+    seconds: float
+
+
+def init_inference(
+    config: str | Path | Config | None = None,
+    *,
+    overrides: tuple[str, ...] = (),
+    model: nn.Module | None = None,
+    tensor_parallel: Mapping[str, Any] | None = None,
+    **deepspeed_section: Any,
+) -> deepspeed.InferenceEngine:
+    """A real deepspeed.InferenceEngine whose module is this rank's shard of both towers.
+
+    Either `config` (a YAML file or a Config; `overrides` as on the command line), or `model`, a Transformers model the
+    caller loaded on every rank, with `tensor_parallel={"tp_size": N}` and any argument of deepspeed.init_inference.
+    Every rank must call it. The engine has two more attributes: `plan` and `load_report`.
+
+    Raises UserError for anything a user can cause: a bad config, a tp_size the model or the job cannot have, a
+    checkpoint with missing, extra, truncated or misshapen tensors.
+    """
+    if (config is None) == (model is None):
+        raise UserError("init_inference takes either a config or model=..., and exactly one of them")
+    if model is not None:
+        kwargs = deepspeed_kwargs(model, **(dict(tensor_parallel or {})), **deepspeed_section)
+        return _start_engine(model, kwargs)
+    if isinstance(config, (str, Path)):
+        config = load_config(config, overrides)
+    assert config is not None
+    return _from_config(config)
+
+
+def deepspeed_kwargs(model: nn.Module, tp_size: int = 4, **deepspeed_section: Any) -> dict[str, Any]:
+    """Shard a model the caller loaded, in place, and return what deepspeed.init_inference needs to run it.
+
+    For scripts that keep the call: `deepspeed.init_inference(model, **adapter.deepspeed_kwargs(model, tp_size=4))`.
+    """
+    model_config = getattr(model, "config", None)
+    if model_config is None:
+        raise UserError(f"{type(model).__name__} has no .config; a Transformers model is needed")
+    mapping = model_config.to_dict()
+    policy = policy_for(mapping, f"{type(model).__name__}.config")
+    geometry = policy.geometry(mapping)
+    dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+    plan = Plan(policy, geometry, tp_size, str(dtype).removeprefix("torch."))
+    require(policy.problems(geometry, tp_size), plan, Path(type(model).__name__))
+    mpu = topology.start(tp_size)
+    began = time.perf_counter()
+    inject(model, plan, mpu.tp, model_source(model, policy), dtype)
+    _remember(model, plan, mpu.tp, 0, began)
+    return _deepspeed_arguments(model, plan, mpu, dtype, deepspeed_section)
+
+
+def plan_config(config: Config) -> Plan:
+    """The plan of a config, with every problem of model and checkpoint in one UserError; reads headers only."""
+    directory = config.model.path
+    plan, checkpoint, problems = make_plan(directory, config.tensor_parallel.tp_size, config.model.dtype)
+    if checkpoint is None:
+        problems.append("no safetensors file here (model.safetensors or model.safetensors.index.json); other formats "
+                        "can run code when they are opened: convert with Transformers' save_pretrained")
+    require(problems, plan, directory)
+    return plan
+
+
+def _from_config(config: Config) -> deepspeed.InferenceEngine:
+    directory, dtype = config.model.path, config.model.torch_dtype
+    _check_section(config.deepspeed)
+    plan, checkpoint, _ = make_plan(directory, config.tensor_parallel.tp_size, config.model.dtype)
+    plan_config(config)
+    assert checkpoint is not None
+    if dtype not in get_accelerator().supported_dtypes():
+        raise UserError(f"model.dtype {config.model.dtype}: {get_accelerator().device_name()} cannot compute in it")
+    model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)
+    mpu = topology.start(plan.tp_size)
+    began = time.perf_counter()
+    inject(model, plan, mpu.tp, checkpoint_source(checkpoint), dtype)
+    _remember(model, plan, mpu.tp, checkpoint.bytes_read, began)
+    return _start_engine(model, _deepspeed_arguments(model, plan, mpu, dtype, config.deepspeed))
+
+
+def _remember(model: nn.Module, plan: Plan, tp: TensorParallel, bytes_read: int, began: float) -> None:
+    """Leave the plan, the group and the load report on the module, where engine and tools find them."""
+    model.tp_plan_record = plan  # type: ignore[assignment]
+    model.tp_group_record = tp  # type: ignore[assignment]
+    report = LoadReport(bytes_read, plan.weight_bytes(tp.rank), time.perf_counter() - began)
+    model.tp_load_record = report  # type: ignore[assignment]
+
+
+def _check_section(section: Mapping[str, Any]) -> None:
+    for key in section.keys() & OWN_KEYS.keys():
+        if not (key == "replace_with_kernel_inject" and section[key] is False):
+            raise UserError(f"deepspeed.{key}: the adapter sets this itself; use {OWN_KEYS[key]}")
+
+
+def _deepspeed_arguments(
+    model: nn.Module, plan: Plan, mpu: Mpu, dtype: torch.dtype, section: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of deepspeed.init_inference: the user's section as it stands, and what the adapter owns."""
+    _check_section(section)
+    return {
+        "max_out_tokens": plan.geometry.context,  # DeepSpeed's default of 1024 would refuse most pictures
+        **section,
+        "dtype": dtype,
+        "tensor_parallel": {"tp_size": plan.tp_size, "mpu": mpu, "tp_group": mpu.tp.group},
+        "injection_policy": _policy_by_class(model, plan.policy),
+    }
+
+
+def _policy_by_class(model: nn.Module, policy: Policy) -> dict[type[nn.Module], tuple[str, ...]]:
+    """DeepSpeed's form of the policy: the class of each stack's layers -> its row-parallel linears."""
+    modules = {policy.published(name): module for name, module in model.named_modules()}
+    return {type(modules[f"{stack}.0"]): rows for stack, rows in injection_policy(policy).items()}
+
+
+def _start_engine(model: nn.Module, kwargs: dict[str, Any]) -> deepspeed.InferenceEngine:
+    from pydantic import ValidationError
+
+    try:
+        engine = deepspeed.init_inference(model, **kwargs)
+    except ValidationError as error:
+        lines = [f"deepspeed.{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        raise UserError("DeepSpeed refuses this configuration:\n  " + "\n  ".join(lines)) from None
+    engine.plan, engine.load_report = model.tp_plan_record, model.tp_load_record
+    engine.generate = _generate(engine, model.tp_group_record)  # type: ignore[arg-type]
+    return engine
+
+
+def _generate(engine: deepspeed.InferenceEngine, tp: TensorParallel) -> Callable[..., Any]:
+    """`engine.generate`: Transformers' generate, beams and streamers included, with one draw for all ranks."""
+    limit = engine._config.max_out_tokens
+
+    def generate(*inputs: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids", kwargs.get("inputs", inputs[0] if inputs else None))
+        if ids is not None and ids.shape[-1] > limit:
+            raise UserError(f"prompt of {ids.shape[-1]} tokens: deepspeed.max_out_tokens allows {limit}")
+        with torch.inference_mode(), same_draw(tp):
+            return engine.module.generate(*inputs, **kwargs)
+
+    return generate
+
+
+@contextmanager
+def same_draw(tp: TensorParallel) -> Iterator[None]:
+    """Within, every rank's random numbers are those of rank 0; a seed set before decides them, as in one process."""
+    device = get_accelerator().current_device_name()
+    seed = tp.broadcast(torch.randint(2**62, (1,)).to(device))
+    accelerator = get_accelerator()
+    devices = [] if accelerator.device_name() == "cpu" else [accelerator.current_device()]
+    with torch.random.fork_rng(devices=devices, device_type=accelerator.device_name() if devices else "cuda"):
+        torch.manual_seed(int(seed))
+        yield

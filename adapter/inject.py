@@ -1,0 +1,190 @@
+"""Put a plan into a model: parallel layers for whole ones, filled from a checkpoint or from the model itself.
+
+One walk over the plan's modules, in the table's order: read this rank's slice, build the layer, put it in place, let the
+old one go. Peak memory is the shard so far plus one tensor, whether the model was built on `meta` or was loaded before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from adapter import layers
+from adapter.attention import override_heads
+from adapter.checkpoint import Checkpoint
+from adapter.plan import Plan
+from adapter.topology import TensorParallel
+from policies.errors import UserError
+from policies.policy import Policy
+from policies.rules import Claim, Column, FusedQKV, Head, Replicated, Row, Rule, TensorSlice, Vocab
+
+Source = Callable[[str, TensorSlice], Tensor]
+
+
+class _ParametersOnMeta(TorchFunctionMode):
+    """Allocations go to `meta`, computed values do not: weights take no memory, rotary frequencies are really computed.
+
+    `torch.device("meta")` would take both, and a non-persistent buffer left on meta has no file to come back from.
+    """
+
+    ALLOCATIONS = (torch.empty, torch.ones, torch.zeros)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self.ALLOCATIONS:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build_on_meta(directory: Path, policy: Policy, dtype: torch.dtype, attn_implementation: str) -> nn.Module:
+    """The model of a directory's config.json as Transformers builds it, every parameter on `meta`.
+
+    Raises UserError where Transformers refuses the config or the attention implementation.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        config.torch_dtype = dtype
+        model_class = getattr(transformers, policy.model_class)
+        with _ParametersOnMeta(), _silent_initialisation():
+            model = model_class._from_config(config, attn_implementation=attn_implementation)
+    except (ImportError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{directory}: Transformers {transformers.__version__} cannot build {policy.model_class} with "
+                        f"attn_implementation {attn_implementation!r}: {error}") from error
+    if (directory / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return model.eval()
+
+
+@contextmanager
+def _silent_initialisation() -> Iterator[None]:
+    """Transformers' own switch against initialising weights (its home moved in release 5)."""
+    home = transformers.modeling_utils if hasattr(transformers.modeling_utils, "no_init_weights") else None
+    if home is None:
+        from transformers import initialization as home  # type: ignore[no-redef,attr-defined]
+    with home.no_init_weights():  # type: ignore[union-attr]
+        yield
+
+
+def checkpoint_source(checkpoint: Checkpoint) -> Source:
+    return checkpoint.read
+
+
+def model_source(model: nn.Module, policy: Policy) -> Source:
+    """Slices of a model the caller loaded, copied so that the whole tensors can be freed."""
+    owners = {policy.published(name): module for name, module in model.named_modules()}
+
+    def read(name: str, part: TensorSlice) -> Tensor:
+        module, suffix = name.rsplit(".", 1)
+        whole = getattr(owners[module], suffix).detach()
+        if part.dim is None:
+            return whole
+        return torch.cat([whole.narrow(part.dim, a, b - a) for a, b in part.ranges], dim=part.dim)
+
+    return read
+
+
+def inject(model: nn.Module, plan: Plan, tp: TensorParallel, source: Source, dtype: torch.dtype) -> None:
+    """Make `model` this rank's shard, in place. Raises UserError where the policy does not fit the model."""
+    policy = plan.policy
+    names = {policy.published(name): name for name, _ in model.named_modules()}
+    parameters = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    policy.check_claims((policy.published(name) for name in parameters), plan.geometry)
+    device = torch.device("cpu")
+    for module_name, claim in plan.claims.items():
+        module = model.get_submodule(names[module_name])
+        if plan.geometry.tied and f"{module_name}.weight" == policy.tied[0]:
+            tensors = {"weight": model.get_submodule(names[policy.tied[1].rsplit(".", 1)[0]]).weight}
+        else:
+            tensors = {
+                suffix: source(f"{module_name}.{suffix}", plan.slice(module_name, suffix, tp.rank)).to(device, dtype)
+                for suffix in claim.parameters()
+            }
+        if isinstance(claim.rule, Replicated):
+            for suffix, tensor in tensors.items():
+                setattr(module, suffix, layers.frozen(tensor))
+        else:
+            parent, _, child = names[module_name].rpartition(".")
+            layer = BUILDERS[type(claim.rule)](plan, claim, tp, tensors["weight"], tensors.get("bias"))
+            setattr(model.get_submodule(parent), child, layer)
+        del module, tensors
+    override_heads({policy.published(name): module for name, module in model.named_modules()}, plan, tp.rank)
+    _keep_frequencies(model)
+    _check_whole(model, plan, tp.rank)
+
+
+def _slots(plan: Plan, claim: Claim, rank: int) -> tuple[Tensor | None, int]:
+    """Where this rank's head outputs go among the slots its attention believes in; (None, 0) where they fill them."""
+    axis = claim.rule.axis(claim.weight)
+    if axis not in plan.policy.head_axes:
+        return None, 0
+    tower, kind = plan.policy.head_axes[axis]
+    shard, parts = plan.heads[tower][rank], claim.rule.parts
+    if kind == "kv" or not shard.padded_q:
+        assert kind == "q" or not shard.padded_kv, "a rank without KV heads needs a fused rule"
+        return None, 0
+    return layers.slot_index(shard.q_slots, shard.head_dim, parts, shard.width), parts * shard.width
+
+
+def _column(plan: Plan, claim: Claim, tp: TensorParallel, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    return layers.ColumnParallelLinear(weight, bias, *_slots(plan, claim, tp.rank))
+
+
+def _row(plan: Plan, claim: Claim, tp: TensorParallel, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    return layers.RowParallelLinear(weight, bias, tp, _slots(plan, claim, tp.rank)[0])
+
+
+def _vocab(plan: Plan, claim: Claim, tp: TensorParallel, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    split = plan.splits[claim.rule.axis(claim.weight)]
+    return layers.VocabParallelEmbedding(weight, split.ranges[tp.rank], split.size, tp)
+
+
+def _head(plan: Plan, claim: Claim, tp: TensorParallel, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    split = plan.splits[claim.rule.axis(claim.weight)]
+    head = layers.VocabParallelHead(weight, bias, tuple(b - a for a, b in split.ranges), tp)
+    if isinstance(weight, nn.Parameter):
+        head.weight = weight  # tied: the same parameter, not a copy
+    return head
+
+
+BUILDERS: dict[type[Rule], Callable[[Plan, Claim, TensorParallel, Tensor, Tensor | None], nn.Module]] = {
+    Column: _column, FusedQKV: _column, Row: _row, Vocab: _vocab, Head: _head,
+}
+
+
+def _keep_frequencies(model: nn.Module) -> None:
+    """Float buffers (rotary frequencies) keep their dtype when DeepSpeed casts the model with `.bfloat16()`.
+
+    Transformers keeps them in float32; rounded to bfloat16 they turn long-range positions by whole radians, silently.
+    """
+    for module in model.modules():
+        if any(b is not None and b.is_floating_point() for b in module.buffers(recurse=False)):
+            module._apply = _dtype_keeping_apply(module)  # type: ignore[method-assign]
+
+
+def _dtype_keeping_apply(module: nn.Module) -> Callable[..., nn.Module]:
+    def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = dict(module._buffers)
+        type(module)._apply(module, fn, recurse)
+        for name, old in before.items():
+            new = module._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                module._buffers[name] = old.to(new.device)
+        return module
+
+    return apply
+
+
+def _check_whole(model: nn.Module, plan: Plan, rank: int) -> None:
+    """Our own promises: nothing is left on meta, and the shard is as large as the plan said."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    left = [name for name, tensor in tensors if tensor.is_meta]
+    assert not left, f"never given a value: {left}"
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert held == plan.weight_bytes(rank), (held, plan.weight_bytes(rank))

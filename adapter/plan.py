@@ -1,0 +1,142 @@
+"""Policy x config.json x tp_size -> Plan: every rank's slices, heads and bytes, and every problem, before any weight is read.
+
+Imports neither torch nor DeepSpeed: it answers for a 72B in well under a second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from adapter.checkpoint import Checkpoint, open_checkpoint, read_config
+from policies.errors import UserError
+from policies.heads import HeadShard
+from policies.policy import Geometry, Policy
+from policies.registry import policy_for
+from policies.rules import Claim, Replicated, Row, Split, TensorSlice, Vocab, slice_of
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one model is cut for one tp_size. `dtype` is the name of the dtype the shards are held in."""
+
+    policy: Policy
+    geometry: Geometry
+    tp_size: int
+    dtype: str
+
+    @cached_property
+    def claims(self) -> Mapping[str, Claim]:
+        """Module (published name) -> its row of the table."""
+        return self.policy.claims(self.geometry)
+
+    @cached_property
+    def splits(self) -> Mapping[str, Split]:
+        return self.policy.splits(self.geometry, self.tp_size)
+
+    @cached_property
+    def heads(self) -> Mapping[str, tuple[HeadShard, ...]]:
+        """Tower -> heads of every rank."""
+        return self.policy.heads(self.geometry, self.tp_size)
+
+    def slice(self, module: str, suffix: str, rank: int) -> TensorSlice:
+        """What `rank` owns of the parameter `module.suffix`."""
+        return slice_of(self.claims[module], suffix, self.geometry.sizes, self.splits, rank)
+
+    def parameters(self) -> Iterator[tuple[str, str]]:
+        """(module, suffix) of every parameter that takes memory of its own, in the table's order."""
+        for module, claim in self.claims.items():
+            for suffix in claim.parameters():
+                if not (self.geometry.tied and f"{module}.{suffix}" == self.policy.tied[0]):
+                    yield module, suffix
+
+    def weight_bytes(self, rank: int) -> int:
+        """Bytes of `rank`'s shard, replicated tensors included, a tied head once."""
+        elements = sum(math.prod(self.slice(m, s, rank).local_shape) for m, s in self.parameters())
+        return elements * DTYPE_BYTES[self.dtype]
+
+    def kv_bytes_per_token(self, rank: int) -> int:
+        """Keys and values of one token in every text layer, for the KV heads this rank holds."""
+        shard, stack = self.heads["text"][rank], "model.layers"
+        return 2 * self.geometry.layers[stack] * shard.kv_heads * shard.head_dim * DTYPE_BYTES[self.dtype]
+
+    def collectives(self) -> dict[str, Any]:
+        """All-reduces per layer of each stack, and the bytes one new token puts into collectives on each rank."""
+        item, sizes = DTYPE_BYTES[self.dtype], self.geometry.sizes
+        per_layer = {
+            stack: sum(isinstance(c.rule, Row) and c.module.startswith(f"{stack}.*.") for c in self.policy.table)
+            for stack in self.geometry.layers
+        }
+        text = next(iter(self.geometry.layers))
+        embeds = sum(isinstance(c.rule, Vocab) for c in self.policy.table)
+        reduces = per_layer[text] * self.geometry.layers[text] + embeds
+        reduced, gathered = reduces * sizes["hidden"] * item, sizes["vocab"] * item
+        if self.tp_size == 1:
+            reduces = reduced = gathered = 0
+        return {"per_layer": per_layer, "per_token": reduces + bool(gathered), "per_token_bytes": reduced + gathered,
+                "per_token_all_reduce_bytes": reduced, "per_token_gathered_logits_bytes": gathered}
+
+
+def valid_tp_sizes(policy: Policy, geometry: Geometry) -> list[int]:
+    """Every tp_size from 1 to the number of query heads that violates nothing."""
+    most = max(a.q_heads for a in geometry.attention.values())
+    return [n for n in range(1, most + 1) if not policy.problems(geometry, n)]
+
+
+def make_plan(directory: Path, tp_size: int, dtype: str) -> tuple[Plan, Checkpoint | None, list[str]]:
+    """The plan for a model directory, its checkpoint (None where it holds no weights) and every problem found.
+
+    Raises UserError only where there is nothing to plan (no config.json, unknown model type, impossible numbers in it).
+    """
+    config = read_config(directory)
+    policy = policy_for(config, str(directory / "config.json"))
+    geometry = policy.geometry(config)
+    problems = policy.problems(geometry, tp_size)
+    checkpoint = open_checkpoint(directory, policy)
+    if checkpoint is not None:
+        problems += checkpoint.check(policy, geometry)
+    return Plan(policy, geometry, tp_size, dtype), checkpoint, problems
+
+
+def require(problems: list[str], plan: Plan, directory: Path) -> None:
+    """Raise one UserError with every problem and the tp sizes that would work; nothing where there is none."""
+    if problems:
+        raise UserError(f"{directory} cannot run at tp_size {plan.tp_size}:\n  " + "\n  ".join(problems)
+                        + f"\ntp sizes that would work: {valid_tp_sizes(plan.policy, plan.geometry) or 'none'}")
+
+
+def report(plan: Plan, problems: list[str]) -> dict[str, Any]:
+    """The plan as plain data, as launch/plan.py prints it."""
+    known = not plan.policy.problems(plan.geometry, plan.tp_size)
+    ranks = range(plan.tp_size) if known else range(0)
+    return {
+        "model_type": plan.policy.model_type,
+        "tp_size": plan.tp_size,
+        "dtype": plan.dtype,
+        "valid_tp_sizes": valid_tp_sizes(plan.policy, plan.geometry),
+        "problems": problems,
+        "ranks": [_rank_report(plan, r) for r in ranks],
+        "tensors": [_tensor_report(plan, m, s) for m, s in plan.parameters()] if known else [],
+        "collectives": plan.collectives(),
+    }
+
+
+def _rank_report(plan: Plan, rank: int) -> dict[str, Any]:
+    text, vision = plan.heads["text"][rank], plan.heads["vision"][rank]
+    return {"rank": rank, "q_heads": list(text.q), "kv_heads": list(text.kv), "vision_heads": list(vision.q),
+            "weight_bytes": plan.weight_bytes(rank), "kv_bytes_per_token": plan.kv_bytes_per_token(rank)}
+
+
+def _tensor_report(plan: Plan, module: str, suffix: str) -> dict[str, Any]:
+    parts = [plan.slice(module, suffix, r) for r in range(plan.tp_size)]
+    rule = plan.claims[module].rule
+    row: dict[str, Any] = {"name": f"{module}.{suffix}", "rule": type(rule).__name__, "shape": list(parts[0].shape)}
+    if isinstance(rule, Replicated):
+        row["why"] = rule.why
+    return row | {"dim": parts[0].dim, "slices": [[list(r) for r in p.ranges] for p in parts]}

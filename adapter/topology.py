@@ -1,0 +1,250 @@
+"""Ranks and groups: from any launcher's environment to a process group, the tensor-parallel group and a Megatron `mpu`.
+
+Nothing here is global but the process group torch itself keeps: groups travel as values (`TensorParallel`, `Mpu`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from policies.errors import UserError
+
+log = logging.getLogger("qwenvl_tp")
+TIMEOUT = timedelta(minutes=10)  # of any collective: the longest a rank may wait while another decodes a film
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """One rank's view of its tensor-parallel group. `fast` sums through DeepSpeed's shared-memory op."""
+
+    rank: int
+    size: int
+    group: Any = None
+    fast: bool = False
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum of `x` over the group, in place, on every rank bit for bit the same."""
+        if self.size == 1:
+            return x
+        x = x.contiguous()  # the shared-memory op takes strided memory without reducing it
+        if self.fast:
+            dist.inference_all_reduce(x, group=self.group)
+        else:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def all_gather_last(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """Concatenate every rank's `x` along the last dimension, whose length on rank r is sizes[r]."""
+        widest = max(sizes)
+        if x.shape[-1] < widest:
+            x = torch.nn.functional.pad(x, (0, widest - x.shape[-1]))
+        out = x.new_empty(self.size * x.numel())
+        dist.all_gather_into_tensor(out, x.reshape(-1), group=self.group)
+        parts = out.view(self.size, *x.shape)
+        return torch.cat([part[..., :n] for part, n in zip(parts, sizes, strict=True)], dim=-1)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's `x` on every rank, in place."""
+        if self.size > 1:
+            dist.broadcast(x, src=0, group=self.group)
+        return x
+
+
+@dataclass(frozen=True)
+class Mpu:
+    """The tp x dp grid in the form Megatron-LM's `mpu` has and DeepSpeed asks for. Replicas (dp > 1) are not built yet."""
+
+    tp: TensorParallel
+    data_group: Any = None
+
+    def get_model_parallel_rank(self) -> int:
+        return self.tp.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.tp.size
+
+    def get_model_parallel_group(self) -> Any:
+        return self.tp.group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        return 0
+
+    def get_data_parallel_world_size(self) -> int:
+        return 1
+
+    def get_data_parallel_group(self) -> Any:
+        return self.data_group
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where this process stands in its job. local_size: ranks of the job on this host."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+
+    @property
+    def one_host(self) -> bool:
+        return self.local_size == self.world_size
+
+
+def rank_from_environment(environ: Mapping[str, str] = os.environ) -> int:
+    """This process's rank before any group exists (0 outside a launcher); for deciding who logs."""
+    return int(environ.get("RANK", environ.get("OMPI_COMM_WORLD_RANK", environ.get("PMI_RANK", "0"))))
+
+
+def read_environment(environ: MutableMapping[str, str] = os.environ) -> Launch:
+    """Understand the launcher (deepspeed, torchrun, mpirun, none) and set what torch and DeepSpeed read.
+
+    Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT where the launcher did not, and LOCAL_SIZE, without which
+    DeepSpeed's shared-memory all-reduce crashes under torchrun and mpirun. Raises UserError where they contradict.
+    """
+    if "RANK" not in environ and any(mark in environ for mark in MPI_MARKS):
+        _discover_mpi(environ)
+    elif "RANK" not in environ:
+        environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=str(free_port()))
+    environ.setdefault("LOCAL_RANK", "0")
+    local_size = environ.get("LOCAL_SIZE") or environ.get("LOCAL_WORLD_SIZE")
+    if local_size:
+        environ["LOCAL_SIZE"] = local_size
+    try:
+        launch = Launch(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ["LOCAL_RANK"]),
+                        int(local_size or 0))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"the launcher's environment is incomplete ({error}); start with the deepspeed launcher, "
+                        "torchrun or mpirun") from None
+    if launch.one_host and environ.get("MASTER_ADDR") in LOOPBACK:
+        environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a job of one host does not listen on the network
+    return launch
+
+
+def _discover_mpi(environ: MutableMapping[str, str]) -> None:
+    """mpirun gives no rendezvous: rank 0 picks a free port and tells the others. Loopback where all share a host."""
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise UserError(f"started by mpirun, but mpi4py cannot be used ({error}); pip install mpi4py") from None
+    world = MPI.COMM_WORLD
+    host = world.Split_type(MPI.COMM_TYPE_SHARED)
+    one_host = host.Get_size() == world.Get_size()
+    address = "127.0.0.1" if one_host else socket.gethostbyname(socket.gethostname())
+    address, port = world.bcast((address, free_port()), root=0)
+    environ.update(RANK=str(world.Get_rank()), WORLD_SIZE=str(world.Get_size()), LOCAL_RANK=str(host.Get_rank()),
+                   LOCAL_SIZE=str(host.Get_size()), MASTER_ADDR=address, MASTER_PORT=str(port))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(tp_size: int) -> Mpu:
+    """Join the job, check that it has tp_size ranks and build the groups. Safe to call again in the same process.
+
+    Raises UserError where the world is not tp_size or the rendezvous port is taken.
+    """
+    launch = read_environment()
+    check_world(launch.world_size, tp_size)
+    if not torch.distributed.is_initialized():
+        _init_process_group(launch)
+    if not dist.is_initialized():
+        dist.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False,
+                              timeout=TIMEOUT, auto_mpi_discovery=False)
+        dist.barrier()  # every rank has mapped every segment, so their names can go
+        _unlink_segments()
+    if tp_size == 1:
+        return Mpu(TensorParallel(0, 1))
+    return grid(launch, tp_size)
+
+
+def grid(launch: Launch, tp_size: int) -> Mpu:
+    """The groups of a world of tp_size ranks; every rank must call it."""
+    group = dist.new_group(list(range(tp_size)))
+    alone = [dist.new_group([r]) for r in range(launch.world_size)]
+    fast, why = choose_all_reduce(launch, tp_size)
+    if launch.rank == 0:
+        log.info("all-reduce: %s", why)
+    return Mpu(TensorParallel(launch.rank, tp_size, group, fast), alone[launch.rank])
+
+
+def check_world(world_size: int, tp_size: int) -> None:
+    """Raises UserError where the job does not have exactly tp_size ranks."""
+    if world_size == tp_size:
+        return
+    more = ("replicas (data parallel x tensor parallel) are not supported yet" if world_size > tp_size
+            else "each of the tp_size shards needs a rank of its own")
+    raise UserError(f"this job has {world_size} rank{'s' * (world_size != 1)}, tensor_parallel.tp_size is {tp_size}: {more}. "
+                    f"Start `deepspeed --num_accelerators {tp_size} ...` or set tensor_parallel.tp_size={world_size}")
+
+
+def choose_all_reduce(launch: Launch, tp_size: int) -> tuple[bool, str]:
+    """Whether DeepSpeed's shared-memory op can and should sum, and why, in words."""
+    if get_accelerator().device_name() != "cpu":
+        return False, f"{get_accelerator().communication_backend_name()} (ranks on accelerators)"
+    backend = getattr(dist.comm.cdb, "shm_comm_op", None)
+    if backend is None:
+        return False, "torch group; DeepSpeed's shared-memory op did not build here"
+    if not launch.one_host or launch.world_size != tp_size:
+        return False, (f"torch group; DeepSpeed's shared-memory op needs all ranks of the job on one host "
+                       f"(LOCAL_SIZE {launch.local_size or 'not set'}, world {launch.world_size})")
+    cores = os.cpu_count() or 1
+    if tp_size > cores:
+        return False, f"torch group; DeepSpeed's shared-memory op spins, which {tp_size} ranks on {cores} cores cannot afford"
+    return True, "DeepSpeed's shared-memory op"
+
+
+def _init_process_group(launch: Launch) -> None:
+    """torch's process group; a job of one host rendezvouses on loopback only, which env:// would not do."""
+    backend = get_accelerator().communication_backend_name()
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(launch.local_rank)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if not launch.one_host or address not in LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        torch.distributed.init_process_group(backend, timeout=TIMEOUT, rank=launch.rank, world_size=launch.world_size)
+        return
+    listener = _listen(port) if launch.rank == 0 else None
+    store = torch.distributed.TCPStore("127.0.0.1", port, launch.world_size, launch.rank == 0, timeout=TIMEOUT,
+                                       wait_for_workers=False, master_listen_fd=listener)
+    torch.distributed.init_process_group(backend, store=store, timeout=TIMEOUT, rank=launch.rank,
+                                         world_size=launch.world_size)
+
+
+def _listen(port: int) -> int:
+    """File descriptor of a socket that listens on 127.0.0.1:port; the store closes it."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+    except OSError as error:
+        raise UserError(f"port {port} on 127.0.0.1 cannot be used ({error.strerror}); is another job running? "
+                        "Start with `deepspeed --master_port N ...` and a free N") from None
+    listener.listen(1024)
+    return listener.detach()
+
+
+def _unlink_segments() -> None:
+    """Remove the names of DeepSpeed's /dev/shm segments of this job; the mappings stay until the processes end."""
+    parts = (os.getuid(), os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), os.environ.get("RANK"))
+    Path("/dev/shm", "deepspeed_allreduce_buffer_{}_{}_{}_{}".format(*parts)).unlink(missing_ok=True)

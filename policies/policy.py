@@ -1,0 +1,111 @@
+"""A model family's policy: its table, checked to claim every parameter exactly once, and its splits for a tp_size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from policies.errors import UserError
+from policies.heads import HeadShard, split_grains, split_heads
+from policies.rules import Claim, HeadNumbers, Replicated, Split, expand
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The heads of one tower's attention, before any cut."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What config.json says, in one family's terms.
+
+    sizes: every named dimension of the table, in elements.
+    attention: tower -> heads. layers: stack ("model.layers") -> count. context: longest sequence in tokens.
+    """
+
+    sizes: Mapping[str, int]
+    attention: Mapping[str, Attention]
+    layers: Mapping[str, int]
+    tied: bool
+    context: int
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One model family: what is sharded how. Data, but for `geometry`, which reads a config.json mapping.
+
+    head_axes: named dimension -> (tower, "q" or "kv"): dimensions that are cut by heads; other cut ones go by grains.
+    renames: (newer prefix, published prefix): module and tensor names of newer releases, in order of application.
+    ignored: tensors old releases saved that are computed, not loaded (name endings).
+    tied: (parameter, the parameter it is tied to) where the config ties them.
+    """
+
+    model_type: str
+    model_class: str
+    table: tuple[Claim, ...]
+    head_axes: Mapping[str, tuple[str, str]]
+    head_numbers: tuple[HeadNumbers, ...]
+    renames: tuple[tuple[str, str], ...]
+    ignored: tuple[str, ...]
+    tied: tuple[str, str]
+    geometry: Callable[[Mapping[str, Any]], Geometry]
+    problems: Callable[[Geometry, int], list[str]]
+
+    def published(self, name: str) -> str:
+        """The published name of a module or tensor that may carry a newer release's name."""
+        for new, old in self.renames:
+            if name.startswith(new):
+                return old + name[len(new) :]
+        return name
+
+    def claims(self, geometry: Geometry) -> dict[str, Claim]:
+        """Module name -> its claim, every layer spelled out. Raises UserError where two rows claim one module."""
+        claimed: dict[str, Claim] = {}
+        for claim in self.table:
+            for module in expand(claim.module, geometry.layers):
+                if module in claimed:
+                    raise UserError(f"policy {self.model_type}: rows {claimed[module].module!r} and {claim.module!r} "
+                                    f"both claim {module!r}; leave it to one of them")
+                claimed[module] = claim
+        return claimed
+
+    def inventory(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> full shape: all the table claims, the tied copy included."""
+        return {
+            f"{module}.{suffix}": tuple(geometry.sizes[d] for d in dims)
+            for module, claim in self.claims(geometry).items()
+            for suffix, dims in claim.parameters().items()
+        }
+
+    def check_claims(self, parameters: Iterable[str], geometry: Geometry) -> None:
+        """Every parameter (published names) has one row, every row a parameter. Raises UserError naming each that has not."""
+        have, claimed = set(parameters), self.inventory(geometry)
+        optional = {self.tied[0]} if geometry.tied else set()
+        problems = [f"no rule claims {n!r}: add a row to the table" for n in sorted(have - claimed.keys())]
+        problems += [f"the rule for {n!r} claims nothing: the model has no such parameter"
+                     for n in sorted(claimed.keys() - have - optional)]
+        if problems:
+            raise UserError(f"policy {self.model_type} does not fit the model:\n  " + "\n  ".join(problems))
+
+    def heads(self, geometry: Geometry, tp_size: int) -> dict[str, tuple[HeadShard, ...]]:
+        """Tower -> every rank's heads."""
+        return {t: split_heads(a.q_heads, a.kv_heads, a.head_dim, tp_size) for t, a in geometry.attention.items()}
+
+    def splits(self, geometry: Geometry, tp_size: int) -> dict[str, Split]:
+        """Named dimension -> who owns what, for every dimension some row cuts."""
+        heads = self.heads(geometry, tp_size)
+        axes = {c.rule.axis(c.weight) for c in self.table if not isinstance(c.rule, Replicated)}
+        return {a: self._split(a, geometry, heads) or split_grains(geometry.sizes[a], tp_size) for a in sorted(axes)}
+
+    def _split(self, axis: str, geometry: Geometry, heads: Mapping[str, tuple[HeadShard, ...]]) -> Split | None:
+        if axis not in self.head_axes:
+            return None
+        tower, kind = self.head_axes[axis]
+        dim = geometry.attention[tower].head_dim
+        owned = [shard.q if kind == "q" else shard.kv for shard in heads[tower]]
+        return Split(geometry.sizes[axis], tuple((a * dim, b * dim) for a, b in owned))

@@ -1,0 +1,120 @@
+"""Qwen2-VL: the whole mapping, text tower and vision tower.
+
+Names are those of the published checkpoints; `RENAMES` maps what Transformers 4.52 and later call them. Shapes are
+[out, in], as torch.nn.Linear stores them. One all-reduce ends each attention and each MLP of either tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from policies.errors import UserError
+from policies.policy import Attention, Geometry, Policy
+from policies.rules import Claim, Column, FusedQKV, Head, HeadNumbers, Replicated, Row, Vocab
+
+NORM = Replicated("norms act on whole hidden states, which every rank holds; a few KB")
+
+TABLE = (
+    Claim("model.embed_tokens", Vocab(), ("vocab", "hidden")),
+    Claim("model.layers.*.input_layernorm", NORM, ("hidden",)),
+    Claim("model.layers.*.self_attn.q_proj", Column(), ("q", "hidden"), ("q",)),
+    Claim("model.layers.*.self_attn.k_proj", Column(), ("kv", "hidden"), ("kv",)),
+    Claim("model.layers.*.self_attn.v_proj", Column(), ("kv", "hidden"), ("kv",)),
+    Claim("model.layers.*.self_attn.o_proj", Row(), ("hidden", "q")),
+    Claim("model.layers.*.post_attention_layernorm", NORM, ("hidden",)),
+    Claim("model.layers.*.mlp.gate_proj", Column(), ("mlp", "hidden")),
+    Claim("model.layers.*.mlp.up_proj", Column(), ("mlp", "hidden")),
+    Claim("model.layers.*.mlp.down_proj", Row(), ("hidden", "mlp")),
+    Claim("model.norm", NORM, ("hidden",)),
+    Claim("lm_head", Head(), ("vocab", "hidden")),
+    Claim("visual.patch_embed.proj", Replicated("a convolution of 3 MB in bf16 whose output every rank needs whole"),
+          ("v_hidden", "channels", "frames", "patch", "patch")),
+    Claim("visual.blocks.*.norm1", NORM, ("v_hidden",), ("v_hidden",)),
+    Claim("visual.blocks.*.attn.qkv", FusedQKV("v_q"), ("v_qkv", "v_hidden"), ("v_qkv",)),
+    Claim("visual.blocks.*.attn.proj", Row(), ("v_hidden", "v_q"), ("v_hidden",)),
+    Claim("visual.blocks.*.norm2", NORM, ("v_hidden",), ("v_hidden",)),
+    Claim("visual.blocks.*.mlp.fc1", Column(), ("v_mlp", "v_hidden"), ("v_mlp",)),
+    Claim("visual.blocks.*.mlp.fc2", Row(), ("v_hidden", "v_mlp"), ("v_hidden",)),
+    Claim("visual.merger.ln_q", NORM, ("v_hidden",), ("v_hidden",)),
+    Claim("visual.merger.mlp.0", Column(), ("merger", "merged"), ("merger",)),
+    Claim("visual.merger.mlp.2", Row(), ("hidden", "merger"), ("hidden",)),
+)
+
+# Attention attributes of any Transformers release -> what they are on a shard. 4.45-4.51 reshape to `hidden_size`.
+HEAD_NUMBERS = (
+    HeadNumbers("model.layers.*.self_attn", "text", {
+        "num_heads": "slots", "num_key_value_heads": "kv_heads", "num_key_value_groups": "groups",
+        "hidden_size": "width"}),
+    HeadNumbers("visual.blocks.*.attn", "vision", {"num_heads": "slots", "dim": "width"}),
+)
+
+RENAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))
+
+
+def geometry(config: Mapping[str, Any]) -> Geometry:
+    """config.json (text fields flat as published, or nested under text_config) -> Geometry. Raises UserError."""
+    text: Mapping[str, Any] = {**config, **(config.get("text_config") or {})}
+    vision: Mapping[str, Any] = config.get("vision_config") or {}
+    hidden, heads = _int(text, "hidden_size"), _int(text, "num_attention_heads")
+    kv_heads = _int(text, "num_key_value_heads", heads)
+    v_hidden, v_heads = _int(vision, "embed_dim", 1280), _int(vision, "num_heads", 16)
+    merge = _int(vision, "spatial_merge_size", 2) ** 2
+    head_dim = hidden // heads
+    sizes = {
+        "vocab": _int(text, "vocab_size"), "hidden": hidden, "q": heads * head_dim, "kv": kv_heads * head_dim,
+        "mlp": _int(text, "intermediate_size"), "v_hidden": v_hidden, "v_q": v_hidden, "v_qkv": 3 * v_hidden,
+        "v_mlp": int(v_hidden * vision.get("mlp_ratio", 4)), "merger": v_hidden * merge, "merged": v_hidden * merge,
+        "channels": _int(vision, "in_channels", _int(vision, "in_chans", 3)),
+        "frames": _int(vision, "temporal_patch_size", 2), "patch": _int(vision, "patch_size", 14),
+    }
+    return Geometry(
+        sizes=sizes,
+        attention={"text": Attention(heads, kv_heads, head_dim),
+                   "vision": Attention(v_heads, v_heads, v_hidden // v_heads)},
+        layers={"model.layers": _int(text, "num_hidden_layers"), "visual.blocks": _int(vision, "depth", 32)},
+        tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        context=_int(text, "max_position_embeddings", 32768),
+    )
+
+
+def _int(section: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = section.get(key, default)
+    if value is None:
+        raise UserError(f"config.json: {key!r} is missing")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"config.json: {key!r} is {value!r}; a positive whole number is needed")
+    return value
+
+
+def problems(g: Geometry, tp_size: int) -> list[str]:
+    """Every constraint this geometry or tp_size violates, each a sentence with the numbers. Empty when it can run."""
+    text, vision, found = g.attention["text"], g.attention["vision"], []
+    if not 1 <= tp_size <= text.q_heads:
+        found.append(f"tp_size {tp_size}: each rank needs a query head and there are {text.q_heads}")
+    if text.q_heads * text.head_dim != g.sizes["hidden"]:
+        found.append(f"hidden_size {g.sizes['hidden']} is not a multiple of num_attention_heads {text.q_heads}")
+    if text.q_heads % text.kv_heads:
+        found.append(f"num_attention_heads {text.q_heads} is not a multiple of num_key_value_heads {text.kv_heads}")
+    if vision.q_heads * vision.head_dim != g.sizes["v_hidden"]:
+        found.append(f"vision embed_dim {g.sizes['v_hidden']} is not a multiple of num_heads {vision.q_heads}")
+    elif vision.head_dim % 4:
+        found.append(f"vision head_dim {vision.head_dim} (embed_dim {g.sizes['v_hidden']} / {vision.q_heads} heads) is "
+                     "not a multiple of 4, which its rotary embedding needs")
+    found += [f"tp_size {tp_size}: {name} has only {g.sizes[name]} elements to share"
+              for name in ("vocab", "mlp", "v_mlp", "merger") if g.sizes[name] < tp_size]
+    return found
+
+
+POLICY = Policy(
+    model_type="qwen2_vl",
+    model_class="Qwen2VLForConditionalGeneration",
+    table=TABLE,
+    head_axes={"q": ("text", "q"), "kv": ("text", "kv"), "v_q": ("vision", "q")},
+    head_numbers=HEAD_NUMBERS,
+    renames=RENAMES,
+    ignored=("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq"),
+    tied=("lm_head.weight", "model.embed_tokens.weight"),
+    geometry=geometry,
+    problems=problems,
+)

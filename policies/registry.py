@@ -1,0 +1,24 @@
+"""model_type -> policy: the only place that knows model names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from policies import qwen2_vl
+from policies.errors import UserError
+from policies.policy import Policy
+
+POLICIES: Mapping[str, Policy] = {p.model_type: p for p in (qwen2_vl.POLICY,)}
+
+
+def policy_for(config: Mapping[str, Any], where: str = "config.json") -> Policy:
+    """The policy of a config.json mapping. Raises UserError that names the known types and the nearest one."""
+    model_type = str(config.get("model_type"))
+    if model_type in POLICIES:
+        return POLICIES[model_type]
+    near = difflib.get_close_matches(model_type, POLICIES, n=1, cutoff=0.5)
+    hint = f" The nearest known one is {near[0]!r}." if near else ""
+    raise UserError(f"{where}: no policy for model_type {model_type!r}; known: {', '.join(sorted(POLICIES))}.{hint} "
+                    "A new family is one page in policies/ and an entry in policies/registry.py.")

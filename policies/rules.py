@@ -1,0 +1,148 @@
+"""The vocabulary of sharding: what a rule does to the tensors of one module, and which slice of each a rank owns.
+
+A rule is pure data. It names the dimension of `weight` that is cut and what becomes of `bias`; the sizes come from a
+family's page (`Claim`), the boundaries from `policies.heads` (`Split`), the collectives from `adapter.layers`.
+Terms are Megatron-LM's: column-parallel cuts a linear layer's outputs, row-parallel its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from policies.errors import UserError
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Who owns which elements of one dimension: `ranges[rank]` is (start, stop). Ranges may overlap (replicated KV)."""
+
+    size: int
+    ranges: tuple[Range, ...]
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """One rank's part of one tensor: the concatenation of `ranges` along `dim`; `dim` None is the whole tensor."""
+
+    shape: tuple[int, ...]
+    dim: int | None = None
+    ranges: tuple[Range, ...] = ()
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        if self.dim is None:
+            return self.shape
+        length = sum(stop - start for start, stop in self.ranges)
+        return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Base of the vocabulary: `dim` of `weight` is cut into `parts` by rank, and bias with it if `cuts_bias`."""
+
+    dim = 0
+    cuts_bias = True
+    parts = 1
+
+    def axis(self, weight_dims: tuple[str, ...]) -> str:
+        """The named dimension whose Split decides the boundaries."""
+        return weight_dims[self.dim]
+
+
+@dataclass(frozen=True)
+class Column(Rule):
+    """Linear [out, in] cut by outputs, bias with it. No collective: the next layer takes the shard."""
+
+
+@dataclass(frozen=True)
+class Row(Rule):
+    """Linear [out, in] cut by inputs; all-reduce of the output. Bias is whole on every rank, added once, after it."""
+
+    dim = 1
+    cuts_bias = False
+
+
+@dataclass(frozen=True)
+class FusedQKV(Rule):
+    """Linear [(q | k | v) x heads x head_dim, in]: each of the three parts is cut by heads, weight and bias alike."""
+
+    part: str
+    parts = 3
+
+    def axis(self, weight_dims: tuple[str, ...]) -> str:
+        return self.part
+
+
+@dataclass(frozen=True)
+class Vocab(Rule):
+    """Embedding [vocab, hidden] cut by rows; ids another rank owns give zero here; all-reduce of the output."""
+
+
+@dataclass(frozen=True)
+class Head(Rule):
+    """Output projection [vocab, hidden] cut by rows; the logits of all ranks are gathered."""
+
+
+@dataclass(frozen=True)
+class Replicated(Rule):
+    """Every rank holds the whole tensor, for the reason given."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row of a family's table: the parameters of the modules that match `module`, and the rule they follow.
+
+    module: published name; `*` stands for a layer number.
+    weight, bias: the named dimensions of each; None where the module has no such parameter.
+    """
+
+    module: str
+    rule: Rule
+    weight: tuple[str, ...]
+    bias: tuple[str, ...] | None = None
+
+    def parameters(self) -> dict[str, tuple[str, ...]]:
+        """Suffix ("weight", "bias") -> named dimensions."""
+        return {"weight": self.weight} | ({"bias": self.bias} if self.bias is not None else {})
+
+
+def slice_of(
+    claim: Claim, suffix: str, sizes: Mapping[str, int], splits: Mapping[str, Split], rank: int
+) -> TensorSlice:
+    """The slice of `claim`'s parameter `suffix` that `rank` owns."""
+    rule, dims = claim.rule, claim.parameters()[suffix]
+    shape = tuple(sizes[d] for d in dims)
+    if isinstance(rule, Replicated) or (suffix == "bias" and not rule.cuts_bias):
+        return TensorSlice(shape)
+    dim = rule.dim if suffix == "weight" else 0
+    split = splits[rule.axis(claim.weight)]
+    start, stop = split.ranges[rank]
+    assert split.size * rule.parts == shape[dim], (claim.module, split.size, shape)
+    return TensorSlice(shape, dim, tuple((p * split.size + start, p * split.size + stop) for p in range(rule.parts)))
+
+
+@dataclass(frozen=True)
+class HeadNumbers:
+    """Attention attributes that must be true for a shard: module pattern, its tower, attribute -> HeadShard field."""
+
+    module: str
+    tower: str
+    numbers: Mapping[str, str]
+
+
+def expand(pattern: str, layers: Mapping[str, int]) -> list[str]:
+    """Every module name a pattern stands for, e.g. model.layers.0.mlp ... model.layers.27.mlp.
+
+    Raises UserError where the number of layers of that stack is unknown.
+    """
+    if "*" not in pattern:
+        return [pattern]
+    stack = pattern.split(".*", 1)[0]
+    if stack not in layers:
+        raise UserError(f"policy row {pattern!r}: no layer count for the stack {stack!r}; known: {sorted(layers)}")
+    return [pattern.replace("*", str(i), 1) for i in range(layers[stack])]
