@@ -80,7 +80,7 @@ class Checkpoint:
         info = self.tensors[name]
         assert info.shape == part.shape, (name, info.shape, part.shape)
         out = torch.empty(part.local_shape, dtype=getattr(torch, TORCH_NAMES[info.dtype]))
-        target = memoryview(out.reshape(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+        target: memoryview = out.reshape(-1).view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
         done = 0
         with _opened(info) as fd:
             for start, length in _byte_runs(part, ITEM_BYTES[info.dtype]):
@@ -176,7 +176,7 @@ def _check_extent(info: TensorInfo, file_size: int) -> None:
     for n in info.shape:
         count *= n
     if end > file_size:
-        raise ValueError(f"truncated: {file_size} bytes, but tensor {info.name!r} ends at byte {end}; download it again")
+        raise ValueError(f"truncated: {file_size} bytes, but tensor {info.name!r} ends at {end}; download it again")
     if info.nbytes < 0 or info.nbytes != count * ITEM_BYTES.get(info.dtype, info.nbytes // max(count, 1)):
         raise ValueError(f"tensor {info.name!r}: {info.nbytes} bytes do not hold {list(info.shape)} of {info.dtype}")
 

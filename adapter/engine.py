@@ -18,7 +18,7 @@ from torch import nn
 from adapter import topology
 from adapter.config import Config, load_config
 from adapter.inject import build_on_meta, checkpoint_source, inject, model_source
-from adapter.plan import Plan, make_plan, require
+from adapter.plan import Plan, checked_plan, require
 from adapter.topology import Mpu, TensorParallel
 from policies.dialects import injection_policy
 from policies.errors import UserError
@@ -86,7 +86,7 @@ def deepspeed_kwargs(model: nn.Module, tp_size: int = 4, **deepspeed_section: An
     geometry = policy.geometry(mapping)
     dtype: torch.dtype = model.dtype  # type: ignore[assignment]
     plan = Plan(policy, geometry, tp_size, str(dtype).removeprefix("torch."))
-    require(policy.problems(geometry, tp_size), plan, Path(type(model).__name__))
+    require(policy.problems(geometry, tp_size), plan, type(model).__name__)
     mpu = topology.start(tp_size)
     began = time.perf_counter()
     inject(model, plan, mpu.tp, model_source(model, policy), dtype)
@@ -94,23 +94,11 @@ def deepspeed_kwargs(model: nn.Module, tp_size: int = 4, **deepspeed_section: An
     return _deepspeed_arguments(model, plan, mpu, dtype, deepspeed_section)
 
 
-def plan_config(config: Config) -> Plan:
-    """The plan of a config, with every problem of model and checkpoint in one UserError; reads headers only."""
-    directory = config.model.path
-    plan, checkpoint, problems = make_plan(directory, config.tensor_parallel.tp_size, config.model.dtype)
-    if checkpoint is None:
-        problems.append("no safetensors file here (model.safetensors or model.safetensors.index.json); other formats "
-                        "can run code when they are opened: convert with Transformers' save_pretrained")
-    require(problems, plan, directory)
-    return plan
-
-
 def _from_config(config: Config) -> deepspeed.InferenceEngine:
     directory, dtype = config.model.path, config.model.torch_dtype
     _check_section(config.deepspeed)
-    plan, checkpoint, _ = make_plan(directory, config.tensor_parallel.tp_size, config.model.dtype)
-    plan_config(config)
-    assert checkpoint is not None
+    plan, checkpoint = checked_plan(directory, config.tensor_parallel.tp_size, config.model.dtype)
+    topology.check_world(topology.read_environment().world_size, plan.tp_size)
     if dtype not in get_accelerator().supported_dtypes():
         raise UserError(f"model.dtype {config.model.dtype}: {get_accelerator().device_name()} cannot compute in it")
     model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)

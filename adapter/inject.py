@@ -1,7 +1,7 @@
 """Put a plan into a model: parallel layers for whole ones, filled from a checkpoint or from the model itself.
 
-One walk over the plan's modules, in the table's order: read this rank's slice, build the layer, put it in place, let the
-old one go. Peak memory is the shard so far plus one tensor, whether the model was built on `meta` or was loaded before.
+One walk over the plan's modules, in the table's order: read this rank's slice, build the layer, put it in place, let
+the old one go. Peak memory is the shard so far plus one tensor, whether the model was built on `meta` or loaded before.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _silent_initialisation() -> Iterator[None]:
     """Transformers' own switch against initialising weights (its home moved in release 5)."""
     home = transformers.modeling_utils if hasattr(transformers.modeling_utils, "no_init_weights") else None
     if home is None:
-        from transformers import initialization as home  # type: ignore[no-redef,attr-defined]
+        from transformers import initialization as home
     with home.no_init_weights():  # type: ignore[union-attr]
         yield
 
@@ -99,8 +99,9 @@ def inject(model: nn.Module, plan: Plan, tp: TensorParallel, source: Source, dty
     device = torch.device("cpu")
     for module_name, claim in plan.claims.items():
         module = model.get_submodule(names[module_name])
+        tensors: dict[str, Tensor]
         if plan.geometry.tied and f"{module_name}.weight" == policy.tied[0]:
-            tensors = {"weight": model.get_submodule(names[policy.tied[1].rsplit(".", 1)[0]]).weight}
+            tensors = {"weight": model.get_parameter(names[policy.tied[1].rsplit(".", 1)[0]] + ".weight")}
         else:
             tensors = {
                 suffix: source(f"{module_name}.{suffix}", plan.slice(module_name, suffix, tp.rank)).to(device, dtype)

@@ -1,6 +1,7 @@
 """The parallel layers: what torch.nn.Linear and Embedding become on one rank of a tensor-parallel group.
 
-Each takes ready tensors (this rank's slices) and the group as a value. Shapes: B batch, S sequence, *_local this rank's.
+Each takes ready tensors (this rank's slices) and the group as a value. Shapes: B batch, S sequence, *_local this
+rank's.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """[*, in_local] -> [*, out], summed over the group. The bias is whole on every rank and added once, after the sum."""
+    """[*, in_local] -> [*, out], summed over the group. Bias is whole on every rank and added once, after the sum."""
 
     slots: Tensor | None
 
@@ -70,7 +71,7 @@ class VocabParallelEmbedding(nn.Module):
         start, stop = self.owned
         if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab:
             # torch's own embedding raises too; here an id nobody owns would silently become a zero vector
-            raise IndexError(f"token ids {int(ids.min())} .. {int(ids.max())} are outside the vocabulary [0, {self.vocab})")
+            raise IndexError(f"token ids {int(ids.min())}..{int(ids.max())}: the vocabulary is [0, {self.vocab})")
         mine = (ids >= start) & (ids < stop)
         out = F.embedding((ids - start).masked_fill(~mine, 0), self.weight)
         return self.tp.all_reduce(out.masked_fill_(~mine.unsqueeze(-1), 0))

@@ -1,4 +1,4 @@
-"""Policy x config.json x tp_size -> Plan: every rank's slices, heads and bytes, and every problem, before any weight is read.
+"""Policy x config.json x tp_size -> Plan: every rank's slices, heads and bytes, and every problem, no weight read.
 
 Imports neither torch nor DeepSpeed: it answers for a 72B in well under a second.
 """
@@ -63,8 +63,9 @@ class Plan:
 
     def kv_bytes_per_token(self, rank: int) -> int:
         """Keys and values of one token in every text layer, for the KV heads this rank holds."""
-        shard, stack = self.heads["text"][rank], "model.layers"
-        return 2 * self.geometry.layers[stack] * shard.kv_heads * shard.head_dim * DTYPE_BYTES[self.dtype]
+        shard = self.heads["text"][rank]
+        layers = self.geometry.layers[self.geometry.text_stack]
+        return 2 * layers * shard.kv_heads * shard.head_dim * DTYPE_BYTES[self.dtype]
 
     def collectives(self) -> dict[str, Any]:
         """All-reduces per layer of each stack, and the bytes one new token puts into collectives on each rank."""
@@ -73,7 +74,7 @@ class Plan:
             stack: sum(isinstance(c.rule, Row) and c.module.startswith(f"{stack}.*.") for c in self.policy.table)
             for stack in self.geometry.layers
         }
-        text = next(iter(self.geometry.layers))
+        text = self.geometry.text_stack
         embeds = sum(isinstance(c.rule, Vocab) for c in self.policy.table)
         reduces = per_layer[text] * self.geometry.layers[text] + embeds
         reduced, gathered = reduces * sizes["hidden"] * item, sizes["vocab"] * item
@@ -104,10 +105,21 @@ def make_plan(directory: Path, tp_size: int, dtype: str) -> tuple[Plan, Checkpoi
     return Plan(policy, geometry, tp_size, dtype), checkpoint, problems
 
 
-def require(problems: list[str], plan: Plan, directory: Path) -> None:
+def checked_plan(directory: Path, tp_size: int, dtype: str) -> tuple[Plan, Checkpoint]:
+    """The plan and the checkpoint, both sound. Raises one UserError with every problem and the tp sizes that work."""
+    plan, checkpoint, problems = make_plan(directory, tp_size, dtype)
+    if checkpoint is None:
+        problems.append("no safetensors file here (model.safetensors or model.safetensors.index.json); other formats "
+                        "can run code when they are opened: convert with Transformers' save_pretrained")
+    require(problems, plan, str(directory))
+    assert checkpoint is not None
+    return plan, checkpoint
+
+
+def require(problems: list[str], plan: Plan, what: str) -> None:
     """Raise one UserError with every problem and the tp sizes that would work; nothing where there is none."""
     if problems:
-        raise UserError(f"{directory} cannot run at tp_size {plan.tp_size}:\n  " + "\n  ".join(problems)
+        raise UserError(f"{what} cannot run at tp_size {plan.tp_size}:\n  " + "\n  ".join(problems)
                         + f"\ntp sizes that would work: {valid_tp_sizes(plan.policy, plan.geometry) or 'none'}")
 
 

@@ -3,8 +3,8 @@
     processor = RequestProcessor(config.model.path, config.processor, max_prompt_tokens=4096)
     batch = collate([processor.prepare(request) for request in requests], processor.pad_token_id)
 
-Only local files and base64 data: URLs are read; nothing is fetched and no code of a checkpoint is run. A film is decoded
-twice: once to count its frames, once to keep the few that the model sees, so a long one needs no more memory.
+Only local files and base64 data: URLs are read; nothing is fetched and no code of a checkpoint is run. Of a film only
+the frames that the model sees are kept, at the size it sees them, so that a long one needs no more memory.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Prepared:
 
 
 class RequestProcessor:
-    """The checkpoint's own processor and tokenizer, with a user's limits. Raises UserError if it has none that works."""
+    """The checkpoint's own processor and tokenizer, with a user's limits. Raises UserError if they do not work."""
 
     def __init__(self, model_dir: str | Path, section: Processor, max_prompt_tokens: int) -> None:
         self._section, self._max_prompt_tokens = section, max_prompt_tokens
@@ -136,7 +136,8 @@ class RequestProcessor:
         self._check_room(ids.shape[1], "the prompt has")
         self._check_places(tensors)
         if TYPE_IDS:
-            tensors["mm_token_type_ids"] = (ids == self._places["image"]).long() + 2 * (ids == self._places["video"]).long()
+            places = enumerate((self._places["image"], self._places["video"]), start=1)
+            tensors["mm_token_type_ids"] = sum((type_id * (ids == token).long() for type_id, token in places), 0 * ids)
         return Prepared(request.id, tensors, ids.shape[1])
 
     def _render(self, turns: Turns) -> str:
@@ -178,8 +179,9 @@ class RequestProcessor:
             tokens = _tokens(part, frames, height, width)
             self._check_room(used + tokens, f"with a film of {frames} frames of {width} x {height} it has at least")
 
-        load = film_of_pictures if isinstance(value, tuple) else film_of_file
-        return load(value, part, self._section, room)
+        if isinstance(value, tuple):
+            return film_of_pictures(value, part, self._section, room)
+        return film_of_file(value, part, self._section, room)
 
     def _film_arguments(self, films: Sequence[Film]) -> dict[str, Any]:
         """What the processor is told of films: they are sampled already, and when their frames were."""
@@ -201,7 +203,7 @@ class RequestProcessor:
             )
 
     def _check_places(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Every patch that the model will put into the prompt must have its token there, and no token may be without."""
+        """Every patch that the model will put into the prompt needs its token there, and no token may be over."""
         for kind, token in self._places.items():
             grid = tensors.get(f"{kind}_grid_thw")
             need = 0 if grid is None else int(grid.prod(-1).sum()) // self._processor.image_processor.merge_size**2
@@ -280,30 +282,26 @@ def film_of_file(value: str, part: Any, section: Processor, room: Room) -> Film:
     with _open(value, "video") as file:
         try:
             total, rate, height, width = _probe(file)
-            while True:
+            while total:
                 indices = sample(total, rate or section.fps, section.fps, section.max_frames, part.temporal_patch_size)
                 room(len(indices), height, width)
                 frames, decoded = _decode(file, indices, part)
                 if len(frames) == len(indices):
                     return _film(frames, indices, total, rate or section.fps, part)
-                if not decoded:
-                    raise UserError(f"video {_shown(value)}: not one frame can be decoded")
                 total = decoded  # fewer than there are packets, as when some packets are never shown
         except av.FFmpegError as error:
             raise UserError(f"video {_shown(value)}: cannot be decoded: {error.strerror}") from error
+    raise UserError(f"video {_shown(value)}: there is not one frame in it")
 
 
 def _probe(file: BinaryIO) -> tuple[int, float, int, int]:
     """(frames, frames per second or 0, height, width), read from the packets without decoding them."""
     with av.open(file, options=AV_OPTIONS) as container:
         if not container.streams.video:
-            raise UserError("the file holds no video")
+            return 0, 0.0, 0, 0
         stream = container.streams.video[0]
         total = sum(1 for packet in container.demux(stream) if packet.size)
-        if not total:
-            raise UserError("the video has no frames")
-        context = stream.codec_context
-        return total, float(stream.average_rate or 0), context.height, context.width
+        return total, float(stream.average_rate or 0), stream.codec_context.height, stream.codec_context.width
 
 
 def _decode(file: BinaryIO, indices: Sequence[int], part: Any) -> tuple[list[NDArray[np.uint8]], int]:
@@ -329,10 +327,11 @@ def _film(frames: list[NDArray[np.uint8]], indices: list[int], total: int, rate:
 
 
 def _shrunk(image: Image.Image, part: Any) -> NDArray[np.uint8]:
-    """Anything above the pixel limit is resized as the processor would, which then has nothing left to resize."""
+    """A frame above the pixel limit is resized as the processor would, if this leaves the processor nothing to resize."""
     if image.width * image.height > part.size["longest_edge"]:
         height, width = _resized(part, image.height, image.width)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        if _resized(part, height, width) == (height, width):
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image)
 
 
@@ -350,10 +349,11 @@ def _resized(part: Any, height: int, width: int) -> tuple[int, int]:
 
 def _tokens(part: Any, frames: int, height: int, width: int) -> int:
     """How many tokens a picture or film takes, known before its pixels are worked on."""
-    height, width = _resized(part, height, width)
+    new_height, new_width = _resized(part, height, width)
     if count := getattr(part, "get_num_of_video_patches", None):
         return int(count(frames, height, width, {})) // part.merge_size**2
-    return math.ceil(frames / part.temporal_patch_size) * height * width // (part.patch_size * part.merge_size) ** 2
+    cells = new_height * new_width // (part.patch_size * part.merge_size) ** 2
+    return math.ceil(frames / part.temporal_patch_size) * cells
 
 
 def _film_part(processor: Any) -> Any:

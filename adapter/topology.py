@@ -66,7 +66,7 @@ class TensorParallel:
 
 @dataclass(frozen=True)
 class Mpu:
-    """The tp x dp grid in the form Megatron-LM's `mpu` has and DeepSpeed asks for. Replicas (dp > 1) are not built yet."""
+    """The tp x dp grid in the form of Megatron-LM's `mpu`, which DeepSpeed asks for. dp is 1: no replicas yet."""
 
     tp: TensorParallel
     data_group: Any = None
@@ -116,8 +116,8 @@ def rank_from_environment(environ: Mapping[str, str] = os.environ) -> int:
 def read_environment(environ: MutableMapping[str, str] = os.environ) -> Launch:
     """Understand the launcher (deepspeed, torchrun, mpirun, none) and set what torch and DeepSpeed read.
 
-    Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT where the launcher did not, and LOCAL_SIZE, without which
-    DeepSpeed's shared-memory all-reduce crashes under torchrun and mpirun. Raises UserError where they contradict.
+    Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT where the launcher did not, and LOCAL_SIZE, without
+    which DeepSpeed's shared-memory all-reduce crashes under torchrun and mpirun. Raises UserError where one is missing.
     """
     if "RANK" not in environ and any(mark in environ for mark in MPI_MARKS):
         _discover_mpi(environ)
@@ -195,8 +195,9 @@ def check_world(world_size: int, tp_size: int) -> None:
         return
     more = ("replicas (data parallel x tensor parallel) are not supported yet" if world_size > tp_size
             else "each of the tp_size shards needs a rank of its own")
-    raise UserError(f"this job has {world_size} rank{'s' * (world_size != 1)}, tensor_parallel.tp_size is {tp_size}: {more}. "
-                    f"Start `deepspeed --num_accelerators {tp_size} ...` or set tensor_parallel.tp_size={world_size}")
+    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    raise UserError(f"this job has {ranks}, tensor_parallel.tp_size is {tp_size}: {more}. Start "
+                    f"`deepspeed --num_accelerators {tp_size} ...` or set tensor_parallel.tp_size={world_size}")
 
 
 def choose_all_reduce(launch: Launch, tp_size: int) -> tuple[bool, str]:
@@ -211,7 +212,7 @@ def choose_all_reduce(launch: Launch, tp_size: int) -> tuple[bool, str]:
                        f"(LOCAL_SIZE {launch.local_size or 'not set'}, world {launch.world_size})")
     cores = os.cpu_count() or 1
     if tp_size > cores:
-        return False, f"torch group; DeepSpeed's shared-memory op spins, which {tp_size} ranks on {cores} cores cannot afford"
+        return False, f"torch group; DeepSpeed's shared-memory op spins, too slow with {tp_size} ranks on {cores} cores"
     return True, "DeepSpeed's shared-memory op"
 
 

@@ -25,7 +25,8 @@ class Geometry:
     """What config.json says, in one family's terms.
 
     sizes: every named dimension of the table, in elements.
-    attention: tower -> heads. layers: stack ("model.layers") -> count. context: longest sequence in tokens.
+    attention: "text" and "vision" -> heads. layers: stack ("model.layers") -> count, the text tower's first.
+    context: longest sequence in tokens.
     """
 
     sizes: Mapping[str, int]
@@ -33,6 +34,10 @@ class Geometry:
     layers: Mapping[str, int]
     tied: bool
     context: int
+
+    @property
+    def text_stack(self) -> str:
+        return next(iter(self.layers))
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Policy:
         }
 
     def check_claims(self, parameters: Iterable[str], geometry: Geometry) -> None:
-        """Every parameter (published names) has one row, every row a parameter. Raises UserError naming each that has not."""
+        """Each parameter (published name) has one row, each row a parameter. Raises UserError naming those that have not."""
         have, claimed = set(parameters), self.inventory(geometry)
         optional = {self.tied[0]} if geometry.tied else set()
         problems = [f"no rule claims {n!r}: add a row to the table" for n in sorted(have - claimed.keys())]

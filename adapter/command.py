@@ -1,0 +1,109 @@
+"""What every command has in common: arguments, logs, where results go, and how errors end the process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn, TextIO
+
+from policies.errors import UserError
+
+DONE, CHECK_FAILED, BAD_INPUT = 0, 1, 2
+GRACE_S = 5.0  # how long ranks that say nothing let the one that speaks finish
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """--config FILE and any number of key=value; the launcher's --local_rank is accepted and not needed."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. tensor_parallel.tp_size=2")
+    p.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    return p
+
+
+class Results:
+    """JSON lines on the real stdout. Libraries that print go to stderr, so that stdout holds nothing but results."""
+
+    def __init__(self) -> None:
+        sys.stdout.flush()
+        self._out: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.text(json.dumps(row, ensure_ascii=False))
+
+    def text(self, text: str) -> None:
+        self._out.write(text + "\n")
+        self._out.flush()
+
+
+def run(main: Callable[[argparse.Namespace, Results], int], arguments: argparse.ArgumentParser) -> NoReturn:
+    """Run a command to its exit code: UserError is a message and 2, anything else keeps its traceback."""
+    rank = _environment_rank("RANK")
+    try:
+        args = arguments.parse_args()
+    except SystemExit as stop:
+        if rank and stop.code:
+            time.sleep(GRACE_S)
+        raise
+    _configure_logs(rank)
+    try:
+        code = main(args, Results())
+    except UserError as error:
+        _report(error, rank)
+        code = BAD_INPUT
+    except KeyboardInterrupt:
+        code = 130
+    _leave(code)
+
+
+def _report(error: UserError, rank: int) -> None:
+    """Before the ranks are joined, all of one host find the same error: one of them says it. Later each says its own.
+
+    The silent ones wait a little, since the launcher ends the others as soon as one has ended.
+    """
+    if _joined():
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+    elif _environment_rank("LOCAL_RANK") == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(GRACE_S)
+
+
+def _environment_rank(name: str) -> int:
+    """RANK or LOCAL_RANK from whichever launcher set it; 0 without one."""
+    mpi = {"RANK": "OMPI_COMM_WORLD_RANK", "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK"}[name]
+    return int(os.environ.get(name) or os.environ.get(mpi) or os.environ.get("PMI_RANK") or 0)
+
+
+def _joined() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _configure_logs(rank: int) -> None:
+    """Our logger speaks on rank 0 only, and on every rank from warnings up, to stderr. No stream is ever closed."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"rank {rank}: %(message)s" if rank else "%(message)s"))
+    log = logging.getLogger("qwenvl_tp")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime" on every CPU rank
+
+
+def _leave(code: int) -> NoReturn:
+    """End now: a rank that failed must not wait for others in an exit handler of the process group."""
+    if code == DONE and _joined():
+        sys.modules["torch"].distributed.destroy_process_group()
+    sys.stderr.flush()
+    sys.stdout.flush()
+    if code == DONE:
+        sys.exit(DONE)
+    os._exit(code)

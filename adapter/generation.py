@@ -1,0 +1,219 @@
+"""Requests in, answers out: rank 0 prepares, every rank gets the tensors, all generate together, rank 0 reports."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import safetensors.torch
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from adapter.command import BAD_INPUT, CHECK_FAILED, DONE
+from adapter.config import Config, Request
+from adapter.processing import Prepared, RequestError, RequestProcessor, collate
+from adapter.topology import TensorParallel
+
+log = logging.getLogger("qwenvl_tp")
+DEFAULT_NEW_TOKENS = 256  # where the config sets neither max_new_tokens nor max_length; Transformers' own is 20 in all
+
+
+class Clock(BaseStreamer):
+    """Times of the tokens of a generate call; the first `put` is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a run came to."""
+
+    answered: int = 0
+    failed: int = 0
+    wrong: int = 0
+    new_tokens: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        return BAD_INPUT if self.failed else CHECK_FAILED if self.wrong else DONE
+
+
+def answer_all(config: Config, engine: deepspeed.InferenceEngine, tp: TensorParallel,
+               write: Callable[[dict[str, Any]], None]) -> Tally:
+    """Answer every request of the config; every rank must call it. `write` gets a row per request, on rank 0.
+
+    A request that cannot be prepared is a row with `error`; the others are answered. The same Tally on every rank.
+    """
+    began = time.perf_counter()
+    limits = _Limits.of(config, engine.plan.geometry.context)
+    tally = Tally()
+    if tp.rank == 0:
+        processor = RequestProcessor(config.model.path, config.processor, limits.prompt_tokens)
+        for batch, errors in _batches(config.requests, processor, config.batch_size):
+            for error in errors:
+                log.error("request %s failed: %s", error.request_id, error.reason)
+                write({"id": error.request_id, "error": error.reason})
+            tally = _plus(tally, failed=len(errors))
+            if not batch:
+                continue
+            inputs = collate(batch, processor.pad_token_id)
+            share(inputs, tp)
+            rows = _answer(batch, inputs, engine, limits, processor)
+            expected = {r.id: r.expected for r in config.requests}
+            for row in rows:
+                if expected[row["id"]] is not None:
+                    row |= {"expected": expected[row["id"]], "correct": row["answer"] == expected[row["id"]]}
+                write(row)
+            wrong = sum(not row.get("correct", True) for row in rows)
+            tally = _plus(tally, len(rows), 0, wrong, sum(r["new_tokens"] for r in rows))
+        share({}, tp)
+    else:
+        while inputs := share({}, tp):
+            _generate(inputs, engine, limits, None, None)
+    counts = torch.tensor([tally.answered, tally.failed, tally.wrong, tally.new_tokens])
+    tally = Tally(*tp.broadcast(_to_device(counts)).tolist())
+    summary = {"summary": True, "tp_size": tp.size, "requests": len(config.requests), "answered": tally.answered,
+               "failed": tally.failed, "wrong": tally.wrong, "new_tokens": tally.new_tokens,
+               "seconds": round(time.perf_counter() - began, 3), "ranks": rank_facts(engine, tp)}
+    if tp.rank == 0:
+        write(summary)
+    return tally
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """generate arguments of the config, and how long prompt and answer may be together, in tokens."""
+
+    arguments: dict[str, Any]
+    context: int
+
+    @classmethod
+    def of(cls, config: Config, context: int) -> _Limits:
+        arguments = dict(config.generation)
+        if not {"max_new_tokens", "max_length"} & arguments.keys():
+            arguments["max_new_tokens"] = DEFAULT_NEW_TOKENS
+        user_limit = config.deepspeed.get("max_out_tokens", config.deepspeed.get("max_tokens", context))
+        return cls(arguments, min(context, int(user_limit)))
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.context - 1  # room for one new token
+
+    def for_prompt(self, tokens: int) -> dict[str, Any]:
+        """The arguments for a batch `tokens` long: the answer ends where the context does."""
+        if "max_new_tokens" in self.arguments:
+            room = self.context - tokens
+            return self.arguments | {"max_new_tokens": min(self.arguments["max_new_tokens"], room)}
+        return self.arguments
+
+
+def _plus(tally: Tally, answered: int = 0, failed: int = 0, wrong: int = 0, new_tokens: int = 0) -> Tally:
+    return Tally(tally.answered + answered, tally.failed + failed, tally.wrong + wrong, tally.new_tokens + new_tokens)
+
+
+def _batches(
+    requests: Sequence[Request], processor: RequestProcessor, size: int
+) -> Iterator[tuple[list[Prepared], list[RequestError]]]:
+    """Prepared requests in order, `size` at a time, with the errors of those among them that cannot be prepared."""
+    batch: list[Prepared] = []
+    errors: list[RequestError] = []
+    for request in requests:
+        try:
+            batch.append(processor.prepare(request))
+        except RequestError as error:
+            errors.append(error)
+        if len(batch) == size:
+            yield batch, errors
+            batch, errors = [], []
+    if batch or errors:
+        yield batch, errors
+
+
+def share(tensors: dict[str, Tensor], tp: TensorParallel) -> dict[str, Tensor]:
+    """Rank 0's tensors on every rank, in one broadcast of their safetensors form; {} means that there is no more."""
+    if tp.size == 1:
+        return tensors
+    payload = safetensors.torch.save(tensors) if tensors and tp.rank == 0 else b""
+    size = int(tp.broadcast(_to_device(torch.tensor([len(payload)]))))
+    if not size:
+        return {}
+    buffer = torch.frombuffer(bytearray(payload or size), dtype=torch.uint8)
+    buffer = tp.broadcast(_to_device(buffer))
+    return tensors if tp.rank == 0 else safetensors.torch.load(buffer.cpu().numpy().tobytes())
+
+
+def _to_device(x: Tensor) -> Tensor:
+    return x.to(get_accelerator().current_device_name())
+
+
+def _generate(inputs: dict[str, Tensor], engine: deepspeed.InferenceEngine, limits: _Limits,
+              processor: RequestProcessor | None, clock: Clock | None) -> Tensor:
+    """New tokens, int64 [B, new]. `processor` and `clock` are rank 0's."""
+    prompt = inputs["input_ids"].shape[1]
+    streamer = clock if limits.arguments.get("num_beams", 1) == 1 else None  # Transformers streams single beams only
+    on_device = {k: _to_device(v) for k, v in inputs.items()}
+    out = engine.generate(**on_device, **limits.for_prompt(prompt), streamer=streamer)
+    return out[:, prompt:].cpu()
+
+
+def _answer(batch: Sequence[Prepared], inputs: dict[str, Tensor], engine: deepspeed.InferenceEngine, limits: _Limits,
+            processor: RequestProcessor) -> list[dict[str, Any]]:
+    """Generate for one batch and make its rows. ttft_s is to the batch's first token, decode_tok_s that of one row."""
+    clock = Clock()
+    began = time.perf_counter()
+    new = _generate(inputs, engine, limits, processor, clock)
+    ended = time.perf_counter()
+    times = clock.times[1:] or [ended]
+    rows = []
+    for item, ids in zip(batch, new.tolist(), strict=True):
+        tokens = _until_end(ids, processor.eos_token_ids)
+        rows.append({
+            "id": item.id, "answer": processor.decode(tokens), "tokens": tokens, "prompt_tokens": item.prompt_tokens,
+            "new_tokens": len(tokens), "ttft_s": round(times[0] - began, 4),
+            "decode_tok_s": round((len(times) - 1) / (times[-1] - times[0]), 2) if len(times) > 1 else None,
+        })
+    return rows
+
+
+def _until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """A row's tokens up to and with its end-of-sequence token; what follows is the batch's padding."""
+    for i, token in enumerate(ids):
+        if token in ends:
+            return list(ids[: i + 1])
+    return list(ids)
+
+
+def rank_facts(engine: deepspeed.InferenceEngine, tp: TensorParallel) -> list[dict[str, Any]]:
+    """What each rank holds and read, in bytes; every rank must call it. PSS: shared pages are split among sharers."""
+    load = engine.load_report
+    numbers = [load.weight_bytes, load.bytes_read, int(load.seconds * 1e6), proportional_set_size()]
+    mine = _to_device(torch.tensor(numbers))
+    rows = [mine.tolist()] if tp.size == 1 else tp.all_gather_last(mine, (4,) * tp.size).view(tp.size, 4).tolist()
+    text, vision = (engine.plan.heads[tower] for tower in ("text", "vision"))
+    return [
+        {"rank": r, "q_heads": list(text[r].q), "kv_heads": list(text[r].kv), "vision_heads": list(vision[r].q),
+         "weight_bytes": row[0], "bytes_read": row[1], "load_s": row[2] / 1e6, "pss_bytes": row[3]}
+        for r, row in enumerate(rows)
+    ]
+
+
+def proportional_set_size() -> int:
+    """This process's memory in bytes, pages it shares counted by its share. 0 where the kernel does not tell."""
+    rollup = Path("/proc/self/smaps_rollup")
+    if not rollup.exists():
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in rollup.read_text().splitlines() if line.startswith("Pss:"))
