@@ -9,7 +9,9 @@ https://huggingface.co/docs/safetensors.
 from __future__ import annotations
 
 import json
+import math
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,18 +45,23 @@ class TensorInfo:
 
 @dataclass
 class Checkpoint:
-    """The tensors of a model directory by published name, what is wrong with them, and a count of bytes read."""
+    """The tensors of a model directory by published name, what is wrong with them, and a count of bytes read.
+
+    explained: names whose absence `problems` already accounts for; None where that may be any (an unreadable index).
+    """
 
     directory: Path
     tensors: dict[str, TensorInfo]
     problems: list[str]
     bytes_read: int = field(default=0)
+    explained: frozenset[str] | None = frozenset()
 
     def check(self, policy: Policy, geometry: Geometry) -> list[str]:
         """Every way in which the tensors differ from what the policy and config.json promise, in words."""
         expected, found = policy.inventory(geometry), list(self.problems)
         tied_copy = policy.tied[0] if geometry.tied else None
-        for name in sorted(expected.keys() - self.tensors.keys() - {tied_copy}):
+        explained = expected.keys() if self.explained is None else self.explained
+        for name in sorted(expected.keys() - self.tensors.keys() - explained - {tied_copy}):
             found.append(f"tensor {name!r} {list(expected[name])} is missing from {self.directory}")
         for name in sorted(self.tensors.keys() - expected.keys()):
             if not name.endswith(policy.ignored):
@@ -108,17 +115,22 @@ def open_checkpoint(directory: Path, policy: Policy) -> Checkpoint | None:
         if not files:
             return None
     tensors: dict[str, TensorInfo] = {}
+    unreadable: set[str] = set()
     for file in files:
-        for info in _read_header(directory / file, problems):
+        infos = _read_header(directory / file, problems)
+        if infos is None:
+            unreadable.add(file)
+        for info in infos or ():
             published = policy.published(info.name)
             if published in tensors:
                 problems.append(f"{file}: tensor {info.name!r} is also in {tensors[published].file.name}")
             tensors[published] = info
-    unreadable = {f for f in files if any(p.startswith(f"{f}: ") for p in problems)}
     for name, file in promised.items():
         if file not in unreadable and policy.published(name) not in tensors:
             problems.append(f"{INDEX}: promises tensor {name!r} in {file}, which does not hold it")
-    return Checkpoint(directory, tensors, problems)
+    blind = bool(problems) and not promised and not tensors
+    explained = None if blind else frozenset(map(policy.published, promised))
+    return Checkpoint(directory, tensors, problems, explained=explained)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -128,7 +140,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{directory}: no config.json here; model.path must be a model directory") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: holds a {type(config).__name__}, a mapping is needed")
@@ -140,7 +152,7 @@ def _read_index(index: Path, problems: list[str]) -> Mapping[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         problems.append(f"{index.name}: cannot be read: {error!r}")
         return {}
     outside = sorted({f for f in pairs.values() if Path(f).name != f})
@@ -148,37 +160,58 @@ def _read_index(index: Path, problems: list[str]) -> Mapping[str, str]:
     return {name: file for name, file in pairs.items() if file not in outside}
 
 
-def _read_header(file: Path, problems: list[str]) -> list[TensorInfo]:
-    """Every tensor of one file; what is wrong with the file goes to `problems` as 'file name: what'."""
+def _read_header(file: Path, problems: list[str]) -> list[TensorInfo] | None:
+    """Every tensor of one file; None where it cannot be read: why goes to `problems` as 'file name: what'."""
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
+            start = stream.read(8)
+            length = int.from_bytes(start, "little")
+            if start == b"version ":
+                raise ValueError("a git-lfs pointer and not the file itself; fetch it with `git lfs pull`")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise ValueError(f"truncated or not a safetensors file: {size} bytes, header of {length} bytes")
+                raise ValueError(f"truncated or not a safetensors file: {size} bytes, header of {length} bytes; "
+                                 "download it again")
             header = json.loads(stream.read(length))
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is a {type(header).__name__}, a mapping is needed")
         header.pop("__metadata__", None)
-        infos = [TensorInfo(name, file, str(e["dtype"]), tuple(map(int, e["shape"])), 8 + length + e["data_offsets"][0],
-                            e["data_offsets"][1] - e["data_offsets"][0]) for name, e in header.items()]
-        for info in infos:
-            _check_extent(info, size)
+        infos = [_tensor_info(name, file, entry, 8 + length) for name, entry in header.items()]
+        _check_layout(infos, 8 + length, size)
     except FileNotFoundError:
         problems.append(f"{file.name}: missing from {file.parent}; download it again")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{file.name}: {error}")
     else:
         return infos
-    return []
+    return None
 
 
-def _check_extent(info: TensorInfo, file_size: int) -> None:
-    end, count = info.offset + info.nbytes, 1
-    for n in info.shape:
-        count *= n
-    if end > file_size:
-        raise ValueError(f"truncated: {file_size} bytes, but tensor {info.name!r} ends at {end}; download it again")
-    if info.nbytes < 0 or info.nbytes != count * ITEM_BYTES.get(info.dtype, info.nbytes // max(count, 1)):
-        raise ValueError(f"tensor {info.name!r}: {info.nbytes} bytes do not hold {list(info.shape)} of {info.dtype}")
+def _tensor_info(name: str, file: Path, entry: Any, data: int) -> TensorInfo:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        sound = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError(f"tensor {name!r}: header entry {reprlib.repr(entry)} is not a dtype, shape and data_offsets")
+    count = math.prod(shape)
+    if end < begin or end - begin != count * ITEM_BYTES.get(dtype, (end - begin) // max(count, 1)):
+        raise ValueError(f"tensor {name!r}: bytes {begin} to {end} do not hold {list(shape)} of {dtype}")
+    return TensorInfo(name, file, dtype, shape, data + begin, end - begin)
+
+
+def _check_layout(infos: list[TensorInfo], data: int, file_size: int) -> None:
+    """Tensors must fill the file from `data` to its end, one after the other, as the format demands."""
+    at, before = data, "the header"
+    for info in sorted(infos, key=lambda i: (i.offset, i.nbytes)):
+        if info.offset != at:
+            raise ValueError(f"tensor {info.name!r} begins at byte {info.offset}, but {before} ends at {at}")
+        at, before = info.offset + info.nbytes, f"tensor {info.name!r}"
+        if at > file_size:
+            raise ValueError(f"truncated: {file_size} bytes, but {before} ends at {at}; download it again")
+    if at != file_size:
+        raise ValueError(f"{before} ends at byte {at}, but the file has {file_size}")
 
 
 def _byte_runs(part: TensorSlice, item: int) -> Iterator[tuple[int, int]]:

@@ -3,8 +3,8 @@
     config = load_config("configs/demo_tp4.yaml", ["tensor_parallel.tp_size=2"])
 
 Nothing is coerced ("4" is not 4, 1 is not true) and nothing unknown is dropped. Precedence: override > file > default.
-A relative path belongs to whoever states it: the directory of the YAML or JSON-lines file,
-for an override the current directory.
+A relative path is relative to whoever states it: the directory of the YAML or JSON-lines file, and for an override the
+current directory.
 """
 
 from __future__ import annotations
@@ -20,8 +20,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import unquote, urlparse
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field
-from pydantic import Tag, ValidationError, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic import field_validator as check
 
 from policies.errors import UserError
@@ -30,8 +39,6 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T", bound="Section")
-_show = reprlib.Repr()
-_show.maxstring = _show.maxother = 120
 Bases = dict[str, Path]  # what relative paths are relative to: of "model" and of "requests"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -39,9 +46,11 @@ WORDING = (  # pydantic's words in those of YAML
     (r"Input should", "it should"),
     (r"a valid (dictionary|mapping)( or instance of \w+)?", "a mapping"),
     (r"a valid (tuple|list)", "a list"),
-    (r"(a valid number)$", r"\1 (in YAML 1e-5 is text, 1.0e-5 a number)"),
 )
 KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", list: "a list", dict: "a mapping"}
+_show = reprlib.Repr()
+_show.maxstring = _show.maxother = 120
+KINDS |= {type(None): "null"}
 
 
 def _base(info: ValidationInfo, key: str) -> Path:
@@ -169,7 +178,7 @@ class Request(Pixels):
         return chat
 
     def turns(self) -> list[tuple[str, list[tuple[str, Any]]]]:
-        """[(role, [(kind, value)])], kind being text, image or video, whichever way it was stated; a prompt comes last."""
+        """[(role, [(kind, value)])], kind being text, image or video, however it was stated; a prompt comes last."""
         if self.messages is None:
             media = [("image", image) for image in self.images] + [("video", video) for video in self.videos]
             system = [] if self.system is None else [("system", [("text", self.system)])]
@@ -307,12 +316,18 @@ def _say(kind: type[Section], problem: Mapping[str, Any], where: dict[int, str])
     for theirs, ours in WORDING:
         message = re.sub(theirs, ours, message)
     if problem["type"].endswith("_type"):
-        message = f"{KINDS.get(type(problem['input']), 'null')}; {message}"
+        message = f"{_kind(problem['input'])}; {message}"
+    if problem["type"] == "float_type" and isinstance(problem["input"], str):
+        message += " (in YAML 1e-5 is text, 1.0e-5 a number)"
     if problem["type"] == "extra_forbidden":
         message = "unknown key" + _nearest(str(steps[-1]), _known_keys(kind, steps[:-1]))
     elif problem["type"] == "literal_error":
         message += _nearest(str(problem["input"]), re.findall(r"'([^']*)'", problem["ctx"]["expected"]), show=False)
     return f"{key} = {_show.repr(problem['input'])}: {message}"
+
+
+def _kind(value: Any) -> str:
+    return KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 def _nearest(word: str, known: Iterable[str], show: bool = True) -> str:
@@ -409,7 +424,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(tree, dict):
-        found = "is empty" if tree is None else f"holds {KINDS.get(type(tree), 'a scalar')}"
+        found = "is empty" if tree is None else f"holds {_kind(tree)}"
         raise UserError(f"{path}: {found}; a mapping with at least `model: {{path: ...}}` is needed")
     return tree
 
@@ -439,6 +454,6 @@ def _read_json_lines(path: Path, problems: list[str]) -> tuple[list[Any], dict[i
                 continue
             where[len(requests)] = f"{path}:{number}"
             requests.append(request)
-    if not requests and not problems:
+    if not any(line.strip() for line in lines):
         problems.append(f"requests: {path} holds no requests")
     return requests, where

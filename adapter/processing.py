@@ -10,7 +10,6 @@ the frames that the model sees are kept, at the size it sees them, so that a lon
 from __future__ import annotations
 
 import base64
-import binascii
 import copy
 import io
 import json
@@ -34,13 +33,12 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from adapter.config import Processor, Request
 from policies.errors import UserError
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of Pillow's: those that start no program
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of Pillow's: those that start no program
 MOST_PIXELS = 89_478_485  # of one picture before resizing: Pillow's own idea of a decompression bomb
 LEAST_FRAMES = 4  # of a film that has them, as in Qwen's own sampling
 DATA_URL = re.compile(r"data:(\w+)/[\w.+-]+(?:;[^,;]+)*;base64,(.*)", re.DOTALL)
 AV_OPTIONS = {"protocol_whitelist": "none"}  # a playlist inside a file must not make FFmpeg open anything else
 TYPE_IDS = Version(transformers.__version__).major >= 5  # from then on rotary positions need mm_token_type_ids
-
 
 Turns = list[tuple[str, list[tuple[str, Any]]]]  # [(role, [(kind, value)])], kind being text, image or video
 Room = Callable[[int, int, int], None]  # raises UserError if so many frames, of that height and width, are too many
@@ -89,11 +87,12 @@ class RequestProcessor:
             )
             words = {"image": self._processor.image_token, "video": self._processor.video_token}
             self._places = {k: self._processor.tokenizer.convert_tokens_to_ids(word) for k, word in words.items()}
-            self._render([("user", [("text", "?")])])
+            if not self._processor.tokenizer.encode("?") or not self._render([("user", [("text", "?")])]):
+                raise ValueError("the vocabulary or the chat template is empty")
         except Exception as error:
             raise UserError(
                 f"{model_dir}: its processor, tokenizer or chat template cannot be used: {error}; the directory needs "
-                "preprocessor_config.json, tokenizer.json, tokenizer_config.json and chat_template.json"
+                "preprocessor_config.json, tokenizer.json, tokenizer_config.json and a chat template"
             ) from error
         tokenizer = self._processor.tokenizer
         specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -327,7 +326,7 @@ def _film(frames: list[NDArray[np.uint8]], indices: list[int], total: int, rate:
 
 
 def _shrunk(image: Image.Image, part: Any) -> NDArray[np.uint8]:
-    """A frame above the pixel limit is resized as the processor would, if this leaves the processor nothing to resize."""
+    """A frame above the pixel limit, resized as the processor would if that leaves it nothing to resize."""
     if image.width * image.height > part.size["longest_edge"]:
         height, width = _resized(part, image.height, image.width)
         if _resized(part, height, width) == (height, width):
@@ -383,7 +382,7 @@ def _open(value: str, kind: str) -> BinaryIO:
             raise UserError(f"{kind} {_shown(value)}: a data: URL must read data:{kind}/...;base64,...")
         try:
             return io.BytesIO(base64.b64decode("".join(match[2].split()), validate=True))
-        except binascii.Error as error:
+        except ValueError as error:
             raise UserError(f"{kind} {_shown(value)}: not valid base64: {error}") from None
     if "://" in value:
         raise UserError(f"{kind} {_shown(value)}: only local paths and data: URLs are read; download it first")

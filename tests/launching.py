@@ -1,0 +1,114 @@
+"""Start real ranks with a real launcher, and make sure that nothing of them is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MARK = "QWENVL_TP_TEST"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def command(ranks: int, script: Path, args: Sequence[str], launcher: str, port: int, python: str) -> list[str]:
+    tail = [str(script), *args]
+    return {
+        "deepspeed": [python, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port",
+                      str(port), *tail],
+        "torchrun": [python, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(port),
+                     *tail],
+        "mpirun": [str(Path(sys.executable).parent / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-n",
+                   str(ranks), python, *tail],
+        "none": [python, *tail],
+    }[launcher]
+
+
+class Job:
+    """A running launcher with all its descendants, found by a mark in their environment."""
+
+    def __init__(self, ranks: int, script: Path, *args: str, launcher: str = "deepspeed", python: str = sys.executable,
+                 env: Mapping[str, str] | None = None) -> None:
+        self.mark, self.port = uuid.uuid4().hex, free_port()
+        self.shm_before = set(os.listdir("/dev/shm"))
+        self.began = time.monotonic()
+        self.process = subprocess.Popen(
+            command(ranks, script, args, launcher, self.port, python), text=True, start_new_session=True, cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", MARK: self.mark, **(env or {})},
+        )
+
+    def finish(self, timeout: float = 240) -> Outcome:
+        try:
+            out, err = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.kill_all()
+            out, err = self.process.communicate()
+            raise AssertionError(f"no end after {timeout} s\n{out[-3000:]}\n{err[-5000:]}") from None
+        return Outcome(self.process.returncode, out, err, time.monotonic() - self.began)
+
+    def descendants(self) -> list[int]:
+        """Process ids that carry this job's mark, the launcher included."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    if f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                        found.append(int(entry.name))
+                except OSError:
+                    pass
+        return found
+
+    def rank_pid(self, rank: int) -> int:
+        """Process id of one rank, found by RANK in its environment and the script in its command line."""
+        for pid in self.descendants():
+            env = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if f"RANK={rank}".encode() in env and b"LOCAL_RANK" in b"".join(env):
+                return pid
+        raise AssertionError(f"rank {rank} is not running")
+
+    def kill_all(self) -> None:
+        for pid in self.descendants():
+            os.kill(pid, signal.SIGKILL)
+
+    def leftovers(self, wait_s: float = 10) -> list[str]:
+        """Processes, /dev/shm names and listening ports of this job that are still there after `wait_s` at most."""
+        deadline = time.monotonic() + wait_s
+        while True:
+            left = [f"process {pid}" for pid in self.descendants()]
+            left += [f"/dev/shm/{n}" for n in set(os.listdir("/dev/shm")) - self.shm_before if str(self.port) in n]
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", self.port)) == 0:
+                    left.append(f"port {self.port}")
+            if not left or time.monotonic() > deadline:
+                return left
+            time.sleep(0.1)
+
+
+def launch(ranks: int, script: Path, *args: str, timeout: float = 240, **options) -> Outcome:
+    """Run a job to its end; fails if it leaves anything behind."""
+    job = Job(ranks, script, *args, **options)
+    outcome = job.finish(timeout)
+    left = job.leftovers()
+    assert not left, left
+    return outcome

@@ -1,0 +1,98 @@
+"""One rank of a parity run: every model given, every case, logits and tokens of rank 0 to a file.
+
+    deepspeed --num_accelerators N worker.py --out DIR MODEL_DIR [MODEL_DIR ...]
+    python worker.py --plain --out DIR MODEL_DIR ...          one process, plain Transformers, no adapter: the reference
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+
+import torch
+import transformers
+from checkpoints import cases
+from packaging.version import Version
+from safetensors.torch import save_file
+
+NEW = 32
+GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+BEAMS = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": 3}
+SAMPLED = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": True, "temperature": 1.5, "top_k": 50}
+
+
+def inputs_for(case: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
+    keep = {k: v.to(device) for k, v in case.items()}
+    if Version(transformers.__version__) < Version("5"):
+        keep.pop("mm_token_type_ids")
+    return keep
+
+
+def run(model, generate, vocab: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Logits of the whole prompt and greedy tokens of every case; beams and a seeded sample of one."""
+    out: dict[str, torch.Tensor] = {}
+    for name, case in cases(vocab).items():
+        inputs = inputs_for(case, device)
+        with torch.inference_mode():
+            logits = model(**inputs).logits.float()
+        out[f"{name}.logits"] = logits[inputs["attention_mask"].bool()].contiguous()
+        out[f"{name}.tokens"] = generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1]:].contiguous()
+    inputs = inputs_for(cases(vocab)["image"], device)
+    out["beams.tokens"] = generate(**inputs, **BEAMS)
+    positional = {k: v for k, v in inputs_for(cases(vocab)["text"], device).items() if k != "input_ids"}
+    out["positional.tokens"] = generate(inputs_for(cases(vocab)["text"], device)["input_ids"], **positional, **GREEDY)
+    torch.manual_seed(7 + int(os.environ.get("RANK", 0)))  # ranks disagree about the seed: rank 0's must win
+    out["sampled.tokens"] = generate(**inputs, **SAMPLED)
+    return {k: v.cpu().contiguous() for k, v in out.items()}
+
+
+def equal_on_ranks(results: dict[str, torch.Tensor], tp) -> torch.Tensor:
+    """For each result: is every rank's copy bit for bit that of rank 0?"""
+    flags = []
+    for key in sorted(results):
+        mine = results[key]
+        theirs = tp.broadcast(mine.clone())
+        flags.append(torch.equal(mine, theirs))
+    everyone = tp.all_gather_last(torch.tensor(flags, dtype=torch.uint8), (len(flags),) * tp.size) if tp.size > 1 \
+        else torch.tensor(flags, dtype=torch.uint8)
+    return everyone.view(tp.size, -1).all(0)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--plain", action="store_true")
+    p.add_argument("--local_rank", type=int)
+    p.add_argument("models", nargs="+", type=Path)
+    args = p.parse_args()
+    for directory in args.models:
+        if args.plain:
+            import json
+
+            name = json.loads((directory / "config.json").read_text())["architectures"][0]
+            model = getattr(transformers, name).from_pretrained(directory, torch_dtype=torch.float32).eval()
+            results = run(model, model.generate, model.config.get_text_config().vocab_size)
+            save_file(results, args.out / f"{directory.name}.plain.safetensors")
+            continue
+        import adapter
+        from adapter.config import from_dict
+
+        engine = adapter.init_inference(from_dict({
+            "model": {"path": str(directory), "dtype": "float32"},
+            "tensor_parallel": {"tp_size": int(os.environ.get("WORLD_SIZE", 1))}}, Path(".")))
+        tp = engine.mpu.tp
+        device = str(next(engine.module.parameters()).device)
+        results = run(engine.module, engine.generate, engine.plan.geometry.sizes["vocab"], device)
+        results["equal_on_ranks"] = equal_on_ranks(results, tp)
+        facts = [engine.load_report.weight_bytes, engine.load_report.bytes_read]
+        results["bytes"] = torch.tensor(facts) if tp.size == 1 else tp.all_gather_last(torch.tensor(facts), (2,) * tp.size)
+        if tp.rank == 0:
+            save_file(results, args.out / f"{directory.name}.tp{tp.size}.safetensors")
+
+
+if __name__ == "__main__":
+    main()
