@@ -155,7 +155,7 @@ def _read_index(index: Path, problems: list[str]) -> Mapping[str, str]:
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         problems.append(f"{index.name}: cannot be read: {error!r}")
         return {}
-    outside = sorted({f for f in pairs.values() if Path(f).name != f})
+    outside = sorted({f for f in pairs.values() if Path(f).name != f or f in ("", "..")})
     problems += [f"{index.name}: file {f!r} is not a plain file name of this directory" for f in outside]
     return {name: file for name, file in pairs.items() if file not in outside}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from adapter.processing import Prepared, RequestError, RequestProcessor, collate
 from adapter.topology import TensorParallel
 
 log = logging.getLogger("qwenvl_tp")
+Write = Callable[[dict[str, Any]], None]
 DEFAULT_NEW_TOKENS = 256  # where the config sets neither max_new_tokens nor max_length; Transformers' own is 20 in all
 
 
@@ -51,58 +52,66 @@ class Tally:
     def exit_code(self) -> int:
         return BAD_INPUT if self.failed else CHECK_FAILED if self.wrong else DONE
 
+    def summary(self, config: Config, tp_size: int, began: float) -> dict[str, Any]:
+        """The last line of a command's results."""
+        return {"summary": True, "tp_size": tp_size, "requests": len(config.requests), **asdict(self),
+                "seconds": round(time.perf_counter() - began, 3)}
 
-def answer_all(config: Config, engine: deepspeed.InferenceEngine, tp: TensorParallel,
-               write: Callable[[dict[str, Any]], None]) -> Tally:
+
+def answer_all(config: Config, engine: deepspeed.InferenceEngine, tp: TensorParallel, write: Write) -> Tally:
     """Answer every request of the config; every rank must call it. `write` gets a row per request, on rank 0.
 
     A request that cannot be prepared is a row with `error`; the others are answered. The same Tally on every rank.
     """
     began = time.perf_counter()
-    limits = _Limits.of(config, engine.plan.geometry.context)
+    limits = Limits.of(config, engine.plan.geometry.context)
     tally = Tally()
     if tp.rank == 0:
-        processor = RequestProcessor(config.model.path, config.processor, limits.prompt_tokens)
-        for batch, errors in _batches(config.requests, processor, config.batch_size):
-            for error in errors:
-                log.error("request %s failed: %s", error.request_id, error.reason)
-                write({"id": error.request_id, "error": error.reason})
-            tally = _plus(tally, failed=len(errors))
-            if not batch:
-                continue
-            inputs = collate(batch, processor.pad_token_id)
-            share(inputs, tp)
-            rows = _answer(batch, inputs, engine, limits, processor)
-            expected = {r.id: r.expected for r in config.requests}
-            for row in rows:
-                if expected[row["id"]] is not None:
-                    row |= {"expected": expected[row["id"]], "correct": row["answer"] == expected[row["id"]]}
-                write(row)
-            wrong = sum(not row.get("correct", True) for row in rows)
-            tally = _plus(tally, len(rows), 0, wrong, sum(r["new_tokens"] for r in rows))
+        def run(inputs: dict[str, Tensor], clock: Clock) -> Tensor:
+            return generate(share(inputs, tp), engine.generate, limits, clock)
+
+        tally = answer(config, limits, run, write)
         share({}, tp)
     else:
         while inputs := share({}, tp):
-            _generate(inputs, engine, limits, None, None)
+            generate(inputs, engine.generate, limits, Clock())
     counts = torch.tensor([tally.answered, tally.failed, tally.wrong, tally.new_tokens])
-    tally = Tally(*tp.broadcast(_to_device(counts)).tolist())
-    summary = {"summary": True, "tp_size": tp.size, "requests": len(config.requests), "answered": tally.answered,
-               "failed": tally.failed, "wrong": tally.wrong, "new_tokens": tally.new_tokens,
-               "seconds": round(time.perf_counter() - began, 3), "ranks": rank_facts(engine, tp)}
+    tally = Tally(*tp.broadcast(to_device(counts)).tolist())
+    ranks = rank_facts(engine, tp)
     if tp.rank == 0:
-        write(summary)
+        write(tally.summary(config, tp.size, began) | {"ranks": ranks})
+    return tally
+
+
+def answer(config: Config, limits: Limits, run: Callable[[dict[str, Tensor], Clock], Tensor], write: Write) -> Tally:
+    """Prepare, batch, `run` and report every request of the config, in one process."""
+    processor = RequestProcessor(config.model.path, config.processor, limits.prompt_tokens)
+    expected = {r.id: r.expected for r in config.requests}
+    tally = Tally()
+    for batch, errors in _batches(config.requests, processor, config.batch_size):
+        for error in errors:
+            log.error("request %s failed: %s", error.request_id, error.reason)
+            write({"id": error.request_id, "error": error.reason})
+        rows = _rows(batch, processor, run) if batch else []
+        for row in rows:
+            right = expected[row["id"]]
+            write(row if right is None else row | {"expected": right, "correct": row["answer"] == right})
+        wrong = sum(expected[r["id"]] not in (None, r["answer"]) for r in rows)
+        new_tokens = sum(r["new_tokens"] for r in rows)
+        tally = Tally(tally.answered + len(rows), tally.failed + len(errors), tally.wrong + wrong,
+                      tally.new_tokens + new_tokens)
     return tally
 
 
 @dataclass(frozen=True)
-class _Limits:
+class Limits:
     """generate arguments of the config, and how long prompt and answer may be together, in tokens."""
 
     arguments: dict[str, Any]
     context: int
 
     @classmethod
-    def of(cls, config: Config, context: int) -> _Limits:
+    def of(cls, config: Config, context: int) -> Limits:
         arguments = dict(config.generation)
         if not {"max_new_tokens", "max_length"} & arguments.keys():
             arguments["max_new_tokens"] = DEFAULT_NEW_TOKENS
@@ -119,10 +128,6 @@ class _Limits:
             room = self.context - tokens
             return self.arguments | {"max_new_tokens": min(self.arguments["max_new_tokens"], room)}
         return self.arguments
-
-
-def _plus(tally: Tally, answered: int = 0, failed: int = 0, wrong: int = 0, new_tokens: int = 0) -> Tally:
-    return Tally(tally.answered + answered, tally.failed + failed, tally.wrong + wrong, tally.new_tokens + new_tokens)
 
 
 def _batches(
@@ -148,36 +153,34 @@ def share(tensors: dict[str, Tensor], tp: TensorParallel) -> dict[str, Tensor]:
     if tp.size == 1:
         return tensors
     payload = safetensors.torch.save(tensors) if tensors and tp.rank == 0 else b""
-    size = int(tp.broadcast(_to_device(torch.tensor([len(payload)]))))
+    size = int(tp.broadcast(to_device(torch.tensor([len(payload)]))))
     if not size:
         return {}
     buffer = torch.frombuffer(bytearray(payload or size), dtype=torch.uint8)
-    buffer = tp.broadcast(_to_device(buffer))
+    buffer = tp.broadcast(to_device(buffer))
     return tensors if tp.rank == 0 else safetensors.torch.load(buffer.cpu().numpy().tobytes())
 
 
-def _to_device(x: Tensor) -> Tensor:
+def to_device(x: Tensor) -> Tensor:
     return x.to(get_accelerator().current_device_name())
 
 
-def _generate(inputs: dict[str, Tensor], engine: deepspeed.InferenceEngine, limits: _Limits,
-              processor: RequestProcessor | None, clock: Clock | None) -> Tensor:
-    """New tokens, int64 [B, new]. `processor` and `clock` are rank 0's."""
+def generate(inputs: dict[str, Tensor], call: Callable[..., Tensor], limits: Limits, clock: Clock) -> Tensor:
+    """New tokens, int64 [B, new], from an engine's or a model's `generate`."""
     prompt = inputs["input_ids"].shape[1]
     streamer = clock if limits.arguments.get("num_beams", 1) == 1 else None  # Transformers streams single beams only
-    on_device = {k: _to_device(v) for k, v in inputs.items()}
-    out = engine.generate(**on_device, **limits.for_prompt(prompt), streamer=streamer)
-    return out[:, prompt:].cpu()
+    on_device = {k: to_device(v) for k, v in inputs.items()}
+    return call(**on_device, **limits.for_prompt(prompt), streamer=streamer)[:, prompt:].cpu()
 
 
-def _answer(batch: Sequence[Prepared], inputs: dict[str, Tensor], engine: deepspeed.InferenceEngine, limits: _Limits,
-            processor: RequestProcessor) -> list[dict[str, Any]]:
+def _rows(batch: Sequence[Prepared], processor: RequestProcessor,
+          run: Callable[[dict[str, Tensor], Clock], Tensor]) -> list[dict[str, Any]]:
     """Generate for one batch and make its rows. ttft_s is to the batch's first token, decode_tok_s that of one row."""
-    clock = Clock()
+    log.info("generating: requests %s", ", ".join(item.id for item in batch))
+    inputs, clock = collate(batch, processor.pad_token_id), Clock()
     began = time.perf_counter()
-    new = _generate(inputs, engine, limits, processor, clock)
-    ended = time.perf_counter()
-    times = clock.times[1:] or [ended]
+    new = run(inputs, clock)
+    times = clock.times[1:] or [time.perf_counter()]
     rows = []
     for item, ids in zip(batch, new.tolist(), strict=True):
         tokens = _until_end(ids, processor.eos_token_ids)
@@ -201,7 +204,7 @@ def rank_facts(engine: deepspeed.InferenceEngine, tp: TensorParallel) -> list[di
     """What each rank holds and read, in bytes; every rank must call it. PSS: shared pages are split among sharers."""
     load = engine.load_report
     numbers = [load.weight_bytes, load.bytes_read, int(load.seconds * 1e6), proportional_set_size()]
-    mine = _to_device(torch.tensor(numbers))
+    mine = to_device(torch.tensor(numbers))
     rows = [mine.tolist()] if tp.size == 1 else tp.all_gather_last(mine, (4,) * tp.size).view(tp.size, 4).tolist()
     text, vision = (engine.plan.heads[tower] for tower in ("text", "vision"))
     return [

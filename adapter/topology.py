@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -108,11 +108,6 @@ class Launch:
         return self.local_size == self.world_size
 
 
-def rank_from_environment(environ: Mapping[str, str] = os.environ) -> int:
-    """This process's rank before any group exists (0 outside a launcher); for deciding who logs."""
-    return int(environ.get("RANK", environ.get("OMPI_COMM_WORLD_RANK", environ.get("PMI_RANK", "0"))))
-
-
 def read_environment(environ: MutableMapping[str, str] = os.environ) -> Launch:
     """Understand the launcher (deepspeed, torchrun, mpirun, none) and set what torch and DeepSpeed read.
 
@@ -125,9 +120,10 @@ def read_environment(environ: MutableMapping[str, str] = os.environ) -> Launch:
         environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1",
                        MASTER_PORT=str(free_port()))
     environ.setdefault("LOCAL_RANK", "0")
-    local_size = environ.get("LOCAL_SIZE") or environ.get("LOCAL_WORLD_SIZE")
-    if local_size:
-        environ["LOCAL_SIZE"] = local_size
+    local_size = environ.get("LOCAL_SIZE")
+    if not local_size and not dist.is_initialized():  # later is too late: the op has set itself up without it
+        local_size = environ.get("LOCAL_WORLD_SIZE")
+        environ.update({"LOCAL_SIZE": local_size} if local_size else {})
     try:
         launch = Launch(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ["LOCAL_RANK"]),
                         int(local_size or 0))
@@ -219,17 +215,20 @@ def choose_all_reduce(launch: Launch, tp_size: int) -> tuple[bool, str]:
 def _init_process_group(launch: Launch) -> None:
     """torch's process group; a job of one host rendezvouses on loopback only, which env:// would not do."""
     backend = get_accelerator().communication_backend_name()
+    device = None
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(launch.local_rank)
+        device = torch.device(get_accelerator().device_name(launch.local_rank))
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if not launch.one_host or address not in LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        torch.distributed.init_process_group(backend, timeout=TIMEOUT, rank=launch.rank, world_size=launch.world_size)
+        torch.distributed.init_process_group(backend, timeout=TIMEOUT, rank=launch.rank, world_size=launch.world_size,
+                                             device_id=device)
         return
     listener = _listen(port) if launch.rank == 0 else None
     store = torch.distributed.TCPStore("127.0.0.1", port, launch.world_size, launch.rank == 0, timeout=TIMEOUT,
                                        wait_for_workers=False, master_listen_fd=listener)
     torch.distributed.init_process_group(backend, store=store, timeout=TIMEOUT, rank=launch.rank,
-                                         world_size=launch.world_size)
+                                         world_size=launch.world_size, device_id=device)
 
 
 def _listen(port: int) -> int:

@@ -45,7 +45,8 @@ def _table(facts: dict[str, Any]) -> str:
               f"{r['kv_bytes_per_token']} bytes a token" for r in facts["ranks"]]
     reduce, c = facts["collectives"]["per_layer"], facts["collectives"]
     lines += [f"all-reduces per layer: {reduce}; a token: {c['per_token']} collectives, {c['per_token_bytes']} bytes"]
-    shown = [t for t in facts["tensors"] if not any(f".{i}." in t["name"] for i in range(1, 1000))]
+    shown = [t for t in facts["tensors"] if not any(
+        t["name"].startswith(f"{stack}.") and not t["name"].startswith(f"{stack}.0.") for stack in reduce)]
     lines += [f"  {t['name']} {t['shape']} {t['rule']}" + (f" dim {t['dim']}: {t['slices'][0]} .. {t['slices'][-1]}"
               if t["dim"] is not None else "") for t in shown]
     return "\n".join(lines)

@@ -114,10 +114,11 @@ def _shard(start: int, stop: int, group: int, head_dim: int) -> HeadShard:
 def split_grains(size: int, tp_size: int) -> Split:
     """Cut `size` elements (an MLP's width, a vocabulary) in kernel-friendly grains, as even as they allow.
 
-    The largest power-of-two grain up to 64 is taken that leaves no rank more than 5 % over the mean.
+    The largest power-of-two grain up to 64 is taken that leaves no rank more than 5 % over the mean, and none empty.
     """
     grain = GRAIN
-    while grain > 1 and _fullest(size, grain, tp_size) > GRAIN_IMBALANCE * size / tp_size:
+    while grain > 1 and (_fullest(size, grain, tp_size) > GRAIN_IMBALANCE * size / tp_size
+                         or ceil_div(size, grain) < tp_size):
         grain //= 2
     units = ceil_div(size, grain)
     cut = [min(size, grain * (units * r // tp_size)) for r in range(tp_size)] + [size]

@@ -88,7 +88,7 @@ class Policy:
         }
 
     def check_claims(self, parameters: Iterable[str], geometry: Geometry) -> None:
-        """Each parameter (published name) has one row, each row a parameter. Raises UserError naming those that have not."""
+        """Each parameter (published name) has one row, each row a parameter. Raises UserError naming those without."""
         have, claimed = set(parameters), self.inventory(geometry)
         optional = {self.tied[0]} if geometry.tied else set()
         problems = [f"no rule claims {n!r}: add a row to the table" for n in sorted(have - claimed.keys())]

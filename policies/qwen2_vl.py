@@ -54,17 +54,22 @@ RENAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 
 def geometry(config: Mapping[str, Any]) -> Geometry:
     """config.json (text fields flat as published, or nested under text_config) -> Geometry. Raises UserError."""
-    text: Mapping[str, Any] = {**config, **(config.get("text_config") or {})}
-    vision: Mapping[str, Any] = config.get("vision_config") or {}
+    text, vision = {**config, **_section(config, "text_config")}, _section(config, "vision_config")
     hidden, heads = _int(text, "hidden_size"), _int(text, "num_attention_heads")
     kv_heads = _int(text, "num_key_value_heads", heads)
     v_hidden, v_heads = _int(vision, "embed_dim", 1280), _int(vision, "num_heads", 16)
     merge = _int(vision, "spatial_merge_size", 2) ** 2
     head_dim = hidden // heads
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    mlp_ratio = vision.get("mlp_ratio", 4)
+    if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, int | float) or not 0 < mlp_ratio < 1000:
+        raise UserError(f"config.json: 'mlp_ratio' is {mlp_ratio!r}; a positive number is needed")
+    if not isinstance(tied, bool):
+        raise UserError(f"config.json: 'tie_word_embeddings' is {tied!r}; true or false is needed")
     sizes = {
         "vocab": _int(text, "vocab_size"), "hidden": hidden, "q": heads * head_dim, "kv": kv_heads * head_dim,
         "mlp": _int(text, "intermediate_size"), "v_hidden": v_hidden, "v_q": v_hidden, "v_qkv": 3 * v_hidden,
-        "v_mlp": int(v_hidden * vision.get("mlp_ratio", 4)), "merger": v_hidden * merge, "merged": v_hidden * merge,
+        "v_mlp": int(v_hidden * mlp_ratio), "merger": v_hidden * merge, "merged": v_hidden * merge,
         "channels": _int(vision, "in_channels", _int(vision, "in_chans", 3)),
         "frames": _int(vision, "temporal_patch_size", 2), "patch": _int(vision, "patch_size", 14),
     }
@@ -73,9 +78,16 @@ def geometry(config: Mapping[str, Any]) -> Geometry:
         attention={"text": Attention(heads, kv_heads, head_dim),
                    "vision": Attention(v_heads, v_heads, v_hidden // v_heads)},
         layers={"model.layers": _int(text, "num_hidden_layers"), "visual.blocks": _int(vision, "depth", 32)},
-        tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        tied=tied,
         context=_int(text, "max_position_embeddings", 32768),
     )
+
+
+def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = config.get(key) or {}
+    if not isinstance(section, Mapping):
+        raise UserError(f"config.json: {key!r} is {section!r}; a mapping is needed")
+    return section
 
 
 def _int(section: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -94,6 +106,9 @@ def problems(g: Geometry, tp_size: int) -> list[str]:
         found.append(f"tp_size {tp_size}: each rank needs a query head and there are {text.q_heads}")
     if text.q_heads * text.head_dim != g.sizes["hidden"]:
         found.append(f"hidden_size {g.sizes['hidden']} is not a multiple of num_attention_heads {text.q_heads}")
+    elif text.head_dim % 2:
+        found.append(f"head_dim {text.head_dim} (hidden_size {g.sizes['hidden']} / {text.q_heads} heads) is not even, "
+                     "which its rotary embedding needs")
     if text.q_heads % text.kv_heads:
         found.append(f"num_attention_heads {text.q_heads} is not a multiple of num_key_value_heads {text.kv_heads}")
     if vision.q_heads * vision.head_dim != g.sizes["v_hidden"]:

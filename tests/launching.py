@@ -48,8 +48,8 @@ class Job:
     """A running launcher with all its descendants, found by a mark in their environment."""
 
     def __init__(self, ranks: int, script: Path, *args: str, launcher: str = "deepspeed", python: str = sys.executable,
-                 env: Mapping[str, str] | None = None) -> None:
-        self.mark, self.port = uuid.uuid4().hex, free_port()
+                 env: Mapping[str, str] | None = None, port: int | None = None) -> None:
+        self.mark, self.port = uuid.uuid4().hex, port or free_port()
         self.shm_before = set(os.listdir("/dev/shm"))
         self.began = time.monotonic()
         self.process = subprocess.Popen(

@@ -66,6 +66,7 @@ def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--plain", action="store_true")
+    p.add_argument("--device", default="cpu", help="where the plain model runs")
     p.add_argument("--local_rank", type=int)
     p.add_argument("models", nargs="+", type=Path)
     args = p.parse_args()
@@ -75,7 +76,8 @@ def main() -> None:
 
             name = json.loads((directory / "config.json").read_text())["architectures"][0]
             model = getattr(transformers, name).from_pretrained(directory, torch_dtype=torch.float32).eval()
-            results = run(model, model.generate, model.config.get_text_config().vocab_size)
+            model.to(args.device)
+            results = run(model, model.generate, model.config.get_text_config().vocab_size, args.device)
             save_file(results, args.out / f"{directory.name}.plain.safetensors")
             continue
         import adapter

@@ -1,0 +1,38 @@
+"""The same requests in one process with plain Transformers: no DeepSpeed, no sharding, no layer of ours.
+
+What every tensor-parallel answer is held against.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import transformers
+from torch import Tensor
+
+from adapter.checkpoint import read_config
+from adapter.config import Config
+from adapter.generation import Clock, Limits, Tally, Write, answer, generate, to_device
+from policies.registry import policy_for
+
+
+def answer_plain(config: Config, write: Write) -> Tally:
+    """Answer every request of the config; `write` gets a row per request and a summary."""
+    began = time.perf_counter()
+    mapping = read_config(config.model.path)
+    policy = policy_for(mapping)
+    model = getattr(transformers, policy.model_class).from_pretrained(
+        config.model.path, torch_dtype=config.model.torch_dtype, attn_implementation=config.model.attn_implementation,
+        local_files_only=True, use_safetensors=True,
+    ).eval()
+    model.to(to_device(torch.empty(0)).device)
+    limits = Limits.of(config, policy.geometry(mapping).context)
+
+    def run(inputs: dict[str, Tensor], clock: Clock) -> Tensor:
+        with torch.inference_mode():
+            return generate(inputs, model.generate, limits, clock)
+
+    tally = answer(config, limits, run, write)
+    write(tally.summary(config, 1, began))
+    return tally

@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""Show the answers of a tensor-parallel run beside those of one process, and what each rank held and read.
+
+    python launch/compare.py --config C --one FILE --many FILE
+
+Exit 0: every answer right and every token the same; 1: not; 2: a file is missing or holds no results.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from adapter import command  # noqa: E402
+from policies.errors import UserError  # noqa: E402
+
+
+def main(args: argparse.Namespace, results: command.Results) -> int:
+    from adapter.config import load_config
+
+    one, many = _read(args.one), _read(args.many)
+    good = True
+    for request in load_config(args.config).requests:
+        ours, plain = many.get(request.id, {}), one.get(request.id, {})
+        same = ours.get("tokens") == plain.get("tokens") is not None
+        right = ours.get("correct", True) and "answer" in ours
+        good &= same and right
+        media = ", ".join(Path(m).name for m in (*request.images, *request.videos) if isinstance(m, str))
+        results.text(f"{media or 'no picture'}: {request.prompt}\n    {ours.get('answer', ours.get('error'))!r} "
+                     f"{'right' if right else 'WRONG, expected ' + repr(request.expected)}; "
+                     f"{'same tokens as' if same else 'TOKENS DIFFER from'} one process")
+    summary = many.get("summary", {})
+    for r in summary.get("ranks", []):
+        results.text(f"rank {r['rank']}: query heads {r['q_heads'][0]}-{r['q_heads'][1] - 1}, held "
+                     f"{r['weight_bytes'] / 1e6:.2f} MB of weights, read {r['bytes_read'] / 1e6:.2f} MB, "
+                     f"memory {r['pss_bytes'] / 1e6:.0f} MB (PSS)")
+    verdict = "all right, and the same tokens as one process" if good else "NOT all right or not the same tokens"
+    results.text(f"{summary.get('answered', 0)} of {summary.get('requests', 0)} answered by {summary.get('tp_size')} "
+                 f"ranks in {summary.get('seconds')} s: {verdict}")
+    return command.DONE if good else command.CHECK_FAILED
+
+
+def _read(file: str) -> dict[str, dict[str, Any]]:
+    """Result rows by request id; the summary under "summary". Lines of launchers are not results and are left out."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    rows = [json.loads(line) for line in lines if line.startswith("{")]
+    if not any(r.get("summary") for r in rows):
+        raise UserError(f"{file}: holds no summary; the run that wrote it did not end well, see its messages above")
+    return {"summary" if r.get("summary") else r["id"]: r for r in rows}
+
+
+if __name__ == "__main__":
+    arguments = command.parser(__doc__)
+    arguments.add_argument("--one", required=True, metavar="FILE", help="results of launch/one_process.py")
+    arguments.add_argument("--many", required=True, metavar="FILE", help="results of launch/generate.py")
+    command.run(main, arguments)

@@ -1,0 +1,26 @@
+#!/usr/bin/env python3
+"""Answer the requests of a config in one process with plain Transformers: what launch/generate.py is held against.
+
+    python launch/one_process.py --config configs/demo_tp4.yaml [key=value ...]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from adapter import command
+
+
+def main(args: argparse.Namespace, results: command.Results) -> int:
+    from adapter.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from adapter.plain import answer_plain
+
+    return answer_plain(config, results.write).exit_code
+
+
+if __name__ == "__main__":
+    command.run(main, command.parser(__doc__))

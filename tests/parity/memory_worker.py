@@ -1,0 +1,49 @@
+"""One rank that measures its own memory while it loads a shard: PSS before, highest during, after. JSON on stdout.
+
+    deepspeed --num_accelerators N memory_worker.py MODEL_DIR
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from adapter import topology
+from adapter.generation import proportional_set_size
+from adapter.inject import build_on_meta, checkpoint_source, inject
+from adapter.plan import checked_plan
+
+
+def main() -> None:
+    directory = Path(next(a for a in sys.argv[1:] if not a.startswith("--")))
+    plan, checkpoint = checked_plan(directory, int(os.environ["WORLD_SIZE"]), "bfloat16")
+    mpu = topology.start(plan.tp_size)
+    topology.dist.barrier()  # everyone's libraries are in, so that shared pages are shared
+    before, peak, done = proportional_set_size(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], proportional_set_size())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = build_on_meta(directory, plan.policy, torch.bfloat16, "sdpa")
+    inject(model, plan, mpu.tp, checkpoint_source(checkpoint), torch.bfloat16)
+    done.set()
+    thread.join()
+    topology.dist.barrier()
+    row = {"rank": mpu.tp.rank, "shard": plan.weight_bytes(mpu.tp.rank), "before": before,
+           "peak": peak[0], "after": proportional_set_size(), "read": checkpoint.bytes_read}
+    os.write(1, (json.dumps(row) + "\n").encode())  # one write: lines of several ranks do not mix
+    topology.dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

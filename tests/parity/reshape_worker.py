@@ -1,0 +1,56 @@
+"""One rank of the original failure: hidden 3584, 28 heads, 359 tokens, with or without the per-rank head override.
+
+    deepspeed --num_accelerators 4 reshape_worker.py MODEL_DIR OUT.safetensors [--without-override]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from adapter import topology
+from adapter.inject import build_on_meta, checkpoint_source, inject
+from adapter.plan import checked_plan
+
+TOKENS = 359
+
+
+def prompt(vocab: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(10, vocab, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("model", type=Path)
+    p.add_argument("out", type=Path)
+    p.add_argument("--without-override", action="store_true")
+    p.add_argument("--plain", action="store_true")
+    p.add_argument("--local_rank", type=int)
+    args = p.parse_args()
+    if args.plain:
+        model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(args.model, torch_dtype=torch.float32).eval()
+    else:
+        tp_size = int(os.environ["WORLD_SIZE"])
+        plan, checkpoint = checked_plan(args.model, tp_size, "float32")
+        if args.without_override:
+            plan = dataclasses.replace(plan, policy=dataclasses.replace(plan.policy, head_numbers=()))
+        model = build_on_meta(args.model, plan.policy, torch.float32, "sdpa")
+        inject(model, plan, topology.start(tp_size).tp, checkpoint_source(checkpoint), torch.float32)
+    with torch.inference_mode():
+        logits = model(**prompt(model.config.get_text_config().vocab_size)).logits
+    if int(os.environ.get("RANK", 0)) == 0:
+        save_file({"logits": logits.contiguous()}, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The failure this project began with, on a Transformers release that has it, and parity on that release.
+
+QWENVL_TP_OLD_PYTHON names an interpreter whose Transformers is one of 4.45-4.51; tests/run.sh makes one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import Shape, make_checkpoint
+from launching import launch
+from safetensors.torch import load_file
+
+OLD = os.environ.get("QWENVL_TP_OLD_PYTHON", "")
+pytestmark = [pytest.mark.ranks, pytest.mark.skipif(not OLD, reason="QWENVL_TP_OLD_PYTHON is not set")]
+RESHAPE = Path(__file__).with_name("reshape_worker.py")
+WORKER = Path(__file__).with_name("worker.py")
+GEOMETRY = Shape(heads=28, kv_heads=4, head_dim=128, layers=1, mlp=512, vocab=211, v_layers=1)  # hidden 3584
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("reshape") / "hidden3584", GEOMETRY, files=1)
+
+
+def test_this_release_has_the_bug():
+    code = ("import inspect, transformers.models.qwen2_vl.modeling_qwen2_vl as m;"
+            "print('attn_output.view(bsz, q_len, self.hidden_size)' in inspect.getsource(m.Qwen2VLSdpaAttention))")
+    assert subprocess.run([OLD, "-c", code], capture_output=True, text=True).stdout.strip() == "True"
+
+
+def test_without_the_override_the_original_message(model, tmp_path):
+    outcome = launch(4, RESHAPE, str(model), str(tmp_path / "out"), "--without-override", python=OLD)
+    assert outcome.code != 0
+    assert "shape '[1, 359, 3584]' is invalid for input of size 321664" in outcome.err
+
+
+def test_with_the_override_it_computes_what_one_process_does(model, tmp_path):
+    one, four = tmp_path / "one", tmp_path / "four"
+    assert launch(1, RESHAPE, str(model), str(one), "--plain", python=OLD, launcher="none").code == 0
+    outcome = launch(4, RESHAPE, str(model), str(four), python=OLD)
+    assert outcome.code == 0, outcome.err[-3000:]
+    a, b = load_file(one)["logits"], load_file(four)["logits"]
+    assert a.shape == (1, 359, 211) and a.std() > 0.3
+    assert (a - b).abs().max() <= 1e-4
+
+
+def test_parity_of_both_towers_on_the_old_release(tmp_path):
+    """12/2 heads over 3 ranks, from a checkpoint with newer names: text, images, video and a padded batch."""
+    shape = Shape(heads=12, kv_heads=2, mlp=200, vocab=199, tied=True)
+    make_checkpoint(tmp_path / "plain" / "m", shape)
+    make_checkpoint(tmp_path / "newer" / "m", shape, newer_names=True)  # which this release cannot load by itself
+    for n, extra, launcher, names in ((1, ["--plain"], "none", "plain"), (3, [], "deepspeed", "newer")):
+        outcome = launch(n, WORKER, *extra, "--out", str(tmp_path), str(tmp_path / names / "m"), python=OLD,
+                         launcher=launcher)
+        assert outcome.code == 0, outcome.err[-3000:]
+    plain, ours = load_file(tmp_path / "m.plain.safetensors"), load_file(tmp_path / "m.tp3.safetensors")
+    for key, value in plain.items():
+        if key.endswith(".logits"):
+            assert (value - ours[key]).abs().max() <= 1e-4, key
+        elif key != "sampled.tokens":
+            assert torch.equal(value, ours[key]), key
+    assert ours["equal_on_ranks"].all()
