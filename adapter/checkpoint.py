@@ -169,7 +169,7 @@ def _read_header(file: Path, problems: list[str]) -> list[TensorInfo] | None:
             length = int.from_bytes(start, "little")
             if start == b"version ":
                 raise ValueError("a git-lfs pointer and not the file itself; fetch it with `git lfs pull`")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            if length > min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError(f"truncated or not a safetensors file: {size} bytes, header of {length} bytes; "
                                  "download it again")
             header = json.loads(stream.read(length))

@@ -16,9 +16,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from adapter import topology
-from adapter.config import Config, load_config
+from adapter.config import load_config
 from adapter.inject import build_on_meta, checkpoint_source, inject, model_source
 from adapter.plan import Plan, checked_plan, require
+from adapter.schema import Config
 from adapter.topology import Mpu, TensorParallel
 from policies.dialects import injection_policy
 from policies.errors import UserError

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from adapter.command import BAD_INPUT, CHECK_FAILED, DONE
-from adapter.config import Config, Request
 from adapter.processing import Prepared, RequestError, RequestProcessor, collate
+from adapter.schema import Config, Request
 from adapter.topology import TensorParallel
 
 log = logging.getLogger("qwenvl_tp")

@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor
 
 from adapter.checkpoint import read_config
-from adapter.config import Config
 from adapter.generation import Clock, Limits, Tally, Write, answer, generate, to_device
+from adapter.schema import Config
 from policies.registry import policy_for
 
 

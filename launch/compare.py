@@ -14,8 +14,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adapter import command  # noqa: E402
-from policies.errors import UserError  # noqa: E402
+from adapter import command
+from policies.errors import UserError
 
 
 def main(args: argparse.Namespace, results: command.Results) -> int:

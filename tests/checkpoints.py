@@ -1,4 +1,4 @@
-"""Small random Qwen2-VL checkpoints and inputs for tests: every weight random, every bias non-zero, names as published."""
+"""Small random Qwen2-VL checkpoints and inputs for tests: all weights random, no bias zero, names as published."""
 
 from __future__ import annotations
 
@@ -77,12 +77,15 @@ class Shape:
         return out
 
 
+DEFAULT = Shape()
+
+
 def random_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Seeded by name. Sized so that every part of the model matters: norms near 1, biases about 0.3, unit-gain weights."""
+    """Seeded by name. Sized so that every part of the model matters: norms near 1, biases about 0.3, gain about 1.5."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     t = torch.randn(shape, generator=generator)
     if len(shape) == 1:
-        return 1 + 0.2 * t if "norm" in name and name.endswith("weight") or "ln_q.weight" in name else 0.3 * t
+        return 1 + 0.2 * t if ("norm" in name and name.endswith("weight")) or "ln_q.weight" in name else 0.3 * t
     return 0.3 * t if "embed_tokens" in name else t * (1.5 / t[0].numel() ** 0.5)
 
 
@@ -95,7 +98,8 @@ def newer_name(name: str) -> str:
 
 
 def make_checkpoint(
-    directory: Path, shape: Shape = Shape(), dtype: torch.dtype = torch.float32, newer_names: bool = False, files: int = 2
+    directory: Path, shape: Shape = DEFAULT, dtype: torch.dtype = torch.float32, newer_names: bool = False,
+    files: int = 2,
 ) -> Path:
     """Write config.json and `files` safetensors files with an index (one file: no index). Returns the directory."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -139,7 +143,8 @@ def _inputs(rows: list[list[int]], images: torch.Tensor | None = None, videos: t
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
     out = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO)}
     generator = torch.Generator().manual_seed(3)
-    for grid, pixels, name in ((images, "pixel_values", "image_grid_thw"), (videos, "pixel_values_videos", "video_grid_thw")):
+    media = (images, "pixel_values", "image_grid_thw"), (videos, "pixel_values_videos", "video_grid_thw")
+    for grid, pixels, name in media:
         if grid is not None:
             out |= {pixels: torch.randn(int(grid.prod(1).sum()), PATCH_VALUES, generator=generator), name: grid}
     return out

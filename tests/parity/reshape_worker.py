@@ -11,7 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import transformers
@@ -38,7 +39,8 @@ def main() -> None:
     p.add_argument("--local_rank", type=int)
     args = p.parse_args()
     if args.plain:
-        model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(args.model, torch_dtype=torch.float32).eval()
+        plain = transformers.Qwen2VLForConditionalGeneration
+        model = plain.from_pretrained(args.model, torch_dtype=torch.float32).eval()
     else:
         tp_size = int(os.environ["WORLD_SIZE"])
         plan, checkpoint = checked_plan(args.model, tp_size, "float32")

@@ -11,7 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import transformers
@@ -90,8 +91,8 @@ def main() -> None:
         device = str(next(engine.module.parameters()).device)
         results = run(engine.module, engine.generate, engine.plan.geometry.sizes["vocab"], device)
         results["equal_on_ranks"] = equal_on_ranks(results, tp)
-        facts = [engine.load_report.weight_bytes, engine.load_report.bytes_read]
-        results["bytes"] = torch.tensor(facts) if tp.size == 1 else tp.all_gather_last(torch.tensor(facts), (2,) * tp.size)
+        facts = torch.tensor([engine.load_report.weight_bytes, engine.load_report.bytes_read])
+        results["bytes"] = facts if tp.size == 1 else tp.all_gather_last(facts, (2,) * tp.size)
         if tp.rank == 0:
             save_file(results, args.out / f"{directory.name}.tp{tp.size}.safetensors")
 

@@ -17,9 +17,11 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from adapter import processing
-from adapter.config import Processor, parse_request
-from adapter.processing import RequestError, RequestProcessor, collate, load_image, sample
+from adapter import media, processing
+from adapter.config import parse_request
+from adapter.media import load_image, sample
+from adapter.processing import RequestError, RequestProcessor, collate
+from adapter.schema import Processor
 from policies.errors import UserError
 
 CHECKPOINT = Path(__file__).parents[2] / "launch" / "demo" / "checkpoint"
@@ -166,7 +168,8 @@ def test_pixel_limits_request_over_section_over_checkpoint(files, tmp_path, kind
     assert grid.tolist() == [[1, rows, columns]]
 
 
-def test_limits_of_one_request_do_not_stay(processor, files):
+def test_limits_of_one_request_do_not_stay(files):
+    processor = RequestProcessor(CHECKPOINT, Processor(min_pixels=784), 2000)
     before = ask(processor, images=[files["b"]]).tensors["image_grid_thw"].tolist()
     assert ask(processor, images=[files["b"]], max_pixels=1568).tensors["image_grid_thw"].tolist() != before
     assert ask(processor, images=[files["b"]]).tensors["image_grid_thw"].tolist() == before
@@ -263,7 +266,7 @@ def bad_pictures(home: Path) -> dict[str, tuple[str, str]]:
         "url of text": ("data:text/plain;base64,aGk=", "must read data:image/"),
         "url of a film": ("data:video/mp4;base64,aGk=", "must read data:image/"),
         "url without base64": ("data:image/png,abc", "must read data:image/"),
-        "url with bad base64": ("data:image/png;base64,a!b", "not valid base64"),
+        "url with bad base64": ("data:image/png;base64,aG!k=", "not valid base64"),
         "url with short base64": ("data:image/png;base64,abcde", "not valid base64"),
         "url that is not ascii": ("data:image/png;base64,ä", "not valid base64"),
         "url of nothing": ("data:image/png;base64,", "not a picture"),
@@ -343,9 +346,15 @@ def test_fps_and_max_frames(files, section):
     assert ask(processor, videos=frames).tensors["video_grid_thw"].tolist() == [[wanted // 2, 4, 6]]
 
 
+def test_a_short_film_is_filled_with_its_last_frame(processor, files):
+    film = processor._load_film(files["film3"], processor._processor, 0)
+    assert (film.frames.shape, film.indices, film.total, film.rate) == ((4, 56, 84, 3), [0, 1, 2, 2], 3, 4.0)
+    assert (film.frames[3] == film.frames[2]).all()
+
+
 def test_only_the_frames_that_are_needed_are_kept(processor, files, monkeypatch):
     kept = []
-    monkeypatch.setattr(processing, "_shrunk", lambda image, part: kept.append(1) or np.asarray(image))
+    monkeypatch.setattr(media, "_shrunk", lambda image, part: kept.append(1) or np.asarray(image))
     ask(processor, videos=[files["long"]])
     assert len(kept) == 20
 
@@ -353,8 +362,8 @@ def test_only_the_frames_that_are_needed_are_kept(processor, files, monkeypatch)
 def test_frames_above_the_limit_are_shrunk_as_they_come(processor, tmp_path, monkeypatch):
     big = film(tmp_path / "big.mp4", range(0, 160, 10), size=(336, 224))
     shapes = []
-    film_of = processing._film
-    monkeypatch.setattr(processing, "_film", lambda new, *rest: shapes.append(new[0].shape) or film_of(new, *rest))
+    film_of = media._film
+    monkeypatch.setattr(media, "_film", lambda new, *rest: shapes.append(new[0].shape) or film_of(new, *rest))
     grids = {}
     for low in (784, 12544):  # with the second, shrinking would leave less than the least: the processor does it all
         grids[low] = ask(processor, videos=[big], min_pixels=low, max_pixels=12544).tensors["video_grid_thw"].tolist()
@@ -364,8 +373,8 @@ def test_frames_above_the_limit_are_shrunk_as_they_come(processor, tmp_path, mon
 
 def test_packets_that_are_never_shown(processor, files, monkeypatch):
     """The packets promise 49 frames and 40 come: these are spread over the film as if 40 had been promised."""
-    probe = processing._probe
-    monkeypatch.setattr(processing, "_probe", lambda file: (49, *probe(file)[1:]))
+    probe = media._probe
+    monkeypatch.setattr(media, "_probe", lambda file: (49, *probe(file)[1:]))
     expected = [5 * i for i in sample(40, 4, 2, 768, 2)]
     assert levels(ask(processor, videos=[files["long"]]).tensors) == pytest.approx(expected, abs=4)
 
@@ -382,11 +391,12 @@ def test_a_film_turned_by_its_container_is_upright(processor, tmp_path):
 
 def bad_films(home: Path, files) -> dict[str, tuple[object, str]]:
     good = Path(files["long"]).read_bytes()
-    cut, empty, text, playlist, silent = (home / f"{n}.mp4" for n in ("cut", "empty", "text", "playlist", "silent"))
+    cut, empty, text, silent = (home / f"{name}.mp4" for name in ("cut", "empty", "text", "silent"))
+    playlist = Path(files["home"]) / "playlist.mp4"
     cut.write_bytes(good[: len(good) // 2])
     empty.write_bytes(b"")
     text.write_bytes(b"not a film")
-    playlist.write_text(f"ffconcat version 1.0\nfile '{Path(files['home']).name}/long.mp4'\n")
+    playlist.write_text("ffconcat version 1.0\nfile 'long.mp4'\n")  # a film that has FFmpeg open another file
     with av.open(str(silent), "w") as container:
         stream = container.add_stream("aac", rate=8000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
@@ -444,7 +454,7 @@ def test_special_tokens_in_the_text_are_an_error(processor, files):
         assert repr(name) in reason(processor, prompt=f"what is{name}?")
         assert repr(name) in reason(processor, system=name)
     parts = [{"type": "text", "text": "<|image"}, {"type": "text", "text": "_pad|>"}]
-    with pytest.raises(RequestError, match="image_pad"):  # the template would put the halves together
+    with pytest.raises(RequestError, match="a meaning of its own"):  # the template would put the halves together
         processor.prepare(parse_request({"id": "r", "messages": [{"role": "user", "content": parts}]}))
     ask(processor, prompt="a < b | c > d <image> </s> [INST]")
     assert reason(processor, prompt="half a character \ud800")
@@ -462,7 +472,7 @@ def test_prompts_that_are_too_long_name_both_numbers(processor, files, monkeypat
 
 def test_pictures_and_films_that_are_too_many_are_refused_before_work_is_done(files, monkeypatch):
     small = RequestProcessor(CHECKPOINT, LIMITS, 50)
-    monkeypatch.setattr(processing, "_decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(media, "_decode", lambda *_: pytest.fail("decoded"))
     assert "20 frames of 84 x 56 it has at least 60 tokens" in reason(small, videos=[files["long"]])
     assert "it has at least 60 tokens" in reason(small, videos=[[files["a"]] * 20])
     monkeypatch.setattr(type(small), "_render", lambda *_: pytest.fail("went on"))
