@@ -32,7 +32,7 @@ class Results:
 
     def __init__(self) -> None:
         sys.stdout.flush()
-        self._out: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        self._out: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
         os.dup2(2, 1)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ def run(main: Callable[[argparse.Namespace, Results], int], arguments: argparse.
     """Run a command to its exit code: UserError is a message and 2, anything else keeps its traceback."""
     rank = _environment_rank("RANK")
     try:
-        args = arguments.parse_args()
+        args = arguments.parse_intermixed_args()  # overrides before, between and after options
     except SystemExit as stop:
         if rank and stop.code:
             time.sleep(GRACE_S)

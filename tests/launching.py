@@ -7,11 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "QWENVL_TP_TEST"
@@ -45,7 +47,12 @@ def command(ranks: int, script: Path, args: Sequence[str], launcher: str, port: 
 
 
 class Job:
-    """A running launcher with all its descendants, found by a mark in their environment."""
+    """A running launcher with all its descendants, found by a mark in their environment.
+
+    `running` lists those that no `finish` has seen end; conftest kills what a failed test leaves in it.
+    """
+
+    running: ClassVar[list[Job]] = []
 
     def __init__(self, ranks: int, script: Path, *args: str, launcher: str = "deepspeed", python: str = sys.executable,
                  env: Mapping[str, str] | None = None, port: int | None = None) -> None:
@@ -58,14 +65,31 @@ class Job:
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", MARK: self.mark, **(env or {})},
         )
 
+        Job.running.append(self)
+        self._lines: dict[str, list[str]] = {"stdout": [], "stderr": []}
+        self._readers = [threading.Thread(target=self._read, args=(name,), daemon=True) for name in self._lines]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, name: str) -> None:
+        for line in getattr(self.process, name):
+            self._lines[name].append(line)
+
+    def said(self, name: str = "stderr") -> str:
+        """What all its processes have written so far."""
+        return "".join(self._lines[name])
+
     def finish(self, timeout: float = 240) -> Outcome:
         try:
-            out, err = self.process.communicate(timeout=timeout)
+            self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill_all()
-            out, err = self.process.communicate()
-            raise AssertionError(f"no end after {timeout} s\n{out[-3000:]}\n{err[-5000:]}") from None
-        return Outcome(self.process.returncode, out, err, time.monotonic() - self.began)
+            raise AssertionError(f"no end after {timeout} s\n{self.said('stdout')[-3000:]}\n{self.said()[-5000:]}") \
+                from None
+        for reader in self._readers:
+            reader.join(10)
+        Job.running.remove(self)
+        return Outcome(self.process.returncode, self.said("stdout"), self.said(), time.monotonic() - self.began)
 
     def descendants(self) -> list[int]:
         """Process ids that carry this job's mark, the launcher included."""

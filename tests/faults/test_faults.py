@@ -104,33 +104,19 @@ def endless(tmp_path: Path, model: Path, ranks: int = 2, **options) -> Job:
     file = config(tmp_path, model, "generation: {max_new_tokens: 30000, min_new_tokens: 30000}\n")
     job = Job(ranks, GENERATE, "--config", file, f"tensor_parallel.tp_size={ranks}", **options)
     deadline = time.monotonic() + 120
-    while "generating" not in _so_far(job):
-        assert time.monotonic() < deadline and job.process.poll() is None, job.finish(5).err[-3000:]
+    while "generating" not in job.said():
+        assert time.monotonic() < deadline and job.process.poll() is None, job.said()[-3000:]
         time.sleep(0.2)
     time.sleep(1)
     return job
 
 
-def _so_far(job: Job) -> str:
-    """What the job has said on stderr, without waiting for more."""
-    os.set_blocking(job.process.stderr.fileno(), False)
-    job.seen = getattr(job, "seen", "") + (job.process.stderr.read() or "")
-    return job.seen
-
-
-def _end(job: Job, within_s: float) -> tuple[int, str]:
-    began = time.monotonic()
-    while job.process.poll() is None:
-        _so_far(job)
-        if time.monotonic() - began > within_s:
-            job.kill_all()
-            raise AssertionError(f"still running after {within_s} s\n{job.seen[-3000:]}")
-        time.sleep(0.1)
-    time.sleep(0.3)
-    seen = _so_far(job)
+def end(job: Job, within_s: float) -> tuple[int, str]:
+    """Exit code and stderr of a job that must end in time and leave nothing."""
+    outcome = job.finish(within_s)
     left = job.leftovers()
     assert not left, left
-    return job.process.returncode, seen
+    return outcome.code, outcome.err
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "mpirun"])
@@ -139,7 +125,7 @@ def test_killed_rank_is_named_and_ends_the_job(tmp_path, model, launcher):
     pid = job.rank_pid(1) if launcher != "mpirun" else _mpi_rank(job, 1)
     assert not [n for n in set(os.listdir("/dev/shm")) - job.shm_before if "deepspeed" in n], "unlinked while running"
     os.kill(pid, signal.SIGKILL)
-    code, seen = _end(job, 20)
+    code, seen = end(job, 20)
     assert code != 0
     assert f"rank 1 (process {pid}) died" in seen, seen[-3000:]
 
@@ -159,7 +145,7 @@ def test_ctrl_c_and_a_killed_launcher_leave_nothing(tmp_path, model, number):
         os.killpg(job.process.pid, number)
     else:
         os.kill(job.process.pid, number)
-    code, _ = _end(job, 20)
+    code, _ = end(job, 20)
     assert code != 0
 
 

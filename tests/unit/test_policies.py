@@ -1,0 +1,394 @@
+"""Which heads, grains and slices each rank owns, for every tp_size, and a table that claims all parameters, once."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from checkpoints import Shape, newer_name
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policies.dialects import injection_policy
+from policies.errors import UserError
+from policies.heads import split_grains, split_heads
+from policies.qwen2_vl import POLICY, TABLE
+from policies.registry import policy_for
+from policies.rules import Claim, Column, FusedQKV, Replicated, Row, TensorSlice, expand, slice_of
+
+PUBLISHED = [(28, 4), (12, 2), (64, 8), (16, 16)]  # query and KV heads: 7B, 2B, 72B, every vision tower
+SPLITS = [(q, kv, tp) for q, kv in PUBLISHED for tp in range(1, q + 1)] + [(16, 16, tp) for tp in range(17, 29)]
+every_split = pytest.mark.parametrize(("q_heads", "kv_heads", "tp"), SPLITS)
+any_split = given(st.integers(1, 8), st.integers(1, 9), st.integers(1, 40))  # KV heads, query heads to each, tp
+
+
+def check_owners(q_heads: int, tp: int, shards) -> None:
+    """Every head once, in order; no rank above ceil(heads / tp); none idle while there are heads enough."""
+    assert len(shards) == tp
+    assert [h for s in shards for h in range(*s.q)] == list(range(q_heads))
+    assert max(s.owned for s in shards) == -(-q_heads // tp)
+    assert tp > q_heads or min(s.owned for s in shards) > 0
+
+
+def check_kv(group: int, shards) -> None:
+    for s in shards:
+        assert list(range(*s.kv)) == sorted({h // group for h in range(*s.q)})
+        assert s.kv_heads == max(1, s.kv[1] - s.kv[0])
+        assert s.padded_kv == (s.owned == 0)
+
+
+def check_slots(group: int, shards) -> None:
+    """Attention repeats each KV head `groups` times; every owned head must then meet its own KV head of the whole."""
+    for s in shards:
+        repeated = np.repeat(np.arange(*s.kv) if s.owned else [-1], s.groups)  # what repeat_kv makes of the local ones
+        assert len(repeated) == s.slots == s.kv_heads * s.groups
+        assert s.width == s.slots * s.head_dim
+        assert len(set(s.q_slots)) == len(s.q_slots) == s.owned
+        assert [repeated[slot] for slot in s.q_slots] == [h // group for h in range(*s.q)]
+        assert [slot // s.groups for slot in s.q_slots] == [h // group - s.kv[0] for h in range(*s.q)]
+        assert s.padded_q == (list(s.q_slots) != list(range(s.slots)))
+
+
+@every_split
+def test_every_head_has_one_owner(q_heads, kv_heads, tp):
+    check_owners(q_heads, tp, split_heads(q_heads, kv_heads, 8, tp))
+
+
+@every_split
+def test_a_rank_holds_exactly_the_kv_heads_its_heads_read(q_heads, kv_heads, tp):
+    check_kv(q_heads // kv_heads, split_heads(q_heads, kv_heads, 8, tp))
+
+
+@every_split
+def test_slots_keep_the_true_mapping_of_heads_to_kv_heads(q_heads, kv_heads, tp):
+    check_slots(q_heads // kv_heads, split_heads(q_heads, kv_heads, 8, tp))
+
+
+@any_split
+def test_any_heads_over_any_ranks(kv_heads, group, tp):
+    shards = split_heads(kv_heads * group, kv_heads, 16, tp)
+    check_owners(kv_heads * group, tp, shards)
+    check_kv(group, shards)
+    check_slots(group, shards)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 6))
+def test_no_cut_needs_fewer_kv_heads(kv_heads, group, tp):
+    """Against every cut there is, by squared KV heads per rank and then squared query heads."""
+    heads = kv_heads * group
+    most, least = -(-heads // tp), int(tp <= heads)
+
+    def cost(cut) -> tuple[int, int]:
+        ranges = [range(a, b) for a, b in itertools.pairwise(cut)]
+        return sum(len({h // group for h in r}) ** 2 for r in ranges), sum(len(r) ** 2 for r in ranges)
+
+    inner = itertools.combinations_with_replacement(range(heads + 1), tp - 1)
+    cuts = [c for c in ((0, *i, heads) for i in inner) if all(least <= b - a <= most for a, b in itertools.pairwise(c))]
+    shards = split_heads(heads, kv_heads, 8, tp)
+    assert cost((0, *(s.q[1] for s in shards))) == min(map(cost, cuts))
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads", "tp", "owned", "kv"), [
+    (28, 4, 1, [28], [(0, 4)]),
+    (28, 4, 2, [14, 14], [(0, 2), (2, 4)]),
+    (28, 4, 3, [9, 9, 10], [(0, 2), (1, 3), (2, 4)]),
+    (28, 4, 4, [7] * 4, [(0, 1), (1, 2), (2, 3), (3, 4)]),
+    (28, 4, 5, [5, 5, 6, 6, 6], [(0, 1), (0, 2), (1, 3), (2, 4), (3, 4)]),
+    (28, 4, 6, [4, 5, 5, 4, 5, 5], [(0, 1), (0, 2), (1, 2), (2, 3), (2, 4), (3, 4)]),
+    (28, 4, 8, [3, 4] * 4, [(0, 1), (0, 1), (1, 2), (1, 2), (2, 3), (2, 3), (3, 4), (3, 4)]),
+    (12, 2, 3, [4, 4, 4], [(0, 1), (0, 2), (1, 2)]),
+    (12, 2, 4, [3] * 4, [(0, 1), (0, 1), (1, 2), (1, 2)]),
+    (64, 8, 8, [8] * 8, [(i, i + 1) for i in range(8)]),
+    (64, 8, 16, [4] * 16, [(i // 2, i // 2 + 1) for i in range(16)]),
+    (16, 16, 3, [5, 5, 6], [(0, 5), (5, 10), (10, 16)]),
+])
+def test_known_head_tables(q_heads, kv_heads, tp, owned, kv):
+    shards = split_heads(q_heads, kv_heads, 128, tp)
+    assert [s.owned for s in shards] == owned
+    assert [s.kv for s in shards] == kv
+
+
+def test_a_rank_across_two_kv_groups_gets_slots():
+    """28 heads over 3: the middle rank has heads 9-13 of KV head 1 and 14-17 of KV head 2, so 2 x 5 slots for 9."""
+    first, middle, last = split_heads(28, 4, 128, 3)
+    assert (first.groups, first.slots, first.q_slots) == (7, 14, tuple(range(9)))
+    assert (middle.groups, middle.slots, middle.q_slots) == (5, 10, tuple(range(9)))
+    assert (last.groups, last.slots, last.q_slots) == (7, 14, (0, 1, 2, *range(7, 14)))
+    assert [s.padded_q for s in split_heads(28, 4, 128, 4)] == [False] * 4
+
+
+def test_a_rank_without_heads_keeps_one_empty_slot():
+    idle = [s for s in split_heads(16, 16, 80, 28) if not s.owned]
+    assert len(idle) == 12
+    assert {(s.kv_heads, s.groups, s.slots, s.width, s.q_slots) for s in idle} == {(1, 1, 1, 80, ())}
+    assert all(s.padded_q and s.padded_kv for s in idle)
+
+
+@pytest.mark.parametrize("numbers", [
+    (28, 5, 8, 2), (4, 8, 8, 2), (0, 1, 8, 2), (4, 0, 8, 2), (4, 4, 0, 2), (4, 4, 8, 0)])
+def test_impossible_heads_are_a_user_error_with_the_numbers(numbers):
+    with pytest.raises(UserError, match=f"{numbers[0]} query heads cannot share {numbers[1]} KV heads"):
+        split_heads(*numbers)
+
+
+def check_grains(size: int, tp: int) -> None:
+    split = split_grains(size, tp)
+    widths = [b - a for a, b in split.ranges]
+    assert split.size == size
+    assert [e for r in split.ranges for e in range(*r)] == list(range(size))
+    assert size < tp or min(widths) > 0
+    if max(widths) > 1.05 * size / tp:  # only where single elements are already too coarse
+        assert max(widths) == -(-size // tp)
+
+
+@pytest.mark.parametrize("size", [203, 304, 5120, 8960, 18944, 29568, 151936, 152064])
+@pytest.mark.parametrize("tp", range(1, 9))
+def test_grains_cover_exactly_and_evenly(size, tp):
+    check_grains(size, tp)
+
+
+@given(st.integers(1, 4000), st.integers(1, 64))
+def test_any_grains(size, tp):
+    check_grains(size, tp)
+
+
+@pytest.mark.parametrize("tp", range(21, 65))
+def test_no_rank_is_left_without_a_grain(tp):
+    """One grain fewer than ranks is within 5 % of the mean from 21 ranks on, yet one rank would go empty."""
+    check_grains(64 * (tp - 1), tp)
+
+
+@pytest.mark.parametrize("size", [5120, 8960, 18944, 29568, 151936, 152064])
+@pytest.mark.parametrize("tp", range(2, 9))
+def test_wide_dimensions_are_cut_at_multiples_of_64(size, tp):
+    assert all(a % 64 == 0 for a, _ in split_grains(size, tp).ranges)
+
+
+# The table
+
+LAYERED = Shape(heads=12, kv_heads=4, head_dim=4, layers=2, mlp=100, vocab=57, v_heads=6, v_head_dim=4, v_layers=2)
+
+
+def geometry_of(shape: Shape):
+    return POLICY.geometry(shape.config())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_table_claims_what_the_model_has(tied):
+    shape = replace(LAYERED, tied=tied)
+    inventory = POLICY.inventory(geometry_of(shape))
+    expected = shape.tensors() | {"lm_head.weight": (shape.vocab, shape.hidden)}
+    assert inventory == expected
+    POLICY.check_claims(expected, geometry_of(shape))
+
+
+def test_a_tied_head_may_be_absent_and_an_untied_one_may_not():
+    names = LAYERED.tensors().keys() - {"lm_head.weight"}
+    POLICY.check_claims(names, geometry_of(replace(LAYERED, tied=True)))
+    with pytest.raises(UserError, match=r"'lm_head\.weight' claims nothing"):
+        POLICY.check_claims(names, geometry_of(LAYERED))
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda claim: claim.module)
+def test_a_dropped_row_is_an_error_that_names_its_parameters(row):
+    policy = replace(POLICY, table=tuple(c for c in TABLE if c is not row))
+    geometry = geometry_of(LAYERED)
+    with pytest.raises(UserError) as caught:
+        policy.check_claims(LAYERED.tensors(), geometry)
+    for module in expand(row.module, geometry.layers):
+        for suffix in row.parameters():
+            assert f"no rule claims '{module}.{suffix}'" in str(caught.value)
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda claim: claim.module)
+def test_a_second_row_for_a_module_is_an_error_that_names_both(row):
+    one = replace(row, module=row.module.replace("*", "1"))
+    with pytest.raises(UserError) as caught:
+        replace(POLICY, table=(*TABLE, one)).check_claims(LAYERED.tensors(), geometry_of(LAYERED))
+    assert f"{row.module!r} and {one.module!r} both claim {one.module!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("module", "named"), [
+    ("model.layers.*.mlp.router", "'model.layers.1.mlp.router.weight'"),
+    ("audio.proj", "'audio.proj.weight'"),
+    ("model.layers.7.mlp.gate_proj", "'model.layers.7.mlp.gate_proj.weight'"),
+    ("model.experts.*.up_proj", "'model.experts.*.up_proj'"),
+])
+def test_a_row_that_claims_nothing_is_an_error_that_names_it(module, named):
+    policy = replace(POLICY, table=(*TABLE, Claim(module, Column(), ("mlp", "hidden"))))
+    with pytest.raises(UserError) as caught:
+        policy.check_claims(LAYERED.tensors(), geometry_of(LAYERED))
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(("bias", "message"), [
+    (None, r"no rule claims 'model\.layers\.0\.self_attn\.q_proj\.bias'"),
+    (("mlp",), r"'model\.layers\.0\.mlp\.up_proj\.bias' claims nothing"),
+])
+def test_a_bias_forgotten_or_invented_is_an_error(bias, message):
+    at = "up_proj" if bias else "q_proj"
+    table = tuple(replace(c, bias=bias) if c.module.endswith(at) else c for c in TABLE)
+    with pytest.raises(UserError, match=message):
+        replace(POLICY, table=table).check_claims(LAYERED.tensors(), geometry_of(LAYERED))
+
+
+def test_every_mismatch_is_told_at_once():
+    lost, extra = {"model.norm.weight", "visual.blocks.1.norm2.bias"}, {"model.extra.weight"}
+    names = (LAYERED.tensors().keys() - lost) | extra
+    with pytest.raises(UserError) as caught:
+        POLICY.check_claims(names, geometry_of(LAYERED))
+    assert all(n in str(caught.value) for n in lost | extra)
+
+
+def test_nothing_else_is_replicated():
+    """Replication is written down with a reason, row by row; what is not in this list is cut."""
+    replicated = {c.module.rsplit(".", 1)[-1] for c in TABLE if isinstance(c.rule, Replicated)}
+    assert replicated == {"input_layernorm", "post_attention_layernorm", "norm", "norm1", "norm2", "ln_q", "proj"}
+    assert [c.module for c in TABLE if isinstance(c.rule, Replicated) and c.module.endswith("proj")] == [
+        "visual.patch_embed.proj"]
+    assert all(c.rule.why for c in TABLE if isinstance(c.rule, Replicated))
+
+
+# Slices
+
+def index_of(part: TensorSlice) -> tuple:
+    """A slice as a numpy index."""
+    if part.dim is None:
+        return ()
+    return (*[slice(None)] * part.dim, np.concatenate([np.arange(a, b) for a, b in part.ranges]))
+
+
+def slices(shape: Shape, tp: int):
+    """(name, claim, suffix, that parameter's slice on every rank) of every parameter."""
+    geometry = geometry_of(shape)
+    splits = POLICY.splits(geometry, tp)
+    for module, claim in POLICY.claims(geometry).items():
+        for suffix in claim.parameters():
+            parts = [slice_of(claim, suffix, geometry.sizes, splits, r) for r in range(tp)]
+            yield f"{module}.{suffix}", claim, suffix, parts
+
+
+ONE_LAYER = Shape(layers=1, v_layers=1)
+GEOMETRIES = [LAYERED, ONE_LAYER, replace(ONE_LAYER, heads=8, kv_heads=2, v_heads=4)]
+
+
+@pytest.mark.parametrize("shape", GEOMETRIES, ids=["12/4", "28/4", "8/2"])
+@pytest.mark.parametrize("tp", range(1, 9))
+def test_the_slices_of_all_ranks_make_the_whole(shape, tp):
+    """Put back where they came from they give every element, as often as heads and the table declare."""
+    kv_owners = np.zeros(shape.kv_heads, int)
+    for s in split_heads(shape.heads, shape.kv_heads, shape.head_dim, tp):
+        kv_owners[s.kv[0] : s.kv[1]] += 1
+    seen = set()
+    for name, claim, suffix, parts in slices(shape, tp):
+        whole = np.arange(np.prod(parts[0].shape)).reshape(parts[0].shape)
+        back, copies = np.full_like(whole, -1), np.zeros_like(whole)
+        for part in parts:
+            piece = whole[index_of(part)]
+            assert piece.shape == part.local_shape, name
+            back[index_of(part)] = piece
+            copies[index_of(part)] += 1
+        assert (back == whole).all(), name
+        if isinstance(claim.rule, Replicated) or (isinstance(claim.rule, Row) and suffix == "bias"):
+            assert all(p.dim is None for p in parts) and (copies == tp).all(), name
+        elif claim.weight[0] == "kv":
+            owners = np.repeat(kv_owners, shape.head_dim)
+            assert (copies == (owners[:, None] if suffix == "weight" else owners)).all(), name
+        else:
+            assert (copies == 1).all(), name
+        seen.add(type(claim.rule))
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("shape", GEOMETRIES, ids=["12/4", "28/4", "8/2"])
+@pytest.mark.parametrize("tp", range(1, 9))
+def test_fused_qkv_is_cut_by_heads_in_each_part_weight_and_bias_alike(shape, tp):
+    heads = split_heads(shape.v_heads, shape.v_heads, shape.v_head_dim, tp)
+    fused = [(suffix, parts) for _, claim, suffix, parts in slices(shape, tp) if isinstance(claim.rule, FusedQKV)]
+    assert {suffix for suffix, _ in fused} == {"weight", "bias"}
+    for _, parts in fused:
+        for shard, part in zip(heads, parts, strict=True):
+            labels = np.array([(p, h) for p in "qkv" for h in range(shape.v_heads) for _ in range(shape.v_head_dim)])
+            assert part.dim == 0
+            assert [tuple(x) for x in labels[index_of(part)]] == [
+                (p, str(h)) for p in "qkv" for h in range(*shard.q) for _ in range(shape.v_head_dim)]
+
+
+@pytest.mark.parametrize("tp", range(1, 9))
+def test_linear_layers_that_meet_are_cut_alike(tp):
+    """What a column-parallel layer gives, its row-parallel partner takes; a bias goes with its rows or stays whole."""
+    parts = {name: p for name, _, _, p in slices(LAYERED, tp)}
+    pairs = [("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"),
+             ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"),
+             ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"),
+             ("visual.blocks.0.mlp.fc1", "visual.blocks.0.mlp.fc2"), ("visual.merger.mlp.0", "visual.merger.mlp.2")]
+    for column, row in pairs:
+        for c, r in zip(parts[f"{column}.weight"], parts[f"{row}.weight"], strict=True):
+            assert (c.dim, r.dim, c.ranges) == (0, 1, r.ranges)
+    for name, claim, suffix, bias in slices(LAYERED, tp):
+        if suffix == "bias":
+            weight = parts[name.removesuffix("bias") + "weight"]
+            cut = not isinstance(claim.rule, Row | Replicated)
+            assert all((b.dim, b.ranges) == ((0, w.ranges) if cut else (None, ()))
+                       for b, w in zip(bias, weight, strict=True))
+
+
+# The family's page and the registry
+
+def test_both_namings_are_one():
+    for name in LAYERED.tensors():
+        assert POLICY.published(newer_name(name)) == name == POLICY.published(name)
+
+
+def test_text_fields_may_be_flat_or_nested():
+    flat = LAYERED.config()
+    outer = {"model_type", "vision_config", "tie_word_embeddings"}
+    nested = {k: v for k, v in flat.items() if k in outer} | {
+        "text_config": {k: v for k, v in flat.items() if k not in outer}}
+    assert POLICY.geometry(nested) == POLICY.geometry(flat)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"heads": 12, "kv_heads": 5}, ["num_attention_heads 12", "num_key_value_heads 5"]),
+    ({"v_heads": 6, "v_head_dim": 6}, ["head_dim 6", "multiple of 4"]),
+    ({"head_dim": 3}, ["head_dim 3", "even"]),
+    ({"mlp": 3, "vocab": 2}, ["mlp has only 3", "vocab has only 2"]),
+])
+def test_problems_name_the_numbers(change, words):
+    found = "\n".join(POLICY.problems(geometry_of(replace(LAYERED, **change)), 4))
+    assert all(w in found for w in words), found
+
+
+@pytest.mark.parametrize("tp", [0, 13, 100])
+def test_each_rank_needs_a_query_head(tp):
+    assert any(f"tp_size {tp}" in p and "there are 12" in p for p in POLICY.problems(geometry_of(LAYERED), tp))
+
+
+@pytest.mark.parametrize("tp", range(1, 13))
+def test_every_tp_size_up_to_the_heads_is_fine(tp):
+    assert POLICY.problems(geometry_of(LAYERED), tp) == []
+
+
+def test_known_model_type():
+    assert policy_for({"model_type": "qwen2_vl"}) is POLICY
+
+
+@pytest.mark.parametrize("model_type", ["qwen2-vl", "qwen_vl", "Qwen2_VL"])
+def test_unknown_model_type_names_the_nearest(model_type):
+    with pytest.raises(UserError) as caught:
+        policy_for({"model_type": model_type}, "there/config.json")
+    message = str(caught.value)
+    assert all(w in message for w in (repr(model_type), "there/config.json", "nearest known one is 'qwen2_vl'"))
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": None}, {"model_type": ["qwen2_vl"]}, {"model_type": "bert"}])
+def test_any_other_model_type_is_a_user_error_with_the_known_ones(config):
+    with pytest.raises(UserError, match="known: qwen2_vl"):
+        policy_for(config)
+
+
+def test_deepspeed_injection_policy_lists_the_row_parallel_layers():
+    assert injection_policy(POLICY) == {"model.layers": ("self_attn.o_proj", "mlp.down_proj"),
+                                        "visual.blocks": ("attn.proj", "mlp.fc2")}
