@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.inference.config import DeepSpeedInferenceConfig
+from pydantic import ValidationError
 from torch import nn
 
 from adapter import topology
@@ -25,8 +26,6 @@ from policies.dialects import injection_policy
 from policies.errors import UserError
 from policies.policy import Policy
 from policies.registry import policy_for
-
-log = logging.getLogger("qwenvl_tp")
 
 # deepspeed.init_inference arguments that the adapter sets itself -> what to use instead
 OWN_KEYS = {
@@ -66,19 +65,45 @@ def init_inference(
     if (config is None) == (model is None):
         raise UserError("init_inference takes either a config or model=..., and exactly one of them")
     if model is not None:
-        kwargs = deepspeed_kwargs(model, **(dict(tensor_parallel or {})), **deepspeed_section)
-        return _start_engine(model, kwargs)
+        _check_section(deepspeed_section)
+        return _start_engine(_shard_loaded(model, _tp_size(tensor_parallel)), deepspeed_section)
+    if stray := [*deepspeed_section, *(["tensor_parallel"] if tensor_parallel else [])]:
+        raise UserError(f"init_inference with a config takes {', '.join(stray)} from it; use overrides=('key=value',)")
     if isinstance(config, (str, Path)):
         config = load_config(config, overrides)
     assert config is not None
-    return _from_config(config)
+    return _start_engine(_shard_from_files(config), config.deepspeed)
 
 
 def deepspeed_kwargs(model: nn.Module, tp_size: int = 4, **deepspeed_section: Any) -> dict[str, Any]:
     """Shard a model the caller loaded, in place, and return what deepspeed.init_inference needs to run it.
 
     For scripts that keep the call: `deepspeed.init_inference(model, **adapter.deepspeed_kwargs(model, tp_size=4))`.
+    Raises UserError as init_inference does.
     """
+    _check_section(deepspeed_section)
+    return _deepspeed_arguments(_shard_loaded(model, tp_size), deepspeed_section)
+
+
+def _tp_size(tensor_parallel: Mapping[str, Any] | None) -> int:
+    section = {"tp_size": 4, **(tensor_parallel or {})}
+    if section.keys() != {"tp_size"} or not isinstance(section["tp_size"], int):
+        raise UserError(f"tensor_parallel={tensor_parallel!r}: write {{'tp_size': N}}; groups come from the launcher")
+    return section["tp_size"]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A model that has become this rank's shard, and what made it one."""
+
+    model: nn.Module
+    plan: Plan
+    mpu: Mpu
+    dtype: torch.dtype
+    report: LoadReport
+
+
+def _shard_loaded(model: nn.Module, tp_size: int) -> _Shard:
     model_config = getattr(model, "config", None)
     if model_config is None:
         raise UserError(f"{type(model).__name__} has no .config; a Transformers model is needed")
@@ -91,11 +116,11 @@ def deepspeed_kwargs(model: nn.Module, tp_size: int = 4, **deepspeed_section: An
     mpu = topology.start(tp_size)
     began = time.perf_counter()
     inject(model, plan, mpu.tp, model_source(model, policy), dtype)
-    _remember(model, plan, mpu.tp, 0, began)
-    return _deepspeed_arguments(model, plan, mpu, dtype, deepspeed_section)
+    report = LoadReport(0, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
+    return _Shard(model, plan, mpu, dtype, report)
 
 
-def _from_config(config: Config) -> deepspeed.InferenceEngine:
+def _shard_from_files(config: Config) -> _Shard:
     directory, dtype = config.model.path, config.model.torch_dtype
     _check_section(config.deepspeed)
     plan, checkpoint = checked_plan(directory, config.tensor_parallel.tp_size, config.model.dtype)
@@ -106,35 +131,31 @@ def _from_config(config: Config) -> deepspeed.InferenceEngine:
     mpu = topology.start(plan.tp_size)
     began = time.perf_counter()
     inject(model, plan, mpu.tp, checkpoint_source(checkpoint), dtype)
-    _remember(model, plan, mpu.tp, checkpoint.bytes_read, began)
-    return _start_engine(model, _deepspeed_arguments(model, plan, mpu, dtype, config.deepspeed))
-
-
-def _remember(model: nn.Module, plan: Plan, tp: TensorParallel, bytes_read: int, began: float) -> None:
-    """Leave the plan, the group and the load report on the module, where engine and tools find them."""
-    model.tp_plan_record = plan  # type: ignore[assignment]
-    model.tp_group_record = tp  # type: ignore[assignment]
-    report = LoadReport(bytes_read, plan.weight_bytes(tp.rank), time.perf_counter() - began)
-    model.tp_load_record = report  # type: ignore[assignment]
+    report = LoadReport(checkpoint.bytes_read, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
+    return _Shard(model, plan, mpu, dtype, report)
 
 
 def _check_section(section: Mapping[str, Any]) -> None:
+    """Let DeepSpeed judge its section before anything is loaded. Raises UserError."""
     for key in section.keys() & OWN_KEYS.keys():
         if not (key == "replace_with_kernel_inject" and section[key] is False):
             raise UserError(f"deepspeed.{key}: the adapter sets this itself; use {OWN_KEYS[key]}")
+    try:
+        DeepSpeedInferenceConfig(**section)
+    except ValidationError as error:
+        lines = [f"deepspeed.{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        raise UserError("DeepSpeed refuses this configuration:\n  " + "\n  ".join(lines)) from None
 
 
-def _deepspeed_arguments(
-    model: nn.Module, plan: Plan, mpu: Mpu, dtype: torch.dtype, section: Mapping[str, Any]
-) -> dict[str, Any]:
+def _deepspeed_arguments(shard: _Shard, section: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of deepspeed.init_inference: the user's section as it stands, and what the adapter owns."""
-    _check_section(section)
+    mpu = shard.mpu
     return {
-        "max_out_tokens": plan.geometry.context,  # DeepSpeed's default of 1024 would refuse most pictures
+        "max_out_tokens": shard.plan.geometry.context,  # DeepSpeed's default of 1024 would refuse most pictures
         **section,
-        "dtype": dtype,
-        "tensor_parallel": {"tp_size": plan.tp_size, "mpu": mpu, "tp_group": mpu.tp.group},
-        "injection_policy": _policy_by_class(model, plan.policy),
+        "dtype": shard.dtype,
+        "tensor_parallel": {"tp_size": shard.plan.tp_size, "mpu": mpu, "tp_group": mpu.tp.group},
+        "injection_policy": _policy_by_class(shard.model, shard.plan.policy),
     }
 
 
@@ -144,16 +165,10 @@ def _policy_by_class(model: nn.Module, policy: Policy) -> dict[type[nn.Module], 
     return {type(modules[f"{stack}.0"]): rows for stack, rows in injection_policy(policy).items()}
 
 
-def _start_engine(model: nn.Module, kwargs: dict[str, Any]) -> deepspeed.InferenceEngine:
-    from pydantic import ValidationError
-
-    try:
-        engine = deepspeed.init_inference(model, **kwargs)
-    except ValidationError as error:
-        lines = [f"deepspeed.{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
-        raise UserError("DeepSpeed refuses this configuration:\n  " + "\n  ".join(lines)) from None
-    engine.plan, engine.load_report = model.tp_plan_record, model.tp_load_record
-    engine.generate = _generate(engine, model.tp_group_record)  # type: ignore[arg-type]
+def _start_engine(shard: _Shard, section: Mapping[str, Any]) -> deepspeed.InferenceEngine:
+    engine = deepspeed.init_inference(shard.model, **_deepspeed_arguments(shard, section))
+    engine.plan, engine.load_report = shard.plan, shard.report
+    engine.generate = _generate(engine, shard.mpu.tp)
     return engine
 
 
