@@ -22,7 +22,8 @@ def override_heads(modules: dict[str, nn.Module], plan: Plan, rank: int) -> None
         shard = plan.heads[row.tower][rank]
         for name in expand(row.module, plan.geometry.layers):
             module = modules[name]
-            for attribute, field in row.numbers.items():
-                if hasattr(module, attribute):
-                    setattr(module, attribute, getattr(shard, field))
+            known = [attribute for attribute in row.numbers if hasattr(module, attribute)]
+            assert known, f"{name}: none of {list(row.numbers)}; this Transformers release calls its heads otherwise"
+            for attribute in known:
+                setattr(module, attribute, getattr(shard, row.numbers[attribute]))
             module.replaced = True  # type: ignore[assignment]

@@ -8,13 +8,14 @@ import logging
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
 from policies.errors import UserError
 
-DONE, CHECK_FAILED, BAD_INPUT = 0, 1, 2
+DONE, CHECK_FAILED, BAD_INPUT, CRASHED = 0, 1, 2, 70
 GRACE_S = 5.0  # how long ranks that say nothing let the one that speaks finish
 
 
@@ -44,8 +45,8 @@ class Results:
 
 
 def run(main: Callable[[argparse.Namespace, Results], int], arguments: argparse.ArgumentParser) -> NoReturn:
-    """Run a command to its exit code: UserError is a message and 2, anything else keeps its traceback."""
-    rank = _environment_rank("RANK")
+    """Run a command to its exit code: UserError is a message and 2, anything else a traceback and 70."""
+    rank = environment_rank("RANK")
     try:
         args = arguments.parse_intermixed_args()  # overrides before, between and after options
     except SystemExit as stop:
@@ -60,6 +61,9 @@ def run(main: Callable[[argparse.Namespace, Results], int], arguments: argparse.
         code = BAD_INPUT
     except KeyboardInterrupt:
         code = 130
+    except Exception:
+        traceback.print_exc()
+        code = CRASHED
     _leave(code)
 
 
@@ -70,16 +74,17 @@ def _report(error: UserError, rank: int) -> None:
     """
     if _joined():
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-    elif _environment_rank("LOCAL_RANK") == 0:
+    elif environment_rank("LOCAL_RANK") == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(GRACE_S)
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)  # still here: nobody else found it
 
 
-def _environment_rank(name: str) -> int:
+def environment_rank(name: str) -> int:
     """RANK or LOCAL_RANK from whichever launcher set it; 0 without one."""
     mpi = {"RANK": "OMPI_COMM_WORLD_RANK", "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK"}[name]
-    return int(os.environ.get(name) or os.environ.get(mpi) or os.environ.get("PMI_RANK") or 0)
+    return int(os.environ.get(name) or os.environ.get(mpi) or 0)
 
 
 def _joined() -> bool:

@@ -155,6 +155,17 @@ def _repeated_ids(requests: Sequence[Any], where: dict[int, str]) -> list[str]:
     ]
 
 
+REFUSED = {  # names of GenerationConfig that cannot hold over ranks or batches here -> why, or what to use
+    "max_length": "it counts the prompt; use max_new_tokens",
+    "max_time": "every rank has a clock of its own, and they would stop at different tokens",
+    "stop_strings": "not supported",
+    "num_return_sequences": "one answer per request; state the request twice",
+    "return_dict_in_generate": "the answer is its tokens",
+    "prompt_lookup_num_tokens": "not supported over ranks",
+    "cache_implementation": "caches are sized by the shard, Transformers' other ones by the whole model",
+}
+
+
 def _generation_problems(generation: Any) -> list[str]:
     from transformers import GenerationConfig
 
@@ -163,6 +174,7 @@ def _generation_problems(generation: Any) -> list[str]:
     names = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "transformers_version"]
     unknown = {str(key): value for key, value in generation.items() if key not in names}
     problems = [f"{key} = {value!r}: unknown name{_nearest(key, names, show=False)}" for key, value in unknown.items()]
+    problems += [f"{key} = {value!r}: {REFUSED[key]}" for key, value in generation.items() if key in REFUSED]
     _validate(Generation, generation, {}, {}, problems)
     if not problems:
         try:

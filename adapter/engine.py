@@ -32,8 +32,12 @@ OWN_KEYS = {
     "dtype": "model.dtype", "tensor_parallel": "tensor_parallel.tp_size", "tp": "tensor_parallel.tp_size",
     "mp_size": "tensor_parallel.tp_size", "mpu": "the launcher", "injection_policy": "a policy page in policies/",
     "injection_policy_tuple": "a policy page in policies/", "checkpoint": "model.path",
+    "injection_dict": "a policy page in policies/", "config": "the deepspeed section itself",
     "replace_with_kernel_inject": "nothing: kernel injection and this policy exclude each other",
+    "kernel_inject": "nothing: kernel injection and this policy exclude each other",
+    "enable_cuda_graph": "nothing: DeepSpeed captures no graph of a model over several ranks",
 }
+LIMITS = {"max_out_tokens", "max_tokens"}  # DeepSpeed's two names of one thing
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,12 @@ def _shard_loaded(model: nn.Module, tp_size: int) -> _Shard:
     dtype: torch.dtype = model.dtype  # type: ignore[assignment]
     plan = Plan(policy, geometry, tp_size, str(dtype).removeprefix("torch."))
     require(policy.problems(geometry, tp_size), plan, type(model).__name__)
+    _check_dtype(dtype)
     mpu = topology.start(tp_size)
     began = time.perf_counter()
     inject(model, plan, mpu.tp, model_source(model, policy), dtype)
     report = LoadReport(0, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
-    return _Shard(model, plan, mpu, dtype, report)
+    return _ready(_Shard(model, plan, mpu, dtype, report))
 
 
 def _shard_from_files(config: Config) -> _Shard:
@@ -125,20 +130,37 @@ def _shard_from_files(config: Config) -> _Shard:
     _check_section(config.deepspeed)
     plan, checkpoint = checked_plan(directory, config.tensor_parallel.tp_size, config.model.dtype)
     topology.check_world(topology.read_environment().world_size, plan.tp_size)
-    if dtype not in get_accelerator().supported_dtypes():
-        raise UserError(f"model.dtype {config.model.dtype}: {get_accelerator().device_name()} cannot compute in it")
+    _check_dtype(dtype)
     model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)
     mpu = topology.start(plan.tp_size)
     began = time.perf_counter()
     inject(model, plan, mpu.tp, checkpoint_source(checkpoint), dtype)
     report = LoadReport(checkpoint.bytes_read, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
-    return _Shard(model, plan, mpu, dtype, report)
+    return _ready(_Shard(model, plan, mpu, dtype, report))
+
+
+def _ready(shard: _Shard) -> _Shard:
+    """Give the model a `generate` that draws the same numbers on every rank, whoever calls it."""
+    generate, tp = shard.model.generate, shard.mpu.tp
+
+    def same(*inputs: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(), same_draw(tp):
+            return generate(*inputs, **kwargs)  # type: ignore[operator]
+
+    shard.model.generate = same  # type: ignore[assignment]
+    return shard
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in get_accelerator().supported_dtypes():
+        known = ", ".join(map(str, get_accelerator().supported_dtypes()))
+        raise UserError(f"{dtype}: DeepSpeed on {get_accelerator().device_name()} computes in {known}")
 
 
 def _check_section(section: Mapping[str, Any]) -> None:
     """Let DeepSpeed judge its section before anything is loaded. Raises UserError."""
     for key in section.keys() & OWN_KEYS.keys():
-        if not (key == "replace_with_kernel_inject" and section[key] is False):
+        if section[key] is not False:  # an off switch is what the adapter wants too
             raise UserError(f"deepspeed.{key}: the adapter sets this itself; use {OWN_KEYS[key]}")
     try:
         DeepSpeedInferenceConfig(**section)
@@ -150,8 +172,9 @@ def _check_section(section: Mapping[str, Any]) -> None:
 def _deepspeed_arguments(shard: _Shard, section: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of deepspeed.init_inference: the user's section as it stands, and what the adapter owns."""
     mpu = shard.mpu
+    context = {} if LIMITS & section.keys() else {"max_out_tokens": shard.plan.geometry.context}
     return {
-        "max_out_tokens": shard.plan.geometry.context,  # DeepSpeed's default of 1024 would refuse most pictures
+        **context,  # DeepSpeed's default of 1024 would refuse most pictures
         **section,
         "dtype": shard.dtype,
         "tensor_parallel": {"tp_size": shard.plan.tp_size, "mpu": mpu, "tp_group": mpu.tp.group},
@@ -168,20 +191,19 @@ def _policy_by_class(model: nn.Module, policy: Policy) -> dict[type[nn.Module], 
 def _start_engine(shard: _Shard, section: Mapping[str, Any]) -> deepspeed.InferenceEngine:
     engine = deepspeed.init_inference(shard.model, **_deepspeed_arguments(shard, section))
     engine.plan, engine.load_report = shard.plan, shard.report
-    engine.generate = _generate(engine, shard.mpu.tp)
+    engine.generate = _generate(engine)
     return engine
 
 
-def _generate(engine: deepspeed.InferenceEngine, tp: TensorParallel) -> Callable[..., Any]:
-    """`engine.generate`: Transformers' generate, beams and streamers included, with one draw for all ranks."""
+def _generate(engine: deepspeed.InferenceEngine) -> Callable[..., Any]:
+    """`engine.generate`: the module's own, beams included, with the prompt limit DeepSpeed's has."""
     limit = engine._config.max_out_tokens
 
     def generate(*inputs: Any, **kwargs: Any) -> Any:
         ids = kwargs.get("input_ids", kwargs.get("inputs", inputs[0] if inputs else None))
         if ids is not None and ids.shape[-1] > limit:
             raise UserError(f"prompt of {ids.shape[-1]} tokens: deepspeed.max_out_tokens allows {limit}")
-        with torch.inference_mode(), same_draw(tp):
-            return engine.module.generate(*inputs, **kwargs)
+        return engine.module.generate(*inputs, **kwargs)
 
     return generate
 

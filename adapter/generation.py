@@ -14,12 +14,14 @@ import safetensors.torch
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from adapter.command import BAD_INPUT, CHECK_FAILED, DONE
 from adapter.processing import Prepared, RequestError, RequestProcessor, collate
 from adapter.schema import Config, Request
 from adapter.topology import TensorParallel
+from policies.errors import UserError
 
 log = logging.getLogger("qwenvl_tp")
 Write = Callable[[dict[str, Any]], None]
@@ -58,19 +60,21 @@ class Tally:
                 "seconds": round(time.perf_counter() - began, 3)}
 
 
-def answer_all(config: Config, engine: deepspeed.InferenceEngine, tp: TensorParallel, write: Write) -> Tally:
-    """Answer every request of the config; every rank must call it. `write` gets a row per request, on rank 0.
+def answer_all(config: Config, engine: deepspeed.InferenceEngine, tp: TensorParallel,
+               processor: RequestProcessor | None, write: Write) -> Tally:
+    """Answer every request of the config; every rank must call it. `processor` and `write` (a row per request) are
+    rank 0's.
 
     A request that cannot be prepared is a row with `error`; the others are answered. The same Tally on every rank.
     """
     began = time.perf_counter()
-    limits = Limits.of(config, engine.plan.geometry.context)
+    limits = Limits.of(config, engine.plan.geometry.context, engine.module.generation_config)
     tally = Tally()
-    if tp.rank == 0:
+    if processor is not None:
         def run(inputs: dict[str, Tensor], clock: Clock) -> Tensor:
             return generate(share(inputs, tp), engine.generate, limits, clock)
 
-        tally = answer(config, limits, run, write)
+        tally = answer(config, processor, limits, run, write)
         share({}, tp)
     else:
         while inputs := share({}, tp):
@@ -83,16 +87,23 @@ def answer_all(config: Config, engine: deepspeed.InferenceEngine, tp: TensorPara
     return tally
 
 
-def answer(config: Config, limits: Limits, run: Callable[[dict[str, Tensor], Clock], Tensor], write: Write) -> Tally:
+def make_processor(config: Config, context: int) -> RequestProcessor:
+    """The processor for a config's requests. Raises UserError where the checkpoint's cannot be used."""
+    if not config.requests:
+        raise UserError("requests: there are none; give prompts in the YAML or the path of a JSON-lines file")
+    return RequestProcessor(config.model.path, config.processor, _room(config, context) - 1)  # for one new token
+
+
+def answer(config: Config, processor: RequestProcessor, limits: Limits,
+           run: Callable[[dict[str, Tensor], Clock], Tensor], write: Write) -> Tally:
     """Prepare, batch, `run` and report every request of the config, in one process."""
-    processor = RequestProcessor(config.model.path, config.processor, limits.prompt_tokens)
     expected = {r.id: r.expected for r in config.requests}
     tally = Tally()
-    for batch, errors in _batches(config.requests, processor, config.batch_size):
+    for batch, errors in _batches(config.requests, processor, config.batch_size, limits):
         for error in errors:
             log.error("request %s failed: %s", error.request_id, error.reason)
             write({"id": error.request_id, "error": error.reason})
-        rows = _rows(batch, processor, run) if batch else []
+        rows = _rows(batch, processor, limits, run) if batch else []
         for row in rows:
             right = expected[row["id"]]
             write(row if right is None else row | {"expected": right, "correct": row["answer"] == right})
@@ -105,45 +116,54 @@ def answer(config: Config, limits: Limits, run: Callable[[dict[str, Tensor], Clo
 
 @dataclass(frozen=True)
 class Limits:
-    """generate arguments of the config, and how long prompt and answer may be together, in tokens."""
+    """generate's arguments, how long prompt and answer may be together in tokens, and where an answer ends.
+
+    arguments: of the config; single: whether one beam is followed, which is what Transformers can stream.
+    """
 
     arguments: dict[str, Any]
     context: int
+    ends: tuple[int, ...]
+    single: bool
 
     @classmethod
-    def of(cls, config: Config, context: int) -> Limits:
-        arguments = dict(config.generation)
-        if not {"max_new_tokens", "max_length"} & arguments.keys():
-            arguments["max_new_tokens"] = DEFAULT_NEW_TOKENS
-        user_limit = config.deepspeed.get("max_out_tokens", config.deepspeed.get("max_tokens", context))
-        return cls(arguments, min(context, int(user_limit)))
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.context - 1  # room for one new token
+    def of(cls, config: Config, context: int, defaults: GenerationConfig) -> Limits:
+        """`defaults` are the checkpoint's own; the config goes before them."""
+        arguments = {"max_new_tokens": DEFAULT_NEW_TOKENS, **config.generation}
+        ends = arguments.get("eos_token_id", defaults.eos_token_id)
+        beams = arguments.get("num_beams", defaults.num_beams) or 1
+        return cls(arguments, _room(config, context), tuple(ends if isinstance(ends, list) else [ends]), beams == 1)
 
     def for_prompt(self, tokens: int) -> dict[str, Any]:
         """The arguments for a batch `tokens` long: the answer ends where the context does."""
-        if "max_new_tokens" in self.arguments:
-            room = self.context - tokens
-            return self.arguments | {"max_new_tokens": min(self.arguments["max_new_tokens"], room)}
-        return self.arguments
+        return self.arguments | {"max_new_tokens": min(self.arguments["max_new_tokens"], self.context - tokens)}
+
+
+def _room(config: Config, context: int) -> int:
+    """Tokens of prompt and answer together: the model's, or fewer where the deepspeed section says so."""
+    return min(context, int(config.deepspeed.get("max_out_tokens", config.deepspeed.get("max_tokens", context))))
 
 
 def _batches(
-    requests: Sequence[Request], processor: RequestProcessor, size: int
+    requests: Sequence[Request], processor: RequestProcessor, size: int, limits: Limits
 ) -> Iterator[tuple[list[Prepared], list[RequestError]]]:
-    """Prepared requests in order, `size` at a time, with the errors of those among them that cannot be prepared."""
+    """Prepared requests in order, up to `size` together, with the errors of those among them that cannot be prepared.
+
+    A prompt so long that padding to it would cut the answers of others starts a batch of its own.
+    """
     batch: list[Prepared] = []
     errors: list[RequestError] = []
     for request in requests:
         try:
-            batch.append(processor.prepare(request))
+            item = processor.prepare(request)
         except RequestError as error:
             errors.append(error)
-        if len(batch) == size:
+            continue
+        longest = max(other.prompt_tokens for other in [*batch, item])
+        if batch and (len(batch) == size or longest + limits.arguments["max_new_tokens"] > limits.context):
             yield batch, errors
             batch, errors = [], []
+        batch.append(item)
     if batch or errors:
         yield batch, errors
 
@@ -168,25 +188,26 @@ def to_device(x: Tensor) -> Tensor:
 def generate(inputs: dict[str, Tensor], call: Callable[..., Tensor], limits: Limits, clock: Clock) -> Tensor:
     """New tokens, int64 [B, new], from an engine's or a model's `generate`."""
     prompt = inputs["input_ids"].shape[1]
-    streamer = clock if limits.arguments.get("num_beams", 1) == 1 else None  # Transformers streams single beams only
     on_device = {k: to_device(v) for k, v in inputs.items()}
+    streamer = clock if limits.single else None
     return call(**on_device, **limits.for_prompt(prompt), streamer=streamer)[:, prompt:].cpu()
 
 
-def _rows(batch: Sequence[Prepared], processor: RequestProcessor,
+def _rows(batch: Sequence[Prepared], processor: RequestProcessor, limits: Limits,
           run: Callable[[dict[str, Tensor], Clock], Tensor]) -> list[dict[str, Any]]:
-    """Generate for one batch and make its rows. ttft_s is to the batch's first token, decode_tok_s that of one row."""
+    """Generate for one batch and make its rows. ttft_s is to the batch's first token, decode_tok_s that of one row;
+    None where beams hide when a token came."""
     log.info("generating: requests %s", ", ".join(item.id for item in batch))
     inputs, clock = collate(batch, processor.pad_token_id), Clock()
     began = time.perf_counter()
     new = run(inputs, clock)
-    times = clock.times[1:] or [time.perf_counter()]
+    times = clock.times[1:]
     rows = []
     for item, ids in zip(batch, new.tolist(), strict=True):
-        tokens = _until_end(ids, processor.eos_token_ids)
+        tokens = _until_end(ids, limits.ends)
         rows.append({
             "id": item.id, "answer": processor.decode(tokens), "tokens": tokens, "prompt_tokens": item.prompt_tokens,
-            "new_tokens": len(tokens), "ttft_s": round(times[0] - began, 4),
+            "new_tokens": len(tokens), "ttft_s": round(times[0] - began, 4) if times else None,
             "decode_tok_s": round((len(times) - 1) / (times[-1] - times[0]), 2) if len(times) > 1 else None,
         })
     return rows

@@ -54,11 +54,11 @@ def build_on_meta(directory: Path, policy: Policy, dtype: torch.dtype, attn_impl
         model_class = getattr(transformers, policy.model_class)
         with _ParametersOnMeta(), _silent_initialisation():
             model = model_class._from_config(config, attn_implementation=attn_implementation)
-    except (ImportError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if (directory / "generation_config.json").exists():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{directory}: Transformers {transformers.__version__} cannot build {policy.model_class} with "
                         f"attn_implementation {attn_implementation!r}: {error}") from error
-    if (directory / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
     return model.eval()
 
 
@@ -96,7 +96,6 @@ def inject(model: nn.Module, plan: Plan, tp: TensorParallel, source: Source, dty
     names = {policy.published(name): name for name, _ in model.named_modules()}
     parameters = (name for name, _ in model.named_parameters(remove_duplicate=False))
     policy.check_claims((policy.published(name) for name in parameters), plan.geometry)
-    device = torch.device("cpu")
     for module_name, claim in plan.claims.items():
         module = model.get_submodule(names[module_name])
         tensors: dict[str, Tensor]
@@ -104,7 +103,7 @@ def inject(model: nn.Module, plan: Plan, tp: TensorParallel, source: Source, dty
             tensors = {"weight": model.get_parameter(names[policy.tied[1].rsplit(".", 1)[0]] + ".weight")}
         else:
             tensors = {
-                suffix: source(f"{module_name}.{suffix}", plan.slice(module_name, suffix, tp.rank)).to(device, dtype)
+                suffix: source(f"{module_name}.{suffix}", plan.slice(module_name, suffix, tp.rank)).to("cpu", dtype)
                 for suffix in claim.parameters()
             }
         if isinstance(claim.rule, Replicated):

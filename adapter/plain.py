@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from adapter.checkpoint import read_config
-from adapter.generation import Clock, Limits, Tally, Write, answer, generate, to_device
+from adapter.generation import Clock, Limits, Tally, Write, answer, generate, make_processor, to_device
 from adapter.schema import Config
 from policies.registry import policy_for
 
@@ -22,17 +22,19 @@ def answer_plain(config: Config, write: Write) -> Tally:
     began = time.perf_counter()
     mapping = read_config(config.model.path)
     policy = policy_for(mapping)
+    context = policy.geometry(mapping).context
+    processor = make_processor(config, context)
     model = getattr(transformers, policy.model_class).from_pretrained(
         config.model.path, torch_dtype=config.model.torch_dtype, attn_implementation=config.model.attn_implementation,
         local_files_only=True, use_safetensors=True,
     ).eval()
     model.to(to_device(torch.empty(0)).device)
-    limits = Limits.of(config, policy.geometry(mapping).context)
+    limits = Limits.of(config, context, model.generation_config)
 
     def run(inputs: dict[str, Tensor], clock: Clock) -> Tensor:
         with torch.inference_mode():
             return generate(inputs, model.generate, limits, clock)
 
-    tally = answer(config, limits, run, write)
+    tally = answer(config, processor, limits, run, write)
     write(tally.summary(config, 1, began))
     return tally

@@ -12,14 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adapter.checkpoint import Checkpoint, open_checkpoint, read_config
+from adapter.checkpoint import ITEM_BYTES, TORCH_NAMES, Checkpoint, open_checkpoint, read_config
 from policies.errors import UserError
 from policies.heads import HeadShard
 from policies.policy import Geometry, Policy
 from policies.registry import policy_for
 from policies.rules import Claim, Replicated, Row, Split, TensorSlice, Vocab, slice_of
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {name: ITEM_BYTES[code] for code, name in TORCH_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Plan:
 
 
 def valid_tp_sizes(policy: Policy, geometry: Geometry) -> list[int]:
-    """Every tp_size from 1 to the number of query heads that violates nothing."""
+    """Every tp_size that violates nothing; none can be above the most heads of any tower."""
     most = max(a.q_heads for a in geometry.attention.values())
     return [n for n in range(1, most + 1) if not policy.problems(geometry, n)]
 

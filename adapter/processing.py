@@ -10,7 +10,6 @@ the frames that the model sees are kept, at the size it sees them, so that a lon
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +72,7 @@ class RequestProcessor:
         tokenizer = self._processor.tokenizer
         specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._reserved = [*specials, "<|placeholder|>"]  # older releases expand the last to pictures' places
-        self.eos_token_ids = _eos_token_ids(Path(model_dir), tokenizer.eos_token_id)
-        self.pad_token_id: int = self.eos_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.pad_token_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def prepare(self, request: Request) -> Prepared:
         """The tensors of one request. Raises RequestError for anything that is wrong with it."""
@@ -221,10 +219,3 @@ def _check_texts(turns: Turns, reserved: Iterable[str]) -> None:
 
 def _as_tensor(value: Any) -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float32)
-
-
-def _eos_token_ids(model_dir: Path, default: int) -> tuple[int, ...]:
-    """Where generation ends: generation_config.json says, else the tokenizer."""
-    path = model_dir / "generation_config.json"
-    stated = json.loads(path.read_text()).get("eos_token_id", default) if path.exists() else default
-    return tuple(stated) if isinstance(stated, list) else (stated,)

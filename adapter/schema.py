@@ -177,10 +177,11 @@ class Model(Section):
     def torch_dtype(self) -> torch.dtype:
         import torch
 
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
 
-class TensorParallel(Section):
+class TensorParallelSection(Section):
     tp_size: Count = 4
     vision: Literal["tensor"] = "tensor"
 
@@ -205,14 +206,15 @@ class Generation(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     num_beams: Count = 1
-    num_return_sequences: Count = 1
+    eos_token_id: int | Annotated[list[int], Field(min_length=1)] | None = None
+    pad_token_id: int | None = None
 
 
 class Config(Section):
     """The whole file. `deepspeed` is for DeepSpeedInferenceConfig, `generation` for GenerationConfig, as they stand."""
 
     model: Model
-    tensor_parallel: TensorParallel = TensorParallel()
+    tensor_parallel: TensorParallelSection = TensorParallelSection()
     deepspeed: dict[str, Any] = {}
     weights: Weights = Weights()
     processor: Processor = Processor()

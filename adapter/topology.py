@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch.utils.cpp_extension import is_ninja_available
 
 from policies.errors import UserError
 
@@ -130,7 +133,7 @@ def read_environment(environ: MutableMapping[str, str] = os.environ) -> Launch:
     except (KeyError, ValueError) as error:
         raise UserError(f"the launcher's environment is incomplete ({error}); start with the deepspeed launcher, "
                         "torchrun or mpirun") from None
-    if launch.one_host and environ.get("MASTER_ADDR") in LOOPBACK:
+    if launch.one_host:
         environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a job of one host does not listen on the network
     return launch
 
@@ -166,10 +169,11 @@ def start(tp_size: int) -> Mpu:
     if not torch.distributed.is_initialized():
         _init_process_group(launch)
     if not dist.is_initialized():
+        _need_a_compiler()
         dist.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False,
                               timeout=TIMEOUT, auto_mpi_discovery=False)
-        dist.barrier()  # every rank has mapped every segment, so their names can go
-        _unlink_segments()
+    dist.barrier()  # every rank has mapped every segment, so their names can go
+    _unlink_segments()
     if tp_size == 1:
         return Mpu(TensorParallel(0, 1))
     return grid(launch, tp_size)
@@ -180,6 +184,10 @@ def grid(launch: Launch, tp_size: int) -> Mpu:
     group = dist.new_group(list(range(tp_size)))
     alone = [dist.new_group([r]) for r in range(launch.world_size)]
     fast, why = choose_all_reduce(launch, tp_size)
+    votes = TensorParallel(launch.rank, tp_size, group).all_gather_last(
+        torch.tensor([fast], dtype=torch.uint8).to(get_accelerator().current_device_name()), (1,) * tp_size)
+    if fast and not votes.all():
+        fast, why = False, "torch group; not every rank can use DeepSpeed's shared-memory op"
     if launch.rank == 0:
         log.info("all-reduce: %s", why)
     return Mpu(TensorParallel(launch.rank, tp_size, group, fast), alone[launch.rank])
@@ -202,11 +210,11 @@ def choose_all_reduce(launch: Launch, tp_size: int) -> tuple[bool, str]:
         return False, f"{get_accelerator().communication_backend_name()} (ranks on accelerators)"
     backend = getattr(dist.comm.cdb, "shm_comm_op", None)
     if backend is None:
-        return False, "torch group; DeepSpeed's shared-memory op did not build here"
+        return False, "torch group; DeepSpeed's shared-memory op needs ninja and a C++ compiler on PATH"
     if not launch.one_host or launch.world_size != tp_size:
         return False, (f"torch group; DeepSpeed's shared-memory op needs all ranks of the job on one host "
                        f"(LOCAL_SIZE {launch.local_size or 'not set'}, world {launch.world_size})")
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     if tp_size > cores:
         return False, f"torch group; DeepSpeed's shared-memory op spins, too slow with {tp_size} ranks on {cores} cores"
     return True, "DeepSpeed's shared-memory op"
@@ -215,20 +223,20 @@ def choose_all_reduce(launch: Launch, tp_size: int) -> tuple[bool, str]:
 def _init_process_group(launch: Launch) -> None:
     """torch's process group; a job of one host rendezvouses on loopback only, which env:// would not do."""
     backend = get_accelerator().communication_backend_name()
-    device = None
     if get_accelerator().device_name() != "cpu":
+        if launch.local_rank >= get_accelerator().device_count():
+            raise UserError(f"rank {launch.rank} is number {launch.local_rank} on its host, which has only "
+                            f"{get_accelerator().device_count()} accelerators; start fewer ranks there")
         get_accelerator().set_device(launch.local_rank)
-        device = torch.device(get_accelerator().device_name(launch.local_rank))
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if not launch.one_host or address not in LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        torch.distributed.init_process_group(backend, timeout=TIMEOUT, rank=launch.rank, world_size=launch.world_size,
-                                             device_id=device)
+        torch.distributed.init_process_group(backend, timeout=TIMEOUT, rank=launch.rank, world_size=launch.world_size)
         return
     listener = _listen(port) if launch.rank == 0 else None
     store = torch.distributed.TCPStore("127.0.0.1", port, launch.world_size, launch.rank == 0, timeout=TIMEOUT,
                                        wait_for_workers=False, master_listen_fd=listener)
     torch.distributed.init_process_group(backend, store=store, timeout=TIMEOUT, rank=launch.rank,
-                                         world_size=launch.world_size, device_id=device)
+                                         world_size=launch.world_size)
 
 
 def _listen(port: int) -> int:
@@ -242,6 +250,22 @@ def _listen(port: int) -> int:
                         "Start with `deepspeed --master_port N ...` and a free N") from None
     listener.listen(1024)
     return listener.detach()
+
+
+def _need_a_compiler() -> None:
+    """Without ninja or a compiler DeepSpeed raises where it builds its shared-memory op; tell it that it has none."""
+    if not is_ninja_available() or not shutil.which(os.environ.get("CXX", "c++")):
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def usable_cores() -> int:
+    """Cores of this host, or as many as the container's CPU quota (cgroup v2) is worth."""
+    cores = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
+        return cores
 
 
 def _unlink_segments() -> None:

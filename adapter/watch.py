@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import deepspeed.comm as dist
 import psutil
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from adapter.topology import TensorParallel
 
@@ -24,28 +26,33 @@ LOST = 3  # exit code of a rank that ends because another did
 
 @contextmanager
 def watching(tp: TensorParallel) -> Iterator[None]:
-    """Within, this process ends (exit code 3, one line on stderr) when a rank of this host or the launcher dies."""
+    """Within, this process ends (exit code 3, one line on stderr) when a rank of this host or the launcher dies.
+
+    Every rank must enter it. One rank alone has nobody to wait for and is not watched.
+    """
+    if tp.size == 1:
+        yield
+        return
     peers = _local_pids(tp)
     stop = threading.Event()
     thread = threading.Thread(target=_watch, args=(tp.rank, peers, _ancestors(), stop), daemon=True)
     thread.start()
     try:
         yield
-        if tp.size > 1:
-            dist.barrier()  # nobody may leave while another still watches it
+        dist.barrier()
+    except Exception:
+        time.sleep(3 * INTERVAL_S)  # a lost connection is the echo of a death: let the thread say whose, and end here
+        raise
     finally:
         stop.set()
         thread.join()
+    dist.barrier()  # nobody leaves while another still watches it
 
 
 def _local_pids(tp: TensorParallel) -> Mapping[int, int]:
     """Rank -> process id of the other ranks on this host."""
-    if tp.size == 1:
-        return {}
     host = hash_of_boot()
-    mine = torch.tensor([host, os.getpid()])
-    if torch.distributed.get_backend() != "gloo":
-        mine = mine.to(torch.device("cuda"))
+    mine = torch.tensor([host, os.getpid()]).to(get_accelerator().current_device_name())
     rows = tp.all_gather_last(mine, (2,) * tp.size).view(tp.size, 2).tolist()
     return {r: pid for r, (where, pid) in enumerate(rows) if where == host and r != tp.rank}
 
@@ -59,10 +66,13 @@ def hash_of_boot() -> int:
 def _ancestors() -> Mapping[int, int]:
     """Process -> its parent now; a change means that the parent died. The deepspeed command starts its launcher as a
     child and does not end it when it is killed itself, so that link is watched too."""
-    parent = psutil.Process(os.getppid())
-    links = {os.getpid(): parent.pid}
-    if "deepspeed.launcher.launch" in " ".join(parent.cmdline()):
-        links[parent.pid] = parent.ppid()
+    links = {os.getpid(): os.getppid()}
+    try:
+        parent = psutil.Process(os.getppid())
+        if "deepspeed.launcher.launch" in " ".join(parent.cmdline()):
+            links[parent.pid] = parent.ppid()
+    except psutil.Error:  # the parent is outside this pid namespace or not ours to look at
+        return {}
     return links
 
 
@@ -93,4 +103,5 @@ def _parent_of(pid: int) -> int | None:
 
 def _end(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
+    time.sleep(2)  # launchers look about once a second, and the job's exit code should be that of the first to end
     os._exit(LOST)  # other threads may be inside a collective that never returns

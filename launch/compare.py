@@ -49,7 +49,10 @@ def _read(file: str) -> dict[str, dict[str, Any]]:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
-    rows = [json.loads(line) for line in lines if line.startswith("{")]
+    try:
+        rows = [json.loads(line) for line in lines if line.startswith("{")]
+    except ValueError as error:
+        raise UserError(f"{file}: a line is cut: {error}") from None
     if not any(r.get("summary") for r in rows):
         raise UserError(f"{file}: holds no summary; the run that wrote it did not end well, see its messages above")
     return {"summary" if r.get("summary") else r["id"]: r for r in rows}

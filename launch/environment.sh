@@ -20,12 +20,13 @@ use_environment() {
     local candidate
     for candidate in "${PYTHON:-}" "$ROOT/.venv/bin/python" "$(command -v python3 || true)"; do
         if [ -n "$candidate" ] && [ -x "$(command -v "$candidate" || true)" ] && fits "$candidate" "$@"; then
-            PYTHON=$(command -v "$candidate"); return
+            PYTHON=$(command -v "$candidate"); export PATH="$(dirname "$PYTHON"):$PATH"; return
         fi
     done
     echo "setting up .venv (about 6 GB, once) ..." >&2
     [ -x "$ROOT/.venv/bin/python" ] || python3 -m venv "$ROOT/.venv"
     PYTHON=$ROOT/.venv/bin/python
+    export PATH="$ROOT/.venv/bin:$PATH"   # ninja, which DeepSpeed's op is built with, is looked for there
     local files=() file
     for file in "$@"; do files+=(-r "$file"); done
     "$PYTHON" -m pip install --quiet --disable-pip-version-check "${files[@]}"

@@ -21,14 +21,16 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
     from adapter.plan import checked_plan
 
     config = load_config(args.config, args.overrides)
-    checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype)  # before the slow imports
+    plan, _ = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype)  # before slow imports
     from adapter.engine import init_inference
-    from adapter.generation import answer_all
+    from adapter.generation import answer_all, make_processor
     from adapter.watch import watching
 
+    first = command.environment_rank("RANK") == 0
+    processor = make_processor(config, plan.geometry.context) if first else None
     engine = init_inference(config)
     with watching(engine.mpu.tp):
-        return answer_all(config, engine, engine.mpu.tp, results.write).exit_code
+        return answer_all(config, engine, engine.mpu.tp, processor, results.write).exit_code
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Every function takes totals and tp_size and returns one entry per rank. Nothing here has to divide evenly:
 
 * Query heads go to ranks in order, at most ceil(heads / tp_size) each, so that no rank is slower than it must be. Among
-  all such cuts the one is taken whose ranks hold few KV heads, evenly: a boundary on a KV group's edge costs no replica.
+  all such cuts the one is taken whose ranks hold few KV heads, evenly: a cut at a KV group's edge costs no replica.
 * A rank holds every KV head its query heads read, so KV heads are replicated where ranks outnumber them.
 * Attention code wants the same number of query heads for each KV head. A rank that straddles two KV groups unevenly (7
   heads of one, 3 of the next) gets *slots*: each of its KV heads serves `groups` query slots, owned heads are placed in

@@ -14,13 +14,14 @@ if ! "$old/bin/python" -c "import transformers" 2>/dev/null; then
     "$PYTHON" -m venv "$old"
     "$old/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
         "transformers==$OLD_RELEASE" "tokenizers==0.21.4" "huggingface_hub==0.36.2"
+    "$old/bin/python" -m pip install --quiet --disable-pip-version-check "requests==2.32.5"
     "$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
         > "$("$old/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+    "$old/bin/python" -c "import transformers"
 fi
 export QWENVL_TP_OLD_PYTHON=$old/bin/python
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy
-unset CDPATH
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$PYTHON" -m pytest --durations=10 tests/unit tests "$@"
+exec "$PYTHON" -m pytest --durations=10 tests/unit tests/faults tests/parity "$@"

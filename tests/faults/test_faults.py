@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from checkpoints import Shape, make_checkpoint
 from launching import ROOT, Job, free_port, launch
 
 GENERATE = ROOT / "launch" / "generate.py"
@@ -31,11 +32,12 @@ def config(directory: Path, model: Path, text: str = "") -> str:
 
 
 def refused(outcome, *words: str) -> None:
-    """Exit code 2, every word on stderr, the message once, and no traceback."""
+    """Exit code 2, every word on stderr, one error message, and no traceback."""
     assert outcome.code == 2, (outcome.code, outcome.err[-3000:])
     for word in words:
         assert word in outcome.err, (word, outcome.err[-3000:])
     assert "Traceback" not in outcome.err, outcome.err[-3000:]
+    assert sum(line.startswith("error") for line in outcome.err.splitlines()) == 1, outcome.err[-3000:]
     assert not [line for line in outcome.out.splitlines() if line.startswith("{")], outcome.out
 
 
@@ -72,10 +74,25 @@ def test_missing_weights_are_all_named(tmp_path, model):
     refused(launch(2, GENERATE, "--config", config(tmp_path, model)), "no safetensors file")
 
 
+def test_one_shard_of_several_missing(tmp_path, model):
+    make_checkpoint(model, Shape(), files=3)
+    (model / "model-00002-of-00003.safetensors").unlink()
+    (model / "model.safetensors").unlink()
+    outcome = launch(2, GENERATE, "--config", config(tmp_path, model))
+    refused(outcome, "model-00002-of-00003.safetensors", "missing")
+
+
+def test_what_only_rank_0_needs_is_checked_before_the_ranks_join(tmp_path, model):
+    """The tokenizer is rank 0's alone; the others must not be left waiting for it."""
+    (model / "tokenizer_config.json").write_text("{broken")
+    refused(launch(2, GENERATE, "--config", config(tmp_path, model)), "tokenizer")
+    (model / "generation_config.json").write_text("[]")
+    refused(launch(2, GENERATE, "--config", config(tmp_path, model)), str(model))
+
+
 def test_deepspeed_section_that_deepspeed_refuses(tmp_path, model):
     outcome = launch(2, GENERATE, "--config", config(tmp_path, model, "deepspeed: {max_out_tokens: many}\n"))
-    assert outcome.code == 2 and "max_out_tokens" in outcome.err, outcome.err[-3000:]
-    assert "Traceback" not in outcome.err
+    refused(outcome, "deepspeed.max_out_tokens", "many")
 
 
 def test_one_bad_request_does_not_cost_the_others(tmp_path, model):
@@ -128,6 +145,7 @@ def test_killed_rank_is_named_and_ends_the_job(tmp_path, model, launcher):
     code, seen = end(job, 20)
     assert code != 0
     assert f"rank 1 (process {pid}) died" in seen, seen[-3000:]
+    assert "Traceback" not in seen, seen[-3000:]
 
 
 def _mpi_rank(job: Job, rank: int) -> int:

@@ -1,0 +1,54 @@
+"""The demo: the quick start as a newcomer runs it, and the same answers under other launchers and in bfloat16."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+from launching import ROOT, launch
+
+CONFIG = str(ROOT / "configs" / "demo_tp4.yaml")
+pytestmark = pytest.mark.ranks
+
+
+def rows(outcome) -> dict[str, dict]:
+    found = [json.loads(line) for line in outcome.out.splitlines() if line.startswith("{")]
+    assert found and found[-1]["summary"], outcome.err[-3000:]
+    return {row.get("id", "summary"): row for row in found}
+
+
+@cache
+def one_process() -> dict[str, dict]:
+    return rows(launch(1, ROOT / "launch" / "one_process.py", "--config", CONFIG, launcher="none"))
+
+
+def test_quickstart():
+    env = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(["bash", str(ROOT / "launch" / "quickstart.sh")], capture_output=True, text=True, env=env,
+                          timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.stdout.count("right; same tokens as one process") == 12
+    assert "rank 3: query heads 21-27" in done.stdout
+    assert "12 of 12 answered by 4 ranks" in done.stdout
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_same_tokens_under_other_launchers(launcher):
+    """Two ranks, uneven nowhere, through DeepSpeed's shared-memory op where the host has the cores."""
+    outcome = launch(2, ROOT / "launch" / "generate.py", "--config", CONFIG, "tensor_parallel.tp_size=2",
+                     launcher=launcher)
+    ours = rows(outcome)
+    assert outcome.code == 0, outcome.err[-3000:]
+    assert {k: r["tokens"] for k, r in ours.items() if k != "summary"} == {
+        k: r["tokens"] for k, r in one_process().items() if k != "summary"}
+
+
+def test_answers_in_bfloat16_over_three_ranks_with_beams():
+    outcome = launch(3, ROOT / "launch" / "generate.py", "--config", CONFIG, "tensor_parallel.tp_size=3",
+                     "model.dtype=bfloat16", "generation={max_new_tokens: 8, num_beams: 2}", "batch_size=5")
+    assert outcome.code == 0, outcome.err[-3000:]
+    assert rows(outcome)["summary"]["wrong"] == 0
