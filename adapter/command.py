@@ -96,7 +96,7 @@ def _configure_logs(rank: int) -> None:
     """Our logger speaks on rank 0 only, and on every rank from warnings up, to stderr. No stream is ever closed."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"rank {rank}: %(message)s" if rank else "%(message)s"))
-    log = logging.getLogger("qwenvl_tp")
+    log = logging.getLogger("adapter")
     log.addHandler(handler)
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

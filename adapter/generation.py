@@ -23,7 +23,7 @@ from adapter.schema import Config, Request
 from adapter.topology import TensorParallel
 from policies.errors import UserError
 
-log = logging.getLogger("qwenvl_tp")
+log = logging.getLogger("adapter")
 Write = Callable[[dict[str, Any]], None]
 DEFAULT_NEW_TOKENS = 256  # where the config sets neither max_new_tokens nor max_length; Transformers' own is 20 in all
 

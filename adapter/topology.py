@@ -24,7 +24,7 @@ from torch.utils.cpp_extension import is_ninja_available
 
 from policies.errors import UserError
 
-log = logging.getLogger("qwenvl_tp")
+log = logging.getLogger("adapter")
 TIMEOUT = timedelta(minutes=10)  # of any collective: the longest a rank may wait while another decodes a film
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")

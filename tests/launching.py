@@ -116,11 +116,11 @@ class Job:
             os.kill(pid, signal.SIGKILL)
 
     def leftovers(self, wait_s: float = 10) -> list[str]:
-        """Processes, /dev/shm names and listening ports of this job that are still there after `wait_s` at most."""
+        """Processes, new /dev/shm names and the listening port of this job that are left after `wait_s` at most."""
         deadline = time.monotonic() + wait_s
         while True:
             left = [f"process {pid}" for pid in self.descendants()]
-            left += [f"/dev/shm/{n}" for n in set(os.listdir("/dev/shm")) - self.shm_before if str(self.port) in n]
+            left += [f"/dev/shm/{n}" for n in set(os.listdir("/dev/shm")) - self.shm_before]
             with socket.socket() as s:
                 if s.connect_ex(("127.0.0.1", self.port)) == 0:
                     left.append(f"port {self.port}")
