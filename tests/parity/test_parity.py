@@ -67,7 +67,7 @@ def test_logits_and_greedy_tokens_equal_one_process(pair, case):
     plain, ours, tp, shape = pair
     assert plain[f"{case}.logits"].std() > 0.3, "the reference itself must say something"
     difference = float((plain[f"{case}.logits"] - ours[f"{case}.logits"]).abs().max())
-    print(f"tp {tp}, {shape.heads}/{shape.kv_heads} heads, {case}: max |logit difference| {difference:.1e}")  # -rP shows
+    print(f"tp {tp}, {shape.heads}/{shape.kv_heads} heads, {case}: max |logit difference| {difference:.1e}")
     assert difference <= 1e-4
     assert torch.equal(plain[f"{case}.tokens"], ours[f"{case}.tokens"])
 
