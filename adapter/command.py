@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TextIO
 from policies.errors import UserError
 
 DONE, CHECK_FAILED, BAD_INPUT, CRASHED = 0, 1, 2, 70
-GRACE_S = 5.0  # how long ranks that say nothing let the one that speaks finish
+GRACE_S = 20.0  # how long ranks that say nothing let the one that speaks finish; the launcher ends them when it has
 
 
 def parser(description: str) -> argparse.ArgumentParser:

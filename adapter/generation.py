@@ -141,7 +141,8 @@ class Limits:
 
 def _room(config: Config, context: int) -> int:
     """Tokens of prompt and answer together: the model's, or fewer where the deepspeed section says so."""
-    return min(context, int(config.deepspeed.get("max_out_tokens", config.deepspeed.get("max_tokens", context))))
+    stated = config.deepspeed.get("max_out_tokens", config.deepspeed.get("max_tokens"))
+    return min(context, stated) if isinstance(stated, int) else context  # DeepSpeed refuses what is not a number
 
 
 def _batches(

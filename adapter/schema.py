@@ -132,6 +132,9 @@ class Message(Section):
     ]
 
 
+Ids = Annotated[
+    list[int], BeforeValidator(lambda value: [value] if isinstance(value, int) else value), Field(min_length=1)
+]
 Chat = Annotated[tuple[Message, ...], Listed, AfterValidator(_not_empty)]
 
 
@@ -206,7 +209,7 @@ class Generation(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     num_beams: Count = 1
-    eos_token_id: int | Annotated[list[int], Field(min_length=1)] | None = None
+    eos_token_id: Ids = [0]
     pad_token_id: int | None = None
 
 

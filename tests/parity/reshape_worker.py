@@ -1,6 +1,7 @@
-"""One rank of the original failure: hidden 3584, 28 heads, 359 tokens, with or without the per-rank head override.
+"""One rank of the original failure: hidden 3584, 28 heads, 359 tokens, without the per-rank head override and with it.
 
-    deepspeed --num_accelerators 4 reshape_worker.py MODEL_DIR OUT.safetensors [--without-override]
+    deepspeed --num_accelerators 4 reshape_worker.py MODEL_DIR OUT.safetensors      what fails goes to stderr
+    python reshape_worker.py --plain MODEL_DIR OUT.safetensors                      one process, plain Transformers
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import transformers
 from safetensors.torch import save_file
 
 from adapter import topology
+from adapter.checkpoint import Checkpoint
 from adapter.inject import build_on_meta, checkpoint_source, inject
-from adapter.plan import checked_plan
+from adapter.plan import Plan, checked_plan
+from adapter.topology import TensorParallel
 
 TOKENS = 359
 
@@ -30,11 +33,16 @@ def prompt(vocab: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def shard(directory: Path, plan: Plan, tp: TensorParallel, checkpoint: Checkpoint) -> torch.nn.Module:
+    model = build_on_meta(directory, plan.policy, torch.float32, "sdpa")
+    inject(model, plan, tp, checkpoint_source(checkpoint), torch.float32)
+    return model
+
+
 def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("model", type=Path)
     p.add_argument("out", type=Path)
-    p.add_argument("--without-override", action="store_true")
     p.add_argument("--plain", action="store_true")
     p.add_argument("--local_rank", type=int)
     args = p.parse_args()
@@ -44,10 +52,14 @@ def main() -> None:
     else:
         tp_size = int(os.environ["WORLD_SIZE"])
         plan, checkpoint = checked_plan(args.model, tp_size, "float32")
-        if args.without_override:
-            plan = dataclasses.replace(plan, policy=dataclasses.replace(plan.policy, head_numbers=()))
-        model = build_on_meta(args.model, plan.policy, torch.float32, "sdpa")
-        inject(model, plan, topology.start(tp_size).tp, checkpoint_source(checkpoint), torch.float32)
+        tp = topology.start(tp_size).tp
+        without = dataclasses.replace(plan, policy=dataclasses.replace(plan.policy, head_numbers=()))
+        try:
+            with torch.inference_mode():
+                shard(args.model, without, tp, checkpoint)(**prompt(plan.geometry.sizes["vocab"]))
+        except RuntimeError as error:
+            print(f"without the override: {error}", file=sys.stderr, flush=True)
+        model = shard(args.model, plan, tp, checkpoint)
     with torch.inference_mode():
         logits = model(**prompt(model.config.get_text_config().vocab_size)).logits
     if int(os.environ.get("RANK", 0)) == 0:

@@ -36,19 +36,18 @@ def test_quickstart():
     assert "12 of 12 answered by 4 ranks" in done.stdout
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
-def test_same_tokens_under_other_launchers(launcher):
-    """Two ranks, uneven nowhere, through DeepSpeed's shared-memory op where the host has the cores."""
+def test_same_tokens_under_torchrun():
     outcome = launch(2, ROOT / "launch" / "generate.py", "--config", CONFIG, "tensor_parallel.tp_size=2",
-                     launcher=launcher)
+                     launcher="torchrun")
     ours = rows(outcome)
     assert outcome.code == 0, outcome.err[-3000:]
     assert {k: r["tokens"] for k, r in ours.items() if k != "summary"} == {
         k: r["tokens"] for k, r in one_process().items() if k != "summary"}
 
 
-def test_answers_in_bfloat16_over_three_ranks_with_beams():
+def test_right_answers_under_mpirun_in_bfloat16_with_beams():
     outcome = launch(3, ROOT / "launch" / "generate.py", "--config", CONFIG, "tensor_parallel.tp_size=3",
-                     "model.dtype=bfloat16", "generation={max_new_tokens: 8, num_beams: 2}", "batch_size=5")
+                     "model.dtype=bfloat16", "generation={max_new_tokens: 8, num_beams: 2}", "batch_size=5",
+                     launcher="mpirun")
     assert outcome.code == 0, outcome.err[-3000:]
     assert rows(outcome)["summary"]["wrong"] == 0
