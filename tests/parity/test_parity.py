@@ -21,7 +21,7 @@ MODELS = {  # name -> (shape, newer names, files, tp sizes)
     "heads28_tied": (Shape(heads=28, kv_heads=4, tied=True), True, 1, (2, 4, 5)),
     "heads12": (NARROW, True, 3, (2, 4)),
     "heads12_tied": (Shape(heads=12, kv_heads=2, mlp=200, vocab=199, tied=True), False, 1, (2, 3, 4, 6)),
-    "few_vision_heads": (Shape(heads=6, kv_heads=2, v_heads=4), False, 1, (6,)),  # two ranks without a vision head
+    "few_vision_heads": (Shape(heads=6, kv_heads=2, v_heads=2), False, 1, (3,)),  # one rank without a vision head
 }
 CASES = ("text", "image", "two_images", "video", "batch")
 RUNS = sorted({(tp, name) for name, (*_, sizes) in MODELS.items() for tp in sizes})
