@@ -22,7 +22,6 @@ from worker import GREEDY, inputs_for
 
 import adapter
 from adapter.config import from_dict
-from adapter.generation import proportional_set_size
 from policies.errors import UserError
 
 TP = int(os.environ.get("WORLD_SIZE", 1))
@@ -94,7 +93,6 @@ def main() -> None:
     facts["not_a_model"] = message(adapter.init_inference, model=torch.nn.Linear(2, 2))
     facts["other_family"] = message(adapter.init_inference, model=type("M", (torch.nn.Linear,), {
         "config": transformers.BertConfig()})(2, 2), tensor_parallel={"tp_size": TP})
-    facts["pss"] = proportional_set_size()
     if int(os.environ.get("RANK", 0)) == 0:
         os.write(1, (json.dumps(facts) + "\n").encode())
 
