@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
-from policies.errors import UserError
+from policies.errors import CheckFailed, UserError
 
 DONE, CHECK_FAILED, BAD_INPUT, CRASHED = 0, 1, 2, 70
 GRACE_S = 20.0  # how long ranks that say nothing let the one that speaks finish; the launcher ends them when it has
@@ -45,7 +45,8 @@ class Results:
 
 
 def run(main: Callable[[argparse.Namespace, Results], int], arguments: argparse.ArgumentParser) -> NoReturn:
-    """Run a command to its exit code: UserError is a message and 2, anything else a traceback and 70."""
+    """Run a command to its exit code: UserError is a message and 2, CheckFailed a message and 1, anything else a
+    traceback and 70."""
     rank = environment_rank("RANK")
     try:
         args = arguments.parse_intermixed_args()  # overrides before, between and after options
@@ -59,6 +60,9 @@ def run(main: Callable[[argparse.Namespace, Results], int], arguments: argparse.
     except UserError as error:
         _report(error, rank)
         code = BAD_INPUT
+    except CheckFailed as error:
+        _report(error, rank)
+        code = CHECK_FAILED
     except KeyboardInterrupt:
         code = 130
     except Exception:
@@ -67,7 +71,7 @@ def run(main: Callable[[argparse.Namespace, Results], int], arguments: argparse.
     _leave(code)
 
 
-def _report(error: UserError, rank: int) -> None:
+def _report(error: UserError | CheckFailed, rank: int) -> None:
     """Before the ranks are joined, all of one host find the same error: one of them says it. Later each says its own.
 
     The silent ones wait a little, since the launcher ends the others as soon as one has ended.
@@ -102,6 +106,7 @@ def _configure_logs(rank: int) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime" on every CPU rank
+    warnings.filterwarnings("ignore", r"Image size \(")  # Pillow's, of pictures that are refused for their size anyway
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated")  # DeepSpeed's call
 
 

@@ -18,9 +18,10 @@ from torch import nn
 
 from adapter import topology
 from adapter.config import load_config
+from adapter.desync import checked_generate
 from adapter.inject import build_on_meta, checkpoint_source, inject, model_source
 from adapter.plan import Plan, checked_plan, require
-from adapter.schema import Config
+from adapter.schema import Config, TensorParallelSection
 from adapter.topology import Mpu, TensorParallel
 from policies.dialects import injection_policy
 from policies.errors import UserError
@@ -60,8 +61,8 @@ def init_inference(
     """A real deepspeed.InferenceEngine whose module is this rank's shard of both towers.
 
     Either `config` (a YAML file or a Config; `overrides` as on the command line), or `model`, a Transformers model the
-    caller loaded on every rank, with `tensor_parallel={"tp_size": N}` and any argument of deepspeed.init_inference.
-    Every rank must call it. The engine has two more attributes: `plan` and `load_report`.
+    caller loaded on every rank, with `tensor_parallel={"tp_size": N}` (the keys of the YAML's section) and any argument
+    of deepspeed.init_inference. Every rank must call it. The engine has two more attributes: `plan` and `load_report`.
 
     Raises UserError for anything a user can cause: a bad config, a tp_size the model or the job cannot have, a
     checkpoint with missing, extra, truncated or misshapen tensors.
@@ -70,7 +71,7 @@ def init_inference(
         raise UserError("init_inference takes either a config or model=..., and exactly one of them")
     if model is not None:
         _check_section(deepspeed_section)
-        return _start_engine(_shard_loaded(model, _tp_size(tensor_parallel)), deepspeed_section)
+        return _start_engine(_shard_loaded(model, _parallel(tensor_parallel)), deepspeed_section)
     if stray := [*deepspeed_section, *(["tensor_parallel"] if tensor_parallel else [])]:
         raise UserError(f"init_inference with a config takes {', '.join(stray)} from it; use overrides=('key=value',)")
     if isinstance(config, (str, Path)):
@@ -86,14 +87,16 @@ def deepspeed_kwargs(model: nn.Module, tp_size: int = 4, **deepspeed_section: An
     Raises UserError as init_inference does.
     """
     _check_section(deepspeed_section)
-    return _deepspeed_arguments(_shard_loaded(model, tp_size), deepspeed_section)
+    return _deepspeed_arguments(_shard_loaded(model, _parallel({"tp_size": tp_size})), deepspeed_section)
 
 
-def _tp_size(tensor_parallel: Mapping[str, Any] | None) -> int:
-    section = {"tp_size": 4, **(tensor_parallel or {})}
-    if section.keys() != {"tp_size"} or not isinstance(section["tp_size"], int):
-        raise UserError(f"tensor_parallel={tensor_parallel!r}: write {{'tp_size': N}}; groups come from the launcher")
-    return section["tp_size"]
+def _parallel(section: Mapping[str, Any] | None) -> TensorParallelSection:
+    try:
+        return TensorParallelSection(**(section or {}))
+    except (ValidationError, TypeError):
+        known = ", ".join(TensorParallelSection.model_fields)
+        raise UserError(f"tensor_parallel={section!r}: write {{'tp_size': N}} (whole numbers; keys: {known}); groups "
+                        "come from the launcher") from None
 
 
 @dataclass(frozen=True)
@@ -105,13 +108,14 @@ class _Shard:
     mpu: Mpu
     dtype: torch.dtype
     report: LoadReport
+    parallel: TensorParallelSection
 
 
-def _shard_loaded(model: nn.Module, tp_size: int) -> _Shard:
+def _shard_loaded(model: nn.Module, parallel: TensorParallelSection) -> _Shard:
     model_config = getattr(model, "config", None)
     if model_config is None:
         raise UserError(f"{type(model).__name__} has no .config; a Transformers model is needed")
-    mapping = model_config.to_dict()
+    tp_size, mapping = parallel.tp_size, model_config.to_dict()
     policy = policy_for(mapping, f"{type(model).__name__}.config")
     geometry = policy.geometry(mapping)
     dtype: torch.dtype = model.dtype  # type: ignore[assignment]
@@ -122,7 +126,7 @@ def _shard_loaded(model: nn.Module, tp_size: int) -> _Shard:
     began = time.perf_counter()
     inject(model, plan, mpu.tp, model_source(model, policy), dtype)
     report = LoadReport(0, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
-    return _ready(_Shard(model, plan, mpu, dtype, report))
+    return _ready(_Shard(model, plan, mpu, dtype, report, parallel))
 
 
 def _shard_from_files(config: Config) -> _Shard:
@@ -136,16 +140,17 @@ def _shard_from_files(config: Config) -> _Shard:
     began = time.perf_counter()
     inject(model, plan, mpu.tp, checkpoint_source(checkpoint), dtype)
     report = LoadReport(checkpoint.bytes_read, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
-    return _ready(_Shard(model, plan, mpu, dtype, report))
+    return _ready(_Shard(model, plan, mpu, dtype, report, config.tensor_parallel))
 
 
 def _ready(shard: _Shard) -> _Shard:
     """Give the model a `generate` that draws the same numbers on every rank, whoever calls it."""
-    generate, tp = shard.model.generate, shard.mpu.tp
+    tp = shard.mpu.tp
+    generate = checked_generate(shard.model, shard.plan, tp, shard.parallel.desync_check)
 
     def same(*inputs: Any, **kwargs: Any) -> Any:
         with torch.inference_mode(), same_draw(tp):
-            return generate(*inputs, **kwargs)  # type: ignore[operator]
+            return generate(*inputs, **kwargs)
 
     shard.model.generate = same  # type: ignore[assignment]
     return shard

@@ -51,14 +51,14 @@ def _directory(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("the directory of a checkpoint is needed")
     path = absolute(value, _base(info, "model"))
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir it has an answer to every path, one that is too long included
         return path
     advice = "the directory of a checkpoint is needed"
     if HUB_ID.fullmatch(value):
         name = value.split("/")[1]
         get = f"`huggingface-cli download {value} --local-dir {name}` (newer: `hf download`)"
         advice = f"it looks like a hub id, and nothing is downloaded here: run {get}, then model.path={name}"
-    raise ValueError(f"{'not a directory' if path.exists() else 'no such directory'}: {path}; {advice}")
+    raise ValueError(f"{'not a directory' if os.path.exists(path) else 'no such directory'}: {path}; {advice}")
 
 
 def _not_empty(value: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -67,7 +67,10 @@ def _not_empty(value: tuple[Any, ...]) -> tuple[Any, ...]:
     return value
 
 
-Count = Annotated[int, Field(ge=1)]
+LARGEST = 2**31 - 1
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Natural = Annotated[int, Field(ge=0, le=LARGEST)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 Listed = Field(strict=False)  # a YAML list fills a tuple; its items stay strict
 Media = Annotated[str, BeforeValidator(_media), Field(min_length=1)]
@@ -133,7 +136,7 @@ class Message(Section):
 
 
 Ids = Annotated[
-    list[int], BeforeValidator(lambda value: [value] if isinstance(value, int) else value), Field(min_length=1)
+    list[Natural], BeforeValidator(lambda value: [value] if isinstance(value, int) else value), Field(min_length=1)
 ]
 Chat = Annotated[tuple[Message, ...], Listed, AfterValidator(_not_empty)]
 
@@ -187,6 +190,7 @@ class Model(Section):
 class TensorParallelSection(Section):
     tp_size: Count = 4
     vision: Literal["tensor"] = "tensor"
+    desync_check: Annotated[int, Field(ge=0)] = 0  # compare the ranks every that many steps of generate; 0: never
 
 
 class Weights(Section):
@@ -205,12 +209,38 @@ class Generation(Section):
     max_new_tokens: Count = 1
     do_sample: bool = False
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Natural = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    num_beams: Count = 1
+    num_beams: Annotated[int, Field(ge=1, le=1024)] = 1  # each holds a KV cache of its own
     eos_token_id: Ids = [0]
-    pad_token_id: int | None = None
+    pad_token_id: Natural | None = None
+    bos_token_id: Natural | None = None
+    min_length: Natural | None = None
+    min_new_tokens: Natural | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    use_cache: bool | None = None
+    min_p: Fraction | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    epsilon_cutoff: Fraction | None = None
+    eta_cutoff: Fraction | None = None
+    encoder_repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    length_penalty: float | None = None
+    no_repeat_ngram_size: Natural | None = None
+    encoder_no_repeat_ngram_size: Natural | None = None
+    bad_words_ids: Annotated[list[Annotated[list[Natural], Field(min_length=1)]], Field(min_length=1)] | None = None
+    suppress_tokens: list[Natural] | None = None
+    begin_suppress_tokens: list[Natural] | None = None
+    forced_bos_token_id: Natural | None = None
+    forced_eos_token_id: Ids | None = None
+    exponential_decay_length_penalty: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    renormalize_logits: bool | None = None
+    remove_invalid_values: bool | None = None
+    guidance_scale: Annotated[float, Field(gt=0)] | None = None
+    output_scores: bool | None = None
+    output_logits: bool | None = None
+    output_attentions: bool | None = None
+    output_hidden_states: bool | None = None
 
 
 class Config(Section):

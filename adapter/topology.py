@@ -6,11 +6,13 @@ Nothing here is global but the process group torch itself keeps: groups travel a
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import shutil
 import socket
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,24 +32,91 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 
 
+KINDS = ("all-reduce", "all-gather", "broadcast", "barrier")
+ALL_REDUCE, ALL_GATHER, BROADCAST, BARRIER = range(4)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a rank has come: its collectives so far, whether it is inside the last one, and what that is.
+
+    values: elements it gives to it; with `kind` what tells whether two ranks are in the same collective.
+    """
+
+    entered: int
+    inside: bool
+    kind: int
+    values: int
+
+    @property
+    def what(self) -> str:
+        return f"{KINDS[self.kind]} of {self.values} values" if self.kind < BARRIER else KINDS[self.kind]
+
+
+class Progress:
+    """A rank's Standing in memory without a name, which other processes of the host read through /proc (adapter.watch).
+
+    A context manager: within, the rank is inside the collective that `entering` announced.
+    """
+
+    def __init__(self) -> None:
+        """Raises OSError where the system has no such memory to give."""
+        self.file = os.fdopen(os.memfd_create("collectives"), "r+b", buffering=0)
+        self.file.truncate(mmap.PAGESIZE)
+        self._words = memoryview(mmap.mmap(self.file.fileno(), mmap.PAGESIZE)).cast("q")
+
+    def entering(self, kind: int, values: int) -> Progress:
+        self._words[2], self._words[3] = kind, values
+        return self
+
+    def __enter__(self) -> None:
+        self._words[0] += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._words[1] = self._words[0]
+
+    def standing(self) -> Standing:
+        return standing(self._words)
+
+
+def open_progress(pid: int, fd: int) -> memoryview:
+    """Another process's Progress, read-only. Raises OSError where this process may not look at it."""
+    with open(f"/proc/{pid}/fd/{fd}", "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE, access=mmap.ACCESS_READ)).cast("q")
+
+
+def standing(words: memoryview) -> Standing:
+    """What a Progress says, this process's or another's."""
+    entered, left, kind, values = words[:4].tolist()
+    return Standing(entered, left < entered, kind, values)
+
+
 @dataclass(frozen=True)
 class TensorParallel:
-    """One rank's view of its tensor-parallel group. `fast` sums through DeepSpeed's shared-memory op."""
+    """One rank's view of its tensor-parallel group. `fast` sums through DeepSpeed's shared-memory op.
+
+    progress: where its collectives are counted for the other ranks to see; None: nowhere.
+    """
 
     rank: int
     size: int
     group: Any = None
     fast: bool = False
+    progress: Progress | None = field(default=None, compare=False, repr=False)
+
+    def _in(self, kind: int, values: int = 0) -> AbstractContextManager[None]:
+        return nullcontext() if self.progress is None else self.progress.entering(kind, values)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum of `x` over the group, in place, on every rank bit for bit the same."""
         if self.size == 1:
             return x
         x = x.contiguous()  # the shared-memory op takes strided memory without reducing it
-        if self.fast:
-            dist.inference_all_reduce(x, group=self.group)
-        else:
-            dist.all_reduce(x, group=self.group)
+        with self._in(ALL_REDUCE, x.numel()):
+            if self.fast:
+                dist.inference_all_reduce(x, group=self.group)
+            else:
+                dist.all_reduce(x, group=self.group)
         return x
 
     def all_gather_last(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -56,15 +125,22 @@ class TensorParallel:
         if x.shape[-1] < widest:
             x = torch.nn.functional.pad(x, (0, widest - x.shape[-1]))
         out = x.new_empty(self.size * x.numel())
-        dist.all_gather_into_tensor(out, x.reshape(-1), group=self.group)
+        with self._in(ALL_GATHER, x.numel()):
+            dist.all_gather_into_tensor(out, x.reshape(-1), group=self.group)
         parts = out.view(self.size, *x.shape)
         return torch.cat([part[..., :n] for part, n in zip(parts, sizes, strict=True)], dim=-1)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's `x` on every rank, in place."""
         if self.size > 1:
-            dist.broadcast(x, src=0, group=self.group)
+            with self._in(BROADCAST, x.numel()):
+                dist.broadcast(x, src=0, group=self.group)
         return x
+
+    def barrier(self) -> None:
+        """Wait for every rank of the job."""
+        with self._in(BARRIER):
+            dist.barrier()
 
 
 @dataclass(frozen=True)
@@ -190,7 +266,15 @@ def grid(launch: Launch, tp_size: int) -> Mpu:
         fast, why = False, "torch group; not every rank can use DeepSpeed's shared-memory op"
     if launch.rank == 0:
         log.info("all-reduce: %s", why)
-    return Mpu(TensorParallel(launch.rank, tp_size, group, fast), alone[launch.rank])
+    return Mpu(TensorParallel(launch.rank, tp_size, group, fast, _make_progress()), alone[launch.rank])
+
+
+def _make_progress() -> Progress | None:
+    try:
+        return Progress()
+    except OSError as error:  # some sandboxes refuse the call
+        log.warning("a rank that stalls will not be named: no shared memory to count collectives in (%s)", error)
+        return None
 
 
 def check_world(world_size: int, tp_size: int) -> None:

@@ -1,4 +1,4 @@
-"""The one exception that means "a person can fix this"."""
+"""The exceptions that are not bugs: a person can fix it, or a check did not hold."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,19 @@ class UserError(ValueError):
     Commands print its message without a traceback and exit with 2. Anything else that escapes is a bug and keeps its
     traceback.
     """
+
+
+class CheckFailed(RuntimeError):
+    """A check of the running job did not hold: says which, where, on which ranks, and what to do.
+
+    Not a user's mistake, and nothing that a traceback of ours would explain: commands print its message without one
+    and exit with 1.
+    """
+
+
+MOST_TOLD = 60  # problems in one message
+
+
+def told(problems: list[str]) -> list[str]:
+    """As many of them as a person may read: a checkpoint of another model can lack a thousand tensors."""
+    return problems if len(problems) <= MOST_TOLD else [*problems[:MOST_TOLD], f"and {len(problems) - MOST_TOLD} more"]

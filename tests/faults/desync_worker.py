@@ -1,0 +1,202 @@
+"""Ranks that part ways. What each rank saw goes to OUT/rank<r>.json.
+
+    deepspeed --num_accelerators 3 desync_worker.py PART MODEL_DIR OUT
+
+PART digests: each fault, planted on rank 1, with and without the check; the last one is left to end the command.
+PART early: rank 1 alone ends its answer, between two comparisons. PART endless: rank 0 takes its time to prepare, then
+all generate until something ends them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parity"))
+
+import torch
+import transformers
+from checkpoints import EOS, cases
+from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteria
+from worker import inputs_for
+
+from adapter import command
+
+PLANTED, NEW, LIMIT_S = 1, 6, 8.0
+Inputs = dict[str, Tensor]
+
+
+class Prefer(LogitsProcessor):
+    """The given token at one step (the first is 1), the model's own choice at the others."""
+
+    def __init__(self, token: int, step: int, prompt: int) -> None:
+        self.token, self.width = token, prompt + step - 1
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] == self.width:
+            scores = scores.clone()
+            scores[:, self.token] = scores.max() + 50
+        return scores
+
+
+class StopAt(StoppingCriteria):
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.width)
+
+
+@contextmanager
+def other_positions(model: Any, step: int) -> Iterator[None]:
+    """The text tower gets other position ids at one step."""
+    layers = next(n for n, _ in model.named_modules() if n.endswith("layers.0")).rpartition(".layers")[0]
+    seen: list[int] = []
+
+    def shift(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        seen.append(1)
+        return (args, kwargs | {"position_ids": kwargs["position_ids"] + 1}) if len(seen) == step else None
+
+    hook = model.get_submodule(layers).register_forward_pre_hook(shift, with_kwargs=True)
+    yield
+    hook.remove()
+
+
+@contextmanager
+def other_features(model: Any) -> Iterator[None]:
+    """The vision tower's output is a little off."""
+    tower = model.visual if hasattr(model, "visual") else model.model.visual
+    forward = tower.forward
+
+    def off(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        if isinstance(out, Tensor):
+            return out + 1e-4
+        out.pooler_output = out.pooler_output + 1e-4
+        return out
+
+    tower.forward = off
+    yield
+    del tower.forward
+
+
+def digests(engine_of: Callable[[int], Any], loaded: Callable[[int], Any], out: Path) -> int:
+    off, on, third = engine_of(0), loaded(1), engine_of(3)
+    tp, facts = on.mpu.tp, {}
+    here = tp.rank == PLANTED
+    inputs = inputs_for(cases()["batch"], "cpu")
+    prompt = inputs["input_ids"].shape[1]
+    fixed = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    free = {"max_new_tokens": NEW, "do_sample": False}
+
+    def run(engine: Any, given: Inputs = inputs, arguments: dict[str, Any] = fixed, **planted: Any) -> Any:
+        """Tokens, or the message of a Desync."""
+        from adapter.desync import Desync
+
+        try:
+            return engine.generate(**given, **arguments, **(planted if here else {})).tolist()
+        except Desync as error:
+            return str(error)
+
+    def token(step: int, which: int = 50) -> dict[str, Any]:
+        return {"logits_processor": [Prefer(which, step, prompt)]}
+
+    beams, drawn = fixed | {"num_beams": 3}, fixed | {"do_sample": True, "temperature": 1.5}
+    for name, arguments in (("greedy", fixed), ("beams", beams), ("drawn", drawn)):
+        for key, engine in (("off", off), ("on", on), ("third", third)):
+            torch.manual_seed(11)
+            facts[f"no fault, {name}, {key}"] = run(engine, arguments=arguments)
+    facts["token, off"] = run(off, **token(4))
+    facts["token, on"] = run(on, **token(4))
+    facts["token, third"] = run(third, **token(4))
+    facts["token of a beam, on"] = run(on, arguments=beams, **token(4))
+    facts["EOS, on"] = run(on, arguments=free, **token(2, EOS))
+    facts["criterion, on"] = run(on, stopping_criteria=[StopAt(prompt + 3)])
+
+    changed = inputs["input_ids"].clone()
+    changed[0, -1] += 1
+    facts["input ids, off"] = run(off, inputs | {"input_ids": changed} if here else inputs)
+    facts["input ids, on"] = run(on, inputs | {"input_ids": changed} if here else inputs)
+    long = inputs_for(cases()["text"], "cpu")
+    short = {k: v[:, :-3] for k, v in long.items()}
+    facts["length, on"] = run(on, short if here else long)
+
+    for key, engine in (("off", off), ("on", on)):
+        model = engine.module
+        with other_positions(model, 3) if here else nullcontext():
+            facts[f"position ids, {key}"] = run(engine)
+        with other_features(model) if here else nullcontext():
+            facts[f"image features, {key}"] = run(engine)
+    facts["hooks left"] = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in on.module.modules()) \
+        - sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in off.module.modules())
+    facts["afterwards, on"] = run(on)
+    (out / f"rank{tp.rank}.json").write_text(json.dumps(facts))
+    tp.barrier()
+    on.generate(**inputs, **fixed, **(token(1) if here else {}))
+    return 0
+
+
+def early(engine_of: Callable[[int], Any]) -> int:
+    from adapter.watch import watching
+
+    engine = engine_of(8)
+    inputs = inputs_for(cases()["image"], "cpu")
+    planted = {"logits_processor": [Prefer(EOS, 2, inputs["input_ids"].shape[1])]} \
+        if engine.mpu.tp.rank == PLANTED else {"min_new_tokens": 500}
+    with watching(engine.mpu.tp, LIMIT_S):
+        engine.generate(**inputs, max_new_tokens=500, do_sample=False, **planted)
+    return 0
+
+
+def endless(engine_of: Callable[[int], Any]) -> int:
+    from adapter.generation import share
+    from adapter.watch import watching
+
+    engine = engine_of(0)
+    tp = engine.mpu.tp
+    with watching(tp, LIMIT_S):
+        inputs = {}
+        if tp.rank == 0:
+            time.sleep(6)
+            inputs = inputs_for(cases()["text"], "cpu")
+        inputs = share(inputs, tp)
+        if tp.rank == 0:
+            print("generating", file=sys.stderr, flush=True)
+        engine.generate(**inputs, max_new_tokens=4000, min_new_tokens=4000, do_sample=False)
+    return 0
+
+
+def main(args: argparse.Namespace, results: command.Results) -> int:
+    import adapter
+    from adapter.config import from_dict
+
+    def engine_of(every: int) -> Any:
+        return adapter.init_inference(from_dict({
+            "model": {"path": str(args.model), "dtype": "float32"},
+            "tensor_parallel": {"tp_size": 3, "desync_check": every}}, Path(".")))
+
+    def loaded(every: int) -> Any:
+        model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(args.model, torch_dtype=torch.float32)
+        return adapter.init_inference(model=model.eval(), tensor_parallel={"tp_size": 3, "desync_check": every})
+
+    if args.part == "digests":
+        return digests(engine_of, loaded, args.out)
+    return {"early": early, "endless": endless}[args.part](engine_of)
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser()
+    p.add_argument("--local_rank", type=int)
+    p.add_argument("part", choices=["digests", "early", "endless"])
+    p.add_argument("model", type=Path)
+    p.add_argument("out", type=Path)
+    command.run(main, p)
