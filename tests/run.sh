@@ -3,23 +3,13 @@
 #   bash tests/run.sh                the suite as CI runs it
 #   bash tests/run.sh -m sweep       the tp sizes between (any pytest arguments)
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
+source "$ROOT/tests/environments.sh"
 use_environment "$ROOT/launch/requirements.txt" "$ROOT/tests/requirements.txt"
 cd "$ROOT"
 
-# A Transformers release with the reshape bug, on top of the same torch and DeepSpeed: megabytes, not gigabytes.
-OLD_RELEASE=4.49.0
-old=$ROOT/.venv-transformers-$OLD_RELEASE
-if ! "$old/bin/python" -c "import transformers" 2>/dev/null; then
-    rm -rf "$old"
-    "$PYTHON" -m venv "$old"
-    "$old/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
-        "transformers==$OLD_RELEASE" "tokenizers==0.21.4" "huggingface_hub==0.36.2"
-    "$old/bin/python" -m pip install --quiet --disable-pip-version-check "requests==2.32.5"
-    "$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-        > "$("$old/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
-    "$old/bin/python" -c "import transformers"
-fi
-export QWENVL_TP_OLD_PYTHON=$old/bin/python
+# The other end of matrix.tsv: the oldest releases, Transformers' one with the reshape bug.
+row_environment oldest
+export QWENVL_TP_OLD_PYTHON=$ROW_PYTHON
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy

@@ -1,10 +1,12 @@
 """The failure this project began with, on a Transformers release that has it, and parity on that release.
 
-QWENVL_TP_OLD_PYTHON names an interpreter whose Transformers is one of 4.45-4.51; tests/run.sh makes one.
+QWENVL_TP_OLD_PYTHON names an interpreter whose Transformers is one of 4.45-4.51; tests/run.sh makes one, the row
+`oldest` of matrix.tsv, whose DeepSpeed is the oldest that works.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -19,6 +21,7 @@ OLD = os.environ.get("QWENVL_TP_OLD_PYTHON", "")
 pytestmark = [pytest.mark.ranks, pytest.mark.skipif(not OLD, reason="QWENVL_TP_OLD_PYTHON is not set")]
 RESHAPE = Path(__file__).with_name("reshape_worker.py")
 WORKER = Path(__file__).with_name("worker.py")
+ENGINE = Path(__file__).with_name("engine_worker.py")
 GEOMETRY = Shape(heads=28, kv_heads=4, head_dim=128, layers=1, mlp=512, vocab=211, v_layers=1)  # hidden 3584
 
 
@@ -61,3 +64,15 @@ def test_parity_of_both_towers_on_the_old_release(tmp_path):
         elif key != "sampled.tokens":
             assert torch.equal(value, ours[key]), key
     assert ours["equal_on_ranks"].all()
+
+
+def test_engine_on_the_old_releases(tmp_path):
+    """Two ranks, which sum through DeepSpeed's shared-memory op where there are two cores for them."""
+    outcome = launch(2, ENGINE, str(make_checkpoint(tmp_path / "m")), python=OLD, timeout=400)  # spinning, if busy
+    assert outcome.code == 0, outcome.err[-3000:]
+    facts = next(json.loads(line) for line in outcome.out.splitlines() if line.startswith('{"kept_call"'))
+    assert facts["kept_call"] and facts["kept_call_share"] < 0.6
+    assert facts["loaded_is_engine"] and facts["dtype"] == "torch.bfloat16"
+    assert facts["frequencies"] == ["torch.float32"]
+    assert facts["forward"] <= 1e-4
+    assert facts["streamed"] and facts["long_prompt"] == [1, 1502]
