@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from adapter.digest import pieces, to_int64, unlike
 from adapter.plan import Plan
 from adapter.topology import TensorParallel
 from policies.errors import CheckFailed
@@ -160,29 +160,12 @@ class Digests:
         self._hashes = {quantity: hashlib.blake2b(digest_size=8) for quantity in QUANTITIES}
 
     def add(self, quantity: str, value: Any) -> None:
-        for piece in _pieces(value):
+        for piece in pieces(value):
             self._hashes[quantity].update(piece)
 
     def value(self, quantity: str) -> int:
         """As an int64."""
-        return int.from_bytes(self._hashes[quantity].digest(), "little", signed=True)
-
-
-def _pieces(value: Any) -> Iterator[Any]:
-    """The bytes of every tensor in a value, with dtype and shape, and what else is in it in words."""
-    if isinstance(value, Tensor):
-        yield f"{value.dtype}{tuple(value.shape)}".encode()
-        flat = value.detach().reshape(-1).clone(memory_format=torch.contiguous_format)  # one token keeps a stride
-        yield flat.cpu().view(torch.uint8).numpy()
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield str(key).encode()
-            yield from _pieces(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _pieces(item)
-    else:
-        yield repr(value).encode()
+        return to_int64(self._hashes[quantity].digest())
 
 
 def disagreements(labels: Sequence[tuple[int, str]], table: Sequence[Sequence[int]]) -> list[Disagreement]:
@@ -191,13 +174,6 @@ def disagreements(labels: Sequence[tuple[int, str]], table: Sequence[Sequence[in
     found = [Disagreement(*label, unlike(column))
              for label, column in zip(labels, zip(*table, strict=True), strict=True) if len(set(column)) > 1]
     return [d for d in found if d.step == found[0].step]
-
-
-def unlike(column: Sequence[int]) -> tuple[int, ...]:
-    """Ranks whose value is not the most frequent one; among equally frequent ones rank 0's counts."""
-    counts = Counter(column)
-    usual = max(counts, key=lambda value: (counts[value], value == column[0]))
-    return tuple(rank for rank, value in enumerate(column) if value != usual)
 
 
 def message(found: Sequence[Disagreement]) -> str:

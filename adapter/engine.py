@@ -22,6 +22,7 @@ from adapter.desync import checked_generate
 from adapter.inject import build_on_meta, checkpoint_source, inject, model_source
 from adapter.plan import Plan, checked_plan, require
 from adapter.schema import Config, TensorParallelSection
+from adapter.selftest import self_test, skeletons
 from adapter.topology import Mpu, TensorParallel
 from policies.dialects import injection_policy
 from policies.errors import UserError
@@ -65,7 +66,8 @@ def init_inference(
     of deepspeed.init_inference. Every rank must call it. The engine has two more attributes: `plan` and `load_report`.
 
     Raises UserError for anything a user can cause: a bad config, a tp_size the model or the job cannot have, a
-    checkpoint with missing, extra, truncated or misshapen tensors.
+    checkpoint with missing, extra, truncated or misshapen tensors. Raises CheckFailed where the shards, once loaded, do
+    not compute what one process does (off with tensor_parallel.self_test: false).
     """
     if (config is None) == (model is None):
         raise UserError("init_inference takes either a config or model=..., and exactly one of them")
@@ -123,10 +125,10 @@ def _shard_loaded(model: nn.Module, parallel: TensorParallelSection) -> _Shard:
     require(policy.problems(geometry, tp_size), plan, type(model).__name__)
     _check_dtype(dtype)
     mpu = topology.start(tp_size)
-    began = time.perf_counter()
+    began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, model_source(model, policy), dtype)
     report = LoadReport(0, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
-    return _ready(_Shard(model, plan, mpu, dtype, report, parallel))
+    return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole)
 
 
 def _shard_from_files(config: Config) -> _Shard:
@@ -137,15 +139,19 @@ def _shard_from_files(config: Config) -> _Shard:
     _check_dtype(dtype)
     model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)
     mpu = topology.start(plan.tp_size)
-    began = time.perf_counter()
+    began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, checkpoint_source(checkpoint), dtype)
     report = LoadReport(checkpoint.bytes_read, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
-    return _ready(_Shard(model, plan, mpu, dtype, report, config.tensor_parallel))
+    return _ready(_Shard(model, plan, mpu, dtype, report, config.tensor_parallel), whole)
 
 
-def _ready(shard: _Shard) -> _Shard:
-    """Give the model a `generate` that draws the same numbers on every rank, whoever calls it."""
+def _ready(shard: _Shard, whole: Mapping[str, nn.Module]) -> _Shard:
+    """Test the shards against `whole`, what some modules are for one process, and give the model a `generate` that
+    draws the same numbers on every rank, whoever calls it."""
     tp = shard.mpu.tp
+    shard.model.to(get_accelerator().current_device_name())
+    if shard.parallel.self_test:
+        self_test(shard.model, shard.plan, tp, whole)
     generate = checked_generate(shard.model, shard.plan, tp, shard.parallel.desync_check)
 
     def same(*inputs: Any, **kwargs: Any) -> Any:

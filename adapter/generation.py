@@ -227,7 +227,7 @@ def rank_facts(engine: deepspeed.InferenceEngine, tp: TensorParallel) -> list[di
     load = engine.load_report
     numbers = [load.weight_bytes, load.bytes_read, int(load.seconds * 1e6), proportional_set_size()]
     mine = to_device(torch.tensor(numbers))
-    rows = [mine.tolist()] if tp.size == 1 else tp.all_gather_last(mine, (4,) * tp.size).view(tp.size, 4).tolist()
+    rows = tp.all_gather_last(mine, (4,) * tp.size).view(tp.size, 4).tolist()
     text, vision = (engine.plan.heads[tower] for tower in ("text", "vision"))
     return [
         {"rank": r, "q_heads": list(text[r].q), "kv_heads": list(text[r].kv), "vision_heads": list(vision[r].q),

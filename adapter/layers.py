@@ -88,7 +88,7 @@ class VocabParallelHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.linear(x, self.weight, self.bias)
-        return out if self.tp.size == 1 else self.tp.all_gather_last(out, self.sizes)
+        return self.tp.all_gather_last(out, self.sizes)
 
 
 def slot_index(q_slots: tuple[int, ...], head_dim: int, parts: int = 1, part_width: int = 0) -> Tensor:

@@ -191,6 +191,7 @@ class TensorParallelSection(Section):
     tp_size: Count = 4
     vision: Literal["tensor"] = "tensor"
     desync_check: Annotated[int, Field(ge=0)] = 0  # compare the ranks every that many steps of generate; 0: never
+    self_test: bool = True  # one attention and one MLP of each tower against the formula before anything is served
 
 
 class Weights(Section):

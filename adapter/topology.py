@@ -121,6 +121,8 @@ class TensorParallel:
 
     def all_gather_last(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """Concatenate every rank's `x` along the last dimension, whose length on rank r is sizes[r]."""
+        if self.size == 1:
+            return x
         widest = max(sizes)
         if x.shape[-1] < widest:
             x = torch.nn.functional.pad(x, (0, widest - x.shape[-1]))

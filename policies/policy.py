@@ -26,7 +26,7 @@ class Geometry:
 
     sizes: every named dimension of the table, in elements.
     attention: "text" and "vision" -> heads. layers: stack ("model.layers") -> count, the text tower's first.
-    context: longest sequence in tokens.
+    context: longest sequence in tokens. picture: values of one patch, and how many patches a side make one token.
     """
 
     sizes: Mapping[str, int]
@@ -34,6 +34,7 @@ class Geometry:
     layers: Mapping[str, int]
     tied: bool
     context: int
+    picture: tuple[int, int]
 
     @property
     def text_stack(self) -> str:

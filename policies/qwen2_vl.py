@@ -6,6 +6,7 @@ Names are those of the published checkpoints; `RENAMES` maps what Transformers 4
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,22 +51,23 @@ HEAD_NUMBERS = (
 )
 
 RENAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))
+MOST_SIZE, MOST_LAYERS, MOST_HEADS = 2**31 - 1, 1024, 1024  # what is beyond is a mistake, and would take for ever
 
 
 def geometry(config: Mapping[str, Any]) -> Geometry:
     """config.json (text fields flat as published, or nested under text_config) -> Geometry. Raises UserError."""
     text, vision = {**config, **_section(config, "text_config")}, _section(config, "vision_config")
-    hidden, heads = _int(text, "hidden_size"), _int(text, "num_attention_heads")
-    kv_heads = _int(text, "num_key_value_heads", heads)
-    v_hidden, v_heads = _int(vision, "embed_dim", 1280), _int(vision, "num_heads", 16)
-    merge = _int(vision, "spatial_merge_size", 2) ** 2
+    hidden, heads = _int(text, "hidden_size"), _int(text, "num_attention_heads", most=MOST_HEADS)
+    kv_heads = _int(text, "num_key_value_heads", heads, most=MOST_HEADS)
+    v_hidden, v_heads = _int(vision, "embed_dim", 1280), _int(vision, "num_heads", 16, most=MOST_HEADS)
+    side = _int(vision, "spatial_merge_size", 2)
+    merge = side**2
     head_dim = hidden // heads
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    mlp_ratio = vision.get("mlp_ratio", 4)
-    if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, int | float) or not 0 < mlp_ratio < 1000:
-        raise UserError(f"config.json: 'mlp_ratio' is {mlp_ratio!r}; a positive number is needed")
+    mlp_ratio = _positive(vision, "mlp_ratio", 4)
     if not isinstance(tied, bool):
-        raise UserError(f"config.json: 'tie_word_embeddings' is {tied!r}; true or false is needed")
+        raise UserError(f"config.json: 'tie_word_embeddings' is {reprlib.repr(tied)}; true or false is needed")
+    _check_what_only_forward_reads(text, head_dim if hidden == heads * head_dim else None)
     sizes = {
         "vocab": _int(text, "vocab_size"), "hidden": hidden, "q": heads * head_dim, "kv": kv_heads * head_dim,
         "mlp": _int(text, "intermediate_size"), "v_hidden": v_hidden, "v_q": v_hidden, "v_qkv": 3 * v_hidden,
@@ -77,25 +79,58 @@ def geometry(config: Mapping[str, Any]) -> Geometry:
         sizes=sizes,
         attention={"text": Attention(heads, kv_heads, head_dim),
                    "vision": Attention(v_heads, v_heads, v_hidden // v_heads)},
-        layers={"model.layers": _int(text, "num_hidden_layers"), "visual.blocks": _int(vision, "depth", 32)},
+        layers={"model.layers": _int(text, "num_hidden_layers", most=MOST_LAYERS),
+                "visual.blocks": _int(vision, "depth", 32, most=MOST_LAYERS)},
         tied=tied,
         context=_int(text, "max_position_embeddings", 32768),
+        picture=(sizes["channels"] * sizes["frames"] * sizes["patch"] ** 2, side),
     )
 
 
 def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     section = config.get(key) or {}
     if not isinstance(section, Mapping):
-        raise UserError(f"config.json: {key!r} is {section!r}; a mapping is needed")
+        raise UserError(f"config.json: {key!r} is {reprlib.repr(section)}; a mapping is needed")
     return section
 
 
-def _int(section: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _check_what_only_forward_reads(text: Mapping[str, Any], head_dim: int | None) -> None:
+    """Fields that shard nothing, but that stop a model in its first forward, when every rank has long been loaded."""
+    name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"  # the former since Transformers 5
+    rope = _section(text, name)
+    stated = {key: value for key, value in {**text, **rope}.items() if value is not None}
+    for key in stated.keys() & {"rms_norm_eps", "rope_theta"}:
+        _positive(stated, key)
+    for key in stated.keys() & {"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"}:
+        _int(stated, key, least=0)
+    section = rope.get("mrope_section")
+    if section is None:
+        raise UserError(f"config.json: {name}.mrope_section is missing; three whole numbers are needed")
+    whole = isinstance(section, list | tuple) and all(type(n) is int and n >= 0 for n in section)
+    if not whole or len(section) != 3:
+        raise UserError(f"config.json: {name}.mrope_section is {reprlib.repr(section)}; three whole numbers are needed")
+    if head_dim and head_dim % 2 == 0 and 2 * sum(section) != head_dim:
+        raise UserError(f"config.json: {name}.mrope_section {section} has a sum of {sum(section)}; head_dim {head_dim} "
+                        f"(hidden_size / num_attention_heads) needs {head_dim // 2}")
+
+
+def _positive(section: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = section.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST_SIZE:
+        raise UserError(f"config.json: {key!r} is {reprlib.repr(value)}; a positive number is needed")
+    return value
+
+
+def _int(
+    section: Mapping[str, Any], key: str, default: int | None = None, least: int = 1, most: int = MOST_SIZE
+) -> int:
     value = section.get(key, default)
     if value is None:
         raise UserError(f"config.json: {key!r} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"config.json: {key!r} is {value!r}; a positive whole number is needed")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"config.json: {key!r} is {reprlib.repr(value)}; a positive whole number is needed")
+    if value > most:
+        raise UserError(f"config.json: {key!r} is {reprlib.repr(value)}; {most} is the most that can be")
     return value
 
 

@@ -22,8 +22,8 @@ from adapter.desync import (
     Disagreement,
     disagreements,
     message,
-    unlike,
 )
+from adapter.digest import unlike
 from adapter.schema import TensorParallelSection
 from adapter.topology import (
     ALL_GATHER,

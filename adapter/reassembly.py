@@ -1,0 +1,80 @@
+"""Do the shards, put together again, equal the checkpoint, bit for bit? Answered by hashes; nobody gathers the model.
+
+Every rank hashes what it holds in memory. The file's own bytes of the same slice are hashed by the next rank, which
+reads them through safetensors, so that no rank vouches for itself and no code is on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from adapter.checkpoint import Checkpoint
+from adapter.digest import digest
+from adapter.plan import Plan
+from adapter.reference import read_tensor, stored_name
+from adapter.topology import TensorParallel
+from policies.rules import Replicated
+
+
+@dataclass(frozen=True)
+class Reassembly:
+    """tensors and bytes that were compared over all ranks; differing: {tensor, rank, why} of each that is not equal."""
+
+    tensors: int
+    bytes: int
+    differing: tuple[Mapping[str, Any], ...]
+
+    def row(self) -> dict[str, Any]:
+        return {"tensors": self.tensors, "bytes": self.bytes, "equal": not self.differing,
+                "differing": list(self.differing)}
+
+
+def reassembly(model: nn.Module, plan: Plan, tp: TensorParallel, checkpoint: Checkpoint,
+               dtype: torch.dtype) -> Reassembly:
+    """Every rank must call it; the same answer on every rank."""
+    modules = {plan.policy.published(name): module for name, module in model.named_modules()}
+    names = [(module, suffix) for module, claim in plan.claims.items() for suffix in claim.parameters()]
+    next_rank = (tp.rank + 1) % tp.size
+    held, stored = [], []
+    for module, suffix in names:
+        held.append(_digest(getattr(modules[module], suffix, None)))
+        part = plan.slice(module, suffix, next_rank)
+        stored.append(_digest(read_tensor(checkpoint, stored_name(plan, f"{module}.{suffix}"), part).to(dtype)))
+    mine = torch.tensor([*held, *stored], device=get_accelerator().current_device_name())
+    every = tp.all_gather_last(mine, (len(mine),) * tp.size)
+    have, want = every.view(tp.size, 2, -1).cpu().unbind(1)
+    differing = [
+        {"tensor": f"{m}.{s}", "rank": r, "why": "this rank's part is not the checkpoint's"}
+        for r in range(tp.size) for i, (m, s) in enumerate(names) if have[r, i] != want[r - 1, i]
+    ] + _gaps(plan)
+    return Reassembly(len(names), sum(plan.weight_bytes(r) for r in range(tp.size)), tuple(differing))
+
+
+def _digest(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else digest(tensor)  # 0: the parameter is not there
+
+
+def _gaps(plan: Plan) -> list[dict[str, Any]]:
+    """Elements that no rank owns, or that several own though nothing declares them replicated."""
+    found = []
+    for module, claim in plan.claims.items():
+        for suffix in claim.parameters():
+            parts = [plan.slice(module, suffix, r) for r in range(plan.tp_size)]
+            if isinstance(claim.rule, Replicated) or parts[0].dim is None:
+                continue
+            owners = torch.zeros(parts[0].shape[parts[0].dim], dtype=torch.int32)
+            for part in parts:
+                for start, stop in part.ranges:
+                    owners[start:stop] += 1
+            shared = plan.policy.head_axes.get(claim.rule.axis(claim.weight), ("", ""))[1] == "kv"
+            if bool((owners == 0).any()) or (bool((owners > 1).any()) and not shared):
+                at = int(((owners != 1) if not shared else owners == 0).nonzero()[0])
+                found.append({"tensor": f"{module}.{suffix}", "rank": -1,
+                              "why": f"element {at} of dimension {parts[0].dim} has {int(owners[at])} owners"})
+    return found

@@ -1,0 +1,153 @@
+"""At start: one attention block and one MLP of each tower against the formula, on the shards as they were loaded.
+
+A random input goes through the sharded modules inside a real forward (so that positions, masks and lengths are the
+model's own), which ends right after them. What comes out is held against Transformers' forward for one process on the
+gathered heads, and against rows of the weights gathered from all ranks: adapter.trace with another oracle.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapter import bounds
+from adapter.plan import Plan
+from adapter.topology import TensorParallel
+from adapter.trace import Check, Expected, Trace
+from policies.errors import CheckFailed
+from policies.rules import Claim, Row
+
+log = logging.getLogger("adapter")
+TOKENS, ROWS = 6, 16  # tokens of the probe; rows of a weight that are gathered
+
+
+def skeletons(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """Published name -> what the tested modules are for one process, without their weights. Call before injection."""
+    names = {plan.policy.published(name): module for name, module in model.named_modules()}
+    found = dict[str, nn.Module]()
+    for top in _tested(plan):
+        skeleton = _weightless(names[top])
+        found |= {f"{top}.{name}".rstrip("."): module for name, module in skeleton.named_modules()}
+    return found
+
+
+def self_test(model: nn.Module, plan: Plan, tp: TensorParallel, skeleton: Mapping[str, nn.Module]) -> None:
+    """Every rank must call it. One line in the log, or CheckFailed on every rank, naming the module."""
+    began, worst, wrong = time.perf_counter(), 0.0, list[Check]()
+    eager = getattr(model.config, "_attn_implementation", "eager") == "eager"
+    with torch.inference_mode():
+        for stack in plan.geometry.layers:
+            tops = [top for top in _tested(plan) if top.startswith(f"{stack}.")]
+            trace = Trace(model, plan, tp, skeleton, lambda *a: _expected(plan, tp, *a), eager, only=tops)
+            with trace.watching():
+                _run(model, plan, stack, tops)
+            worst = max(worst, *(c.share for c in trace.checks))
+            wrong += [first] if (first := trace.first_wrong()) else []
+    _agree(tp, wrong)
+    log.info("self-test: attention and MLP of both towers hold on %d rank%s, largest error %.2g of its bound, %.0f ms",
+             tp.size, "s" * (tp.size > 1), worst, (time.perf_counter() - began) * 1e3)
+
+
+def _agree(tp: TensorParallel, wrong: list[Check]) -> None:
+    """Raise on every rank what one rank found wrong."""
+    from adapter.generation import to_device
+
+    flags = to_device(torch.tensor([bool(wrong)], dtype=torch.uint8))
+    flags = tp.all_gather_last(flags, (1,) * tp.size)
+    if not flags.any():
+        return
+    failed = ", ".join(map(str, flags.nonzero().flatten().tolist()))
+    what = "; ".join(f"{c.module}: {c.what}: error {c.error:.3g}, rounding explains {c.bound:.3g}"
+                     + (f" (rank {', '.join(map(str, c.ranks))})" if c.ranks else "") for c in wrong)
+    raise CheckFailed(
+        f"self-test failed on rank {failed}{': ' + what if what else ''}. These shards do not compute what one process "
+        "does, so nothing is served. Run launch/verify.py with this config: it names the tensors and modules")
+
+
+def _tested(plan: Plan) -> list[str]:
+    """The modules of each stack's first layer that end in a row-parallel linear: its attention and its MLP."""
+    rows = [c.module for c in plan.policy.table if isinstance(c.rule, Row) and ".*." in c.module]
+    return [row.replace("*", "0", 1).rpartition(".")[0] for row in rows]
+
+
+def _weightless(module: nn.Module) -> nn.Module:
+    clone = copy.copy(module)
+    clone.__dict__["_parameters"] = {
+        name: p if p is None else nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape), False)
+        for name, p in module._parameters.items()
+    }
+    clone.__dict__["_modules"] = {name: m if m is None else _weightless(m) for name, m in module._modules.items()}
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        clone.__dict__[hooks] = OrderedDict()
+    return clone
+
+
+class _Enough(Exception):
+    pass
+
+
+def _run(model: nn.Module, plan: Plan, stack: str, tops: list[str]) -> None:
+    """A forward of one tower up to its first layer, whose tested modules get a random input."""
+    real = {plan.policy.published(name): name for name, _ in model.named_modules()}
+    seeded = torch.Generator().manual_seed(1)
+
+    def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        def noise(x: Tensor) -> Tensor:
+            return torch.randn(x.shape, generator=seeded).to(x)
+
+        if args:
+            return (noise(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": noise(kwargs["hidden_states"])}
+
+    def stop(*_: Any) -> None:
+        raise _Enough
+
+    modules = [model.get_submodule(real[top]) for top in tops]
+    handles = [m.register_forward_pre_hook(probe, with_kwargs=True, prepend=True) for m in modules]
+    handles.append(modules[-1].register_forward_hook(stop))
+    device = next(model.parameters()).device
+    try:
+        with suppress(_Enough):
+            if stack == plan.geometry.text_stack:
+                ids = torch.arange(TOKENS, device=device)[None] % plan.geometry.sizes["vocab"]
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            else:
+                values, merge = plan.geometry.picture
+                tower = real[tops[0]].removesuffix(tops[0].removeprefix(stack)).rpartition(".")[0]
+                side = 2 * merge
+                pixels = torch.ones(side * side, values, device=device, dtype=model.dtype)  # type: ignore[call-overload]
+                model.get_submodule(tower)(pixels, grid_thw=torch.tensor([[1, side, side]], device=device))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _expected(plan: Plan, tp: TensorParallel, name: str, claim: Claim, layer: Any, x: Tensor) -> Iterator[Expected]:
+    """Some outputs of a layer from its gathered weights: an adapter.trace.Oracle. Own columns need no gather."""
+    dim = 1 if isinstance(claim.rule, Row) else 0
+    widths = tuple(plan.slice(name, "weight", r).local_shape[dim] for r in range(tp.size))
+    x = x.reshape(-1, x.shape[-1]).float()
+    count = layer.weight.shape[0]
+    rows = torch.randperm(count, generator=torch.Generator().manual_seed(2))[:ROWS].to(x.device)
+    weight, bias = layer.weight[rows], None if layer.bias is None else layer.bias[rows].float()
+    if dim == 1:
+        weight = tp.all_gather_last(weight, widths)
+    weight = weight.float()
+    y = F.linear(x, weight, bias)
+    scale = x.norm(dim=1)[:, None] * weight.norm(dim=1) + (0 if bias is None else bias.abs())
+    parts, ranks = y.abs(), 1
+    if dim == 1:
+        pieces = zip(x.split(widths, -1), weight.split(widths, -1), strict=True)
+        parts, ranks = sum((F.linear(a, w).abs() for a, w in pieces), torch.zeros_like(y)), tp.size
+        parts = parts if bias is None else parts + bias.abs()
+    columns = rows if dim == 1 else rows + sum(widths[: tp.rank])
+    yield Expected(slice(None), columns, y, bounds.linear(scale, parts, weight.shape[1], layer.weight.dtype, ranks))

@@ -1,0 +1,66 @@
+"""One rank that plants faults one after another and lets verify and the self-test look; a JSON line per fault.
+
+    deepspeed --num_accelerators N fault_worker.py CONFIG [FAULT ...]      no fault named: a sound engine
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from planted import FAULTS, Fault
+
+import adapter.engine
+from adapter.config import load_config
+from adapter.generation import make_processor
+from adapter.plan import checked_plan
+from adapter.verify import Verifier
+from policies.errors import CheckFailed
+
+TP = int(os.environ["WORLD_SIZE"])
+REQUEST = "requests=[{id: one, prompt: 'What colour is the shape?', images: [%s]}]"
+inject = adapter.engine.inject
+
+
+def planted_inject(fault: Fault | None) -> Any:
+    def run(model: torch.nn.Module, plan: Any, tp: Any, source: Any, dtype: torch.dtype) -> None:
+        inject(model, plan, tp, source, dtype)
+        modules = {plan.policy.published(name): module for name, module in model.named_modules()}
+        if fault:
+            fault.plant(modules, plan, tp)
+    return run
+
+
+def main() -> None:
+    file, *names = (a for a in sys.argv[1:] if not a.startswith("--local"))
+    picture = next((Path(file).parent / "../launch/demo/pictures").resolve().glob("*colour*"))
+    base = [f"tensor_parallel.tp_size={TP}", "generation.max_new_tokens=4", "model.dtype=float32", REQUEST % picture]
+    config = load_config(file, [*base, "tensor_parallel.self_test=false"])
+    tested = load_config(file, base)
+    plan, checkpoint = checked_plan(config.model.path, TP, "float32")
+    processor = make_processor(config, plan.geometry.context) if os.environ["RANK"] == "0" else None
+    for name in names or [""]:
+        fault, rows = FAULTS.get(name), list[dict[str, Any]]()
+        adapter.engine.inject = planted_inject(fault)
+        started = "held"
+        if not fault or fault.at_start:
+            try:
+                adapter.engine.init_inference(tested)
+            except CheckFailed as error:
+                started = str(error)
+        engine = adapter.engine.init_inference(config)
+        passed = Verifier(config, engine, engine.mpu.tp, checkpoint, processor, rows.append).run()
+        getattr(engine.module, "undo", lambda: None)()
+        if processor:
+            row = {"fault": name, "passed": passed, "at_start": started, "case": rows[0], "summary": rows[-1]}
+            os.write(1, (json.dumps(row) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
