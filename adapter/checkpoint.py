@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapter.files import open_regular, read_text
 from policies.errors import UserError
 from policies.policy import Geometry, Policy
 from policies.rules import TensorSlice
@@ -29,6 +30,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_CONFIG_BYTES = 8 << 20
+MAX_NAME, MAX_DIMS, MAX_SIZE = 1000, 8, 2**63 - 1  # of a tensor: what is beyond is broken, and messages stay readable
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,11 @@ def open_checkpoint(directory: Path, policy: Policy) -> Checkpoint | None:
     problems: list[str] = []
     index = directory / INDEX
     promised: Mapping[str, str] = {}
-    if index.exists():
+    if os.path.lexists(index):  # a link that leads nowhere is a broken file, not a missing one
         promised = _read_index(index, problems)
         files = sorted(set(promised.values()))
     else:
-        files = [SINGLE] if (directory / SINGLE).exists() else []
+        files = [SINGLE] if os.path.lexists(directory / SINGLE) else []
         if not files:
             return None
     tensors: dict[str, TensorInfo] = {}
@@ -137,7 +140,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory as a mapping. Raises UserError where it is missing or broken."""
     file = directory / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(read_text(file, MAX_CONFIG_BYTES))
     except FileNotFoundError:
         raise UserError(f"{directory}: no config.json here; model.path must be a model directory") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -150,7 +153,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 def _read_index(index: Path, problems: list[str]) -> Mapping[str, str]:
     """Tensor name -> file name. Names that leave the directory are refused."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_text(index, MAX_HEADER_BYTES))["weight_map"]
         pairs = {str(name): str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         problems.append(f"{index.name}: cannot be read: {error!r}")
@@ -163,7 +166,7 @@ def _read_index(index: Path, problems: list[str]) -> Mapping[str, str]:
 def _read_header(file: Path, problems: list[str]) -> list[TensorInfo] | None:
     """Every tensor of one file; None where it cannot be read: why goes to `problems` as 'file name: what'."""
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             size = os.fstat(stream.fileno()).st_size
             start = stream.read(8)
             length = int.from_bytes(start, "little")
@@ -188,9 +191,13 @@ def _read_header(file: Path, problems: list[str]) -> list[TensorInfo] | None:
 
 
 def _tensor_info(name: str, file: Path, entry: Any, data: int) -> TensorInfo:
+    if len(name) > MAX_NAME:
+        raise ValueError(f"tensor '{name[:60]}...': a name of {len(name)} characters")
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sound = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        numbers = (*shape, begin, end)
+        sound = isinstance(dtype, str) and len(dtype) < MAX_NAME and len(shape) <= MAX_DIMS and all(
+            type(n) is int and 0 <= n <= MAX_SIZE for n in numbers)
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:

@@ -9,6 +9,7 @@ JSON-lines file, and for an override the current directory.
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import re
 import reprlib
@@ -19,8 +20,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
+from adapter.files import open_regular, read_text
 from adapter.schema import Config, Generation, Request, Section, absolute
-from policies.errors import UserError
+from policies.errors import UserError, told
 
 T = TypeVar("T", bound=Section)
 Bases = dict[str, Path]  # what relative paths are relative to: of "model" and of "requests"
@@ -31,8 +33,11 @@ WORDING = (  # pydantic's words in those of YAML
 )
 KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", list: "a list", dict: "a mapping",
          type(None): "null"}
-_show = reprlib.Repr()
-_show.maxstring = _show.maxother = 120
+MOST_BYTES = 8 << 20  # of a YAML file; requests may be in a file of their own, which may be of any size
+MOST_ALIASED = 100_000  # values that aliases add to those written down
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 120
+_short.maxlevel = 3
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -66,6 +71,12 @@ def parse_request(mapping: Mapping[str, Any], base_dir: str | Path = ".", name: 
     return _or_raise(request, name, problems)
 
 
+def _show(value: Any) -> str:
+    """A value as a message has it, however large it is."""
+    text = _short.repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
 def _build(tree: dict[str, Any], bases: Bases, name: str, problems: list[str]) -> Config:
     """Fill in what spans fields (the requests file, ids, generation names), then let the schema judge."""
     where: dict[int, str] = {}
@@ -92,7 +103,7 @@ def _validate(kind: type[T], tree: Any, bases: Bases, where: dict[int, str], pro
 
 def _or_raise(result: T | None, name: str, problems: list[str]) -> T:
     if result is None or problems:
-        raise UserError("\n  - ".join([f"{name}: {len(problems)} problem{'s' * (len(problems) > 1)}", *problems]))
+        raise UserError("\n  - ".join([f"{name}: {len(problems)} problem{'s' * (len(problems) > 1)}", *told(problems)]))
     return result
 
 
@@ -115,7 +126,7 @@ def _say(kind: type[Section], problem: Mapping[str, Any], where: dict[int, str])
         message = "unknown key" + _nearest(str(steps[-1]), _known_keys(kind, steps[:-1]))
     elif problem["type"] == "literal_error":
         message += _nearest(str(problem["input"]), re.findall(r"'([^']*)'", problem["ctx"]["expected"]), show=False)
-    return f"{key} = {_show.repr(problem['input'])}: {message}"
+    return f"{key} = {_show(problem['input'])}: {message}"
 
 
 def _kind(value: Any) -> str:
@@ -162,6 +173,10 @@ REFUSED = {  # names of GenerationConfig that cannot hold over ranks or batches 
     "num_return_sequences": "one answer per request; state the request twice",
     "return_dict_in_generate": "the answer is its tokens",
     "prompt_lookup_num_tokens": "not supported over ranks",
+    **dict.fromkeys(
+        ("num_beam_groups", "diversity_penalty", "penalty_alpha", "dola_layers", "constraints", "force_words_ids"),
+        "not supported; newer releases of Transformers fetch code from the hub for it"),
+    "watermarking_config": "not supported",
     "cache_implementation": "caches are sized by the shard, Transformers' other ones by the whole model",
 }
 
@@ -173,21 +188,22 @@ def _generation_problems(generation: Any) -> list[str]:
         return []  # the schema says so itself
     names = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "transformers_version"]
     unknown = {str(key): value for key, value in generation.items() if key not in names}
-    problems = [f"{key} = {value!r}: unknown name{_nearest(key, names, show=False)}" for key, value in unknown.items()]
-    problems += [f"{key} = {value!r}: {REFUSED[key]}" for key, value in generation.items() if key in REFUSED]
+    problems = [f"{key} = {_show(value)}: unknown name{_nearest(key, names, show=False)}"
+                for key, value in unknown.items()]
+    problems += [f"{key} = {_show(value)}: {REFUSED[key]}" for key, value in generation.items() if key in REFUSED]
     _validate(Generation, generation, {}, {}, problems)
     if not problems:
         try:
             GenerationConfig(**generation)
         except Exception as error:  # whatever Transformers finds, the user can mend
-            problems.append(f"{generation}: Transformers refuses it: {error}")
+            problems.append(f"{_show(generation)}: Transformers refuses it: {error}")
     return [f"generation.{problem}" for problem in problems]
 
 
 def _put(tree: Any, keys: Sequence[str], value: Any) -> dict[str, Any]:
     """A copy of `tree` with one value replaced; YAML anchors share mappings, so nothing is changed in place."""
     if not isinstance(tree, dict):
-        raise UserError(f"{_show.repr(tree)} has no keys to set {keys[0]!r} in; override it as a whole")
+        raise UserError(f"{_show(tree)} has no keys to set {keys[0]!r} in; override it as a whole")
     return {**tree, keys[0]: value if len(keys) == 1 else _put(tree.get(keys[0], {}), keys[1:], value)}
 
 
@@ -203,6 +219,28 @@ class _Loader(yaml.SafeLoader):
             seen.add(name)
         return node
 
+    def get_single_node(self) -> Any:
+        """A few lines of aliases of aliases can stand for more values than memory holds: refused before any is made."""
+        node, counts = super().get_single_node(), dict[int, int]()
+        if node is not None and (count := _count(node, counts)) > len(counts) + MOST_ALIASED:
+            raise yaml.MarkedYAMLError(problem=f"with its aliases written out it has {count} values; at most "
+                                       f"{MOST_ALIASED} may come from aliases", problem_mark=node.start_mark)
+        return node
+
+
+def _count(node: Any, counts: dict[int, int]) -> int:
+    """How many values a YAML node has, aliases written out. Raises MarkedYAMLError where one contains itself."""
+    count = counts.setdefault(id(node), 0)
+    if not count:
+        parts = node.value if not isinstance(node, yaml.ScalarNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in parts for part in pair]
+        for part in parts:
+            if counts.get(id(part)) == 0:
+                raise yaml.MarkedYAMLError(problem="a value contains itself, by an alias", problem_mark=part.start_mark)
+        count = counts[id(node)] = 1 + sum(_count(part, counts) for part in parts)
+    return count
+
 
 def _parse_yaml(text: str) -> Any:
     try:
@@ -214,15 +252,15 @@ def _parse_yaml(text: str) -> Any:
         raise UserError(f"not valid YAML: {error}") from None
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+def _unreadable(path: Path, error: OSError | ValueError) -> str:
+    return f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    text = _read_text(path)
+    try:
+        text = read_text(path, MOST_BYTES, "utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(_unreadable(path, error)) from None
     try:
         tree = _parse_yaml(text)
     except UserError as error:
@@ -244,20 +282,24 @@ def _read_json_lines(path: Path, problems: list[str]) -> tuple[list[Any], dict[i
     """The requests of a JSON-lines file, and of each the `file:line` that it stands at."""
     requests: list[Any] = []
     where: dict[int, str] = {}
+    before = len(problems)
     try:
-        lines = _read_text(path).split("\n")
-    except UserError as error:
-        problems.append(f"requests: {error}")
-        return requests, where
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                request = json.loads(line, object_pairs_hook=_strict_object)
-            except (ValueError, RecursionError) as error:
-                problems.append(f"{path}:{number}: not a JSON object: {error}")
-                continue
-            where[len(requests)] = f"{path}:{number}"
-            requests.append(request)
-    if not any(line.strip() for line in lines):
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="\n") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    _read_json_line(line, f"{path}:{number}", requests, where, problems)
+    except (OSError, ValueError) as error:
+        problems.append(f"requests: {_unreadable(path, error)}")
+    if not requests and len(problems) == before:
         problems.append(f"requests: {path} holds no requests")
     return requests, where
+
+
+def _read_json_line(line: str, at: str, requests: list[Any], where: dict[int, str], problems: list[str]) -> None:
+    try:
+        request = json.loads(line, object_pairs_hook=_strict_object)
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{at}: not a JSON object: {error}")
+    else:
+        where[len(requests)] = at
+        requests.append(request)

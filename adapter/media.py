@@ -8,10 +8,10 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import av
@@ -185,15 +185,15 @@ def _open(value: str, kind: str) -> BinaryIO:
             raise UserError(f"{kind} {_shown(value)}: not valid base64: {error}") from None
     if "://" in value:
         raise UserError(f"{kind} {_shown(value)}: only local paths and data: URLs are read; download it first")
-    path = Path(value)
-    if not path.is_file():
-        raise UserError(f"{kind} {value}: {'not a regular file' if path.exists() else 'no such file'}")
-    if not path.stat().st_size:
-        raise UserError(f"{kind} {value}: the file is empty")
+    if not os.path.isfile(value):  # unlike Path's it has an answer to every path, one with NUL or too long included
+        why = "not a regular file" if os.path.exists(value) else "no such file"
+        raise UserError(f"{kind} {_shown(value)}: {why}")
+    if not os.path.getsize(value):
+        raise UserError(f"{kind} {_shown(value)}: the file is empty")
     try:
-        return path.open("rb")
+        return open(value, "rb")
     except OSError as error:
-        raise UserError(f"{kind} {value}: {error.strerror}") from None
+        raise UserError(f"{kind} {_shown(value)}: {error.strerror}") from None
 
 
 def _shown(value: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter.checkpoint import ITEM_BYTES, TORCH_NAMES, Checkpoint, open_checkpoint, read_config
-from policies.errors import UserError
+from policies.errors import UserError, told
 from policies.heads import HeadShard
 from policies.policy import Geometry, Policy
 from policies.registry import policy_for
@@ -119,7 +119,7 @@ def checked_plan(directory: Path, tp_size: int, dtype: str) -> tuple[Plan, Check
 def require(problems: list[str], plan: Plan, what: str) -> None:
     """Raise one UserError with every problem and the tp sizes that would work; nothing where there is none."""
     if problems:
-        raise UserError(f"{what} cannot run at tp_size {plan.tp_size}:\n  " + "\n  ".join(problems)
+        raise UserError(f"{what} cannot run at tp_size {plan.tp_size}:\n  " + "\n  ".join(told(problems))
                         + f"\ntp sizes that would work: {valid_tp_sizes(plan.policy, plan.geometry) or 'none'}")
 
 

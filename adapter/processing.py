@@ -10,7 +10,7 @@ the frames that the model sees are kept, at the size it sees them, so that a lon
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import transformers
 from packaging.version import Version
 from transformers import AutoProcessor
 
+from adapter.checkpoint import read_config
 from adapter.media import Film, film_of_file, film_of_pictures, load_image, tokens
 from adapter.schema import Processor, Request
 from policies.errors import UserError
@@ -64,6 +65,7 @@ class RequestProcessor:
             self._places = {k: self._processor.tokenizer.convert_tokens_to_ids(word) for k, word in words.items()}
             if not self._processor.tokenizer.encode("?") or not self._render([("user", [("text", "?")])]):
                 raise ValueError("the vocabulary or the chat template is empty")
+            _check_tokens(read_config(Path(model_dir)), self._places)
         except Exception as error:
             raise UserError(
                 f"{model_dir}: its processor, tokenizer or chat template cannot be used: {error}; the directory needs "
@@ -196,6 +198,14 @@ def collate(prepared: Sequence[Prepared], pad_token_id: int) -> dict[str, torch.
             tensors = [torch.nn.functional.pad(t, (longest - t.shape[1], 0), value=fill[key]) for t in tensors]
         batch[key] = torch.cat(tensors)
     return batch
+
+
+def _check_tokens(config: Mapping[str, Any], places: Mapping[str, int]) -> None:
+    """Tokenizer and model must mean the same token by a picture; else the first forward fails, on every rank."""
+    for kind, token in places.items():
+        stated = config.get(f"{kind}_token_id", token)
+        if stated != token:
+            raise ValueError(f"config.json: {kind}_token_id is {stated}, and the tokenizer has {token} for it")
 
 
 def _film_part(processor: Any) -> Any:

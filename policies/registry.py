@@ -18,6 +18,7 @@ def policy_for(config: Mapping[str, Any], where: str = "config.json") -> Policy:
     model_type = str(config.get("model_type"))
     if model_type in POLICIES:
         return POLICIES[model_type]
+    model_type = model_type[:100]
     near = difflib.get_close_matches(model_type, POLICIES, n=1, cutoff=0.5)
     hint = f" The nearest known one is {near[0]!r}." if near else ""
     raise UserError(f"{where}: no policy for model_type {model_type!r}; known: {', '.join(sorted(POLICIES))}.{hint} "

@@ -126,7 +126,7 @@ def test_requests_in_both_forms(home):
         ("tensor_parallel: {tp_size: true}", ["tensor_parallel.tp_size = True", "a boolean", "integer"]),
         ("tensor_parallel: {tp_size: 2.0}", ["tensor_parallel.tp_size = 2.0", "a number", "integer"]),
         ("tensor_parallel: {tp_size: 0}", ["tensor_parallel.tp_size = 0", "greater than or equal to 1"]),
-        ("tensor_parallel: {tpsize: 2}", ["tensor_parallel.tpsize", "did you mean 'tp_size'", "known: tp_size,"]),
+        ("tensor_parallel: {tpsize: 2}", ["tensor_parallel.tpsize", "did you mean 'tp_size'", "tp_size, vision"]),
         ("tensor_parallel:", ["tensor_parallel = None", "null", "a mapping"]),
         ("weights: {format: int4}", ["weights.format = 'int4'", "'dense'"]),
         ("batch_size: 0", ["batch_size = 0", "greater than or equal to 1"]),
