@@ -241,7 +241,8 @@ class Trace:
     def _attention_bound(self, name: str, tower: str, args: Any, kwargs: Any, calls: dict[str, list[Call]]) -> Tensor:
         """bounds.attention for the observed q, k and v, which the policies state in this order."""
         head_dim, dtype = self.plan.geometry.attention[tower].head_dim, next(_tensors((args, kwargs))).dtype
-        columns = [c for c in self.children[name] if not isinstance(self.plan.claims[c].rule, Row)]
+        linears = [c for c in self.children[name] if c in self.plan.claims]  # old releases keep a rotary table here
+        columns = [c for c in linears if not isinstance(self.plan.claims[c].rule, Row)]
         seen = {c: calls[c][0].output for c in columns}
         fused = len(columns) == 1
         q, k, v = seen[columns[0]].chunk(3, -1) if fused else (seen[c] for c in columns)
@@ -255,7 +256,7 @@ class Trace:
             scale.append(x.float())
             return x
 
-        row = next(c for c in self.children[name] if c not in columns)
+        row = next(c for c in linears if c not in columns)
         self._forward(name, answers | {row: end}, args, kwargs)
         score = largest[0] * largest[1] / head_dim ** 0.5
         return bounds.attention(scale[0], score, head_dim, q.shape[-2], dtype, self.eager)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -91,7 +92,7 @@ class Verifier:
         passed = bool(self.tp.broadcast(to_device(torch.tensor([not problems]))))
         if self.tp.rank == 0:
             self.write({
-                "summary": True, "model": str(self.config.model.path), "tp_size": self.tp.size,
+                "summary": True, "model": _shown(self.config.model.path), "tp_size": self.tp.size,
                 "dtype": self.config.model.dtype, "cases": len(rows), "passed": passed, "problems": problems,
                 **_worst(rows), "reassembly": shards.row(), "bound": bounds.STATEMENT, "ranks": ranks,
                 "versions": {p: version(p) for p in ("torch", "deepspeed", "transformers")},
@@ -242,6 +243,11 @@ def _all_cores() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _shown(path: Path) -> str:
+    """A model directory as reports name it, which others read: inside the current directory its path, else its name."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+
 def _extended(inputs: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
     """The inputs of a run over prompt and answer."""
     new = tokens.shape[1] - inputs["input_ids"].shape[1]
@@ -291,7 +297,8 @@ def _problems(row: Mapping[str, Any], differ: Mapping[str, list[int]], dtype: st
         yield f"{what} differ on rank {', '.join(map(str, ranks))}"
     limit = FP32_LOGITS * max(1.0, row["largest_logit"])
     if dtype == "float32" and not row["max_abs_logit_diff"] <= limit:
-        yield f"logits differ by {row['max_abs_logit_diff']:.3g}, in float32 at most {limit:.3g} is rounding"
+        yield (f"logits differ by {row['max_abs_logit_diff']:.3g}, in float32 at most {limit:.3g} is rounding; of all "
+               f"modules {row['largest_at']} is nearest to its bound, at {row['largest_share_of_bound']:.2g} of it")
     if not row["decode_error_ratio"] <= DECODE_RATIO:
         yield (f"decoding token by token differs {row['decode_error_ratio']:.3g} times as much from one process as the "
                f"same positions in one forward, at most {DECODE_RATIO} is rounding: look at the KV cache and the "
