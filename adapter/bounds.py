@@ -4,7 +4,8 @@ Nothing here is tuned. u is the unit roundoff of the dtype that is named, half i
 bound of Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis" (SIAM J. Sci. Comput. 41(5), 2019,
 theorem 3.1): a sum of n products differs from the exact one by at most lambda * sqrt(n) * u * sum|terms|, except with a
 probability below 2 n exp(-lambda^2 / 2), which lambda = 8 puts at 3e-14 n. Short chains of roundings are just counted.
-Both sides err, so every bound is twice one side's. Sums accumulate in float32 at least, as every matrix kernel does.
+Both sides err, so every bound is twice one side's. Sums accumulate in float32, as matrix kernels do unless CUDA is
+allowed reduced-precision reductions (torch.backends.cuda.matmul), which nothing here accounts for.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import torch
 from torch import Tensor
 
 LAMBDA = 8.0
-ELEMENTWISE_ROUNDINGS = 8  # the longest chain of operations on one element between two layers (gelu, rotation, mask)
+ROUNDINGS = 8  # the longest chain of operations on one element between two layers with weights: gate and activation
 STATEMENT = (
-    "A linear layer over N ranks may differ from one process by 2 * 8 * sqrt(K) * u32 * (||W_i|| ||x|| + |b|) for its "
-    "sums of K products in float32, and by (N + 1) * u * (sum over ranks of |W_r x_r| + |b|) for the roundings to "
-    "the dtype: N partial sums, N - 1 additions, one bias (2 * u * |y| where nothing is reduced). Attention, given "
-    "the same q, k and v, by eta * softmax(s) |v|, eta = 2 * (exp(2 ds) - 1 + 16 * sqrt(keys) * u32 + 8 * u32 + 2 * "
-    "u), ds = 8 * sqrt(head_dim) * u32 * max|q| max|k| / sqrt(head_dim), with u instead of 8 * sqrt(head_dim) * u32 "
-    "added where scores are rounded to the dtype (eager). Norms by 48 * sqrt(n) * u32 * (|y| + |b| + |w| mean|x| / "
-    "std x) + 4 * u * (|y| + |b|). What lies between layers by 8 * u of the largest of its row; look-ups, positions "
-    "and rotary tables by nothing. u is the dtype's unit roundoff, u32 that of float32."
+    "A linear layer over N ranks may differ from one process by 2 * 8 * sqrt(K) * u32 * (||W_i|| ||x|| + |b|) for "
+    "its sums of K products in float32, and by (N + 1) * u * (sum over ranks of |W_r x_r| + |b|) for the roundings "
+    "to the dtype: N partial sums, N - 1 additions, one bias (2 * u * |y| where nothing is reduced). Attention, "
+    "given the same q, k and v, by eta * softmax(s) |v|, eta = 2 * (exp(2 ds) - 1 + 16 * sqrt(keys) * u32 + 8 * u32 "
+    "+ 2 * u), ds = 8 * sqrt(head_dim) * u32 * max|q| max|k| / sqrt(head_dim), 2 * u added to its 8 * "
+    "sqrt(head_dim) * u32 where scores are rounded to the dtype (eager). Norms by 48 * sqrt(n) * u32 * (|y| + |b| + "
+    "|w| mean|x| / std x) + 4 * u * (|y| + |b|), without the mean and b in RMSNorm. Gates and activations by 8 * u "
+    "* |y| + 4 * u32 * the largest of the row. Residuals, masks, look-ups, positions, rotary tables and where "
+    "picture features go by nothing. u is the dtype's unit roundoff, u32 that of float32."
 )
 
 
@@ -48,18 +50,22 @@ def linear(scale: Tensor, parts: Tensor, products: int, dtype: torch.dtype, rank
 
 def norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """RMSNorm or LayerNorm of x over its last dimension; x, y float32. mean|x| / std x: what the mean's error does."""
-    shift = x.abs().mean(-1, keepdim=True) / x.std(-1, keepdim=True, correction=0).clamp_min(1e-12)
-    written = y.abs() if bias is None else y.abs() + bias.abs()
-    return 2 * 3 * long_sum(x.shape[-1]) * (written + weight.abs() * shift) + 4 * unit_roundoff(dtype) * written
+    written, scale = (y.abs(),) * 2
+    if bias is not None:  # LayerNorm also subtracts a mean
+        shift = x.abs().mean(-1, keepdim=True) / x.std(-1, keepdim=True, correction=0).clamp_min(1e-12)
+        written = y.abs() + bias.abs()
+        scale = written + weight.abs() * shift
+    return 2 * 3 * long_sum(x.shape[-1]) * scale + 4 * unit_roundoff(dtype) * written
 
 
 def attention(scale: Tensor, score: float, head_dim: int, keys: int, dtype: torch.dtype, eager: bool) -> Tensor:
     """scale: softmax(s) |v|, element by element; score: a bound of |q . k| / sqrt(head_dim)."""
     u = unit_roundoff(dtype)
-    shift = (long_sum(head_dim) + (u if eager else 0.0)) * score
+    shift = (long_sum(head_dim) + (2 * u if eager else 0.0)) * score
     return 2 * (math.expm1(min(2 * shift, 50.0)) + 2 * long_sum(keys) + 8 * U32 + 2 * u) * scale
 
 
 def elementwise(x: Tensor) -> Tensor:
-    """A few operations on each element, none of whose intermediates is above the row's largest."""
-    return ELEMENTWISE_ROUNDINGS * unit_roundoff(x.dtype) * x.float().abs().amax(-1, keepdim=True).expand(x.shape)
+    """A chain of operations on each element, in float32 and rounded; tails of gelu cancel to a part of the row."""
+    x, u = x.float().abs(), unit_roundoff(x.dtype)
+    return ROUNDINGS * u * x + 4 * U32 * x.amax(-1, keepdim=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -37,11 +38,20 @@ class Results:
         os.dup2(2, 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        self.text(json.dumps(row, ensure_ascii=False))
+        self.text(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False))
 
     def text(self, text: str) -> None:
         self._out.write(text + "\n")
         self._out.flush()
+
+
+def _finite(value: Any) -> Any:
+    """The same with what JSON has no word for as text: "inf", "nan"."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run(main: Callable[[argparse.Namespace, Results], int], arguments: argparse.ArgumentParser) -> NoReturn:

@@ -75,6 +75,6 @@ def _gaps(plan: Plan) -> list[dict[str, Any]]:
             shared = plan.policy.head_axes.get(claim.rule.axis(claim.weight), ("", ""))[1] == "kv"
             if bool((owners == 0).any()) or (bool((owners > 1).any()) and not shared):
                 at = int(((owners != 1) if not shared else owners == 0).nonzero()[0])
-                found.append({"tensor": f"{module}.{suffix}", "rank": -1,
+                found.append({"tensor": f"{module}.{suffix}", "rank": None,
                               "why": f"element {at} of dimension {parts[0].dim} has {int(owners[at])} owners"})
     return found

@@ -48,18 +48,19 @@ class Reference:
     def __init__(self, directory: Path, plan: Plan, checkpoint: Checkpoint, dtype: torch.dtype, attention: str,
                  device: str) -> None:
         self.plan, self.checkpoint, self.dtype, self.device = plan, checkpoint, dtype, device
-        self.skeleton = self._named(build_on_meta(directory, plan.policy, dtype, attention))
-        self.exact = build_on_meta(directory, plan.policy, torch.float32, attention)
-        self._modules = self._named(self.exact)
+        self.skeleton = self._named(build_on_meta(directory, plan.policy, dtype, attention), dtype)
+        exact = "eager" if attention == "eager" else "sdpa"  # flash attention computes in half precision only
+        self.exact = build_on_meta(directory, plan.policy, torch.float32, exact)
+        self._modules = self._named(self.exact, torch.float32)
 
-    def _named(self, model: nn.Module) -> Mapping[str, nn.Module]:
+    def _named(self, model: nn.Module, dtype: torch.dtype) -> Mapping[str, nn.Module]:
         """Weights become one zero each, seen in full shape: no memory, but a true device, which models ask for."""
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
             for name, weight in module._parameters.items():
                 if weight is not None:
-                    zero = torch.zeros((), dtype=weight.dtype, device=self.device)
+                    zero = torch.zeros((), dtype=dtype, device=self.device)  # some releases build a tower in its own
                     module._parameters[name] = nn.Parameter(zero.expand(weight.shape), False)
         return {self.plan.policy.published(name): module for name, module in model.named_modules()}
 
@@ -93,13 +94,14 @@ class Reference:
         if weight.ndim == 1:
             return y, bounds.norm(x, y, weight, bias, self.dtype)
         y = y.reshape(len(x), -1)
+        unbiased = y if bias is None else y - bias
         scale = x.flatten(1).norm(dim=1)[:, None] * weight.flatten(1).norm(dim=1) + (0 if bias is None else bias.abs())
-        rounded, ranks = y.abs(), 1
+        rounded, ranks = unbiased.abs(), 1
         if isinstance(claim.rule, Row):
             ranks = len(parts)
             pieces = ((take(x, p), take(weight, p)) for p in parts)
             rounded = sum((F.linear(a, w).abs() for a, w in pieces), torch.zeros_like(y))
-            rounded = rounded if bias is None else rounded + bias.abs()
+        rounded = rounded if bias is None else rounded + bias.abs()
         return y, bounds.linear(scale, rounded, math.prod(weight.shape[1:]), self.dtype, ranks)
 
     def _call(self, module: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:

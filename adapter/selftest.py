@@ -50,6 +50,7 @@ def self_test(model: nn.Module, plan: Plan, tp: TensorParallel, skeleton: Mappin
             trace = Trace(model, plan, tp, skeleton, lambda *a: _expected(plan, tp, *a), eager, only=tops)
             with trace.watching():
                 _run(model, plan, stack, tops)
+            assert trace.checks, f"no module of {tops} ran"
             worst = max(worst, *(c.share for c in trace.checks))
             wrong += [first] if (first := trace.first_wrong()) else []
     _agree(tp, wrong)
@@ -144,10 +145,10 @@ def _expected(plan: Plan, tp: TensorParallel, name: str, claim: Claim, layer: An
     weight = weight.float()
     y = F.linear(x, weight, bias)
     scale = x.norm(dim=1)[:, None] * weight.norm(dim=1) + (0 if bias is None else bias.abs())
-    parts, ranks = y.abs(), 1
+    parts, ranks = (y if bias is None else y - bias).abs(), 1
     if dim == 1:
         pieces = zip(x.split(widths, -1), weight.split(widths, -1), strict=True)
         parts, ranks = sum((F.linear(a, w).abs() for a, w in pieces), torch.zeros_like(y)), tp.size
-        parts = parts if bias is None else parts + bias.abs()
+    parts = parts if bias is None else parts + bias.abs()
     columns = rows if dim == 1 else rows + sum(widths[: tp.rank])
     yield Expected(slice(None), columns, y, bounds.linear(scale, parts, weight.shape[1], layer.weight.dtype, ranks))

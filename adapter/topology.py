@@ -139,6 +139,10 @@ class TensorParallel:
                 dist.broadcast(x, src=0, group=self.group)
         return x
 
+    def agreed(self, value: int) -> int:
+        """Rank 0's `value` on every rank."""
+        return int(self.broadcast(torch.tensor([value], device=get_accelerator().current_device_name())))
+
     def barrier(self) -> None:
         """Wait for every rank of the job."""
         with self._in(BARRIER):

@@ -94,9 +94,11 @@ class Trace:
                           for name in expand(row.module, plan.geometry.layers)}
         self.checks: list[Check] = []
         self.kept: list[tuple[str, Tensor]] = []
-        self._frames: list[dict[str, list[Call]]] = [{}]  # of each running module the calls it has made so far
+        self._frames: list[tuple[str, dict[str, list[Call]]]] = [("", {})]  # of each running module the calls it made
+        self._order = 0
         self._digests: list[int] = []
-        self._names: list[str] = []
+        self._about: list[tuple[float, str, str]] = []  # of each digest: order, module, what
+        self.unproven: set[str] = set()  # attention whose bound is no less than its values
 
     @contextmanager
     def watching(self) -> Iterator[Trace]:
@@ -104,7 +106,7 @@ class Trace:
         handles = []
         for name, module in self.modules.items():
             hook = self._layer if name in self.plan.claims else self._around
-            handles.append(module.register_forward_pre_hook(self._enter))
+            handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
             handles.append(module.register_forward_hook(partial(self._leave, hook, name), with_kwargs=True))
         try:
             yield self
@@ -112,24 +114,28 @@ class Trace:
         finally:
             for handle in handles:
                 handle.remove()
-            self._frames = [{}]
+            self._frames = [("", {})]
 
     def first_wrong(self) -> Check | None:
         return min((c for c in self.checks if not c.share <= 1), key=lambda c: c.order, default=None)
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        self._frames.append({})
+    def _enter(self, name: str, module: nn.Module, args: Any) -> None:
+        self._frames.append((name, {}))
 
     def _leave(self, hook: Callable[..., None], name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        hook(name, module, args, kwargs, out, self._frames.pop())
+        calls = self._frames.pop()[1]
+        self._order += 1
+        hook(name, module, args, kwargs, out, calls)
 
-    def _record(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, same: Any) -> Call:
-        """Note a call; `same` is what every rank must hold bit for bit."""
-        self._digests.append(digest(list(_tensors(same))))
-        self._names.append(name)
-        call = Call(len(self._digests), args, kwargs, _own(output))
+    def _record(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *same: Any) -> Call:
+        """Note a call. `same`: the inputs and outputs that every rank must hold bit for bit."""
+        caller, calls = self._frames[-1]
+        whats = (self._order - 0.5, caller, f"input of {name}"), (self._order, name, "output")
+        self._digests += [digest(list(_tensors(part))) for part in same]
+        self._about += whats
+        call = Call(self._order, args, kwargs, _own(output))
         if self.skeleton:
-            self._frames[-1].setdefault(name, []).append(call)
+            calls.setdefault(name, []).append(call)
         if name in self.keep and self.skeleton:
             self.kept.append((name, next(_tensors(output))))
         return call
@@ -141,15 +147,15 @@ class Trace:
         if isinstance(claim.rule, Row):
             local = x if slots is None else x.index_select(-1, slots)
             x = self.tp.all_gather_last(local, self._widths(name, 1))
-            replicated: Any = y
+            replicated: tuple[Any, Any] = (None, y)
         elif isinstance(claim.rule, Column | FusedQKV):
             local = y if slots is None else y.index_select(-1, slots)
             y = self.tp.all_gather_last(local, self._widths(name, 0))
-            replicated = x
+            replicated = (x, None)
         else:
             replicated = (x, y)
         whole = self._assemble(name, y) if isinstance(claim.rule, Column | FusedQKV) else y
-        call = self._record(name, (x,), {}, whole, replicated)
+        call = self._record(name, (x,), {}, whole, *replicated)
         flat = y.reshape(-1, y.shape[-1]) if len(claim.weight) < 3 else y.reshape(y.shape[0], -1)
         worst = Check(call.order, name, "output", 0.0)
         with self.judging():
@@ -171,11 +177,11 @@ class Trace:
     def _around(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any,
                 calls: dict[str, list[Call]]) -> None:
         """A module without weights of its own: rotary tables, or what surrounds layers that have some."""
-        order = len(self._digests) + 1
         with self.judging():
             if self.skeleton:
-                self._replay(name, order, args, kwargs, output, calls)
-        self._record(name, args, kwargs, output, self._result(name, output))
+                self._replay(name, self._order, args, kwargs, output, calls)
+        named = dict(sorted(kwargs.items()))  # ranks may hold equal arguments in another order
+        self._record(name, args, kwargs, output, (args, named), self._result(name, output))
 
     def _result(self, name: str, output: Any) -> Any:
         """What counts of an output: attention may add the scores of this rank's own heads."""
@@ -188,20 +194,21 @@ class Trace:
         def answer(child: str, *got: Any, **named: Any) -> Any:
             if not given[child]:
                 self.checks.append(Check(order, name, f"does not call {child} where one process does", torch.inf))
-                raise _TooManyCalls
+                raise _Astray
             call = given[child].pop(0)
             if child in self.plan.claims:  # its input was noted alone
                 got, named = (next(_tensors((got, named))),), {}
-            limit = None
-            if tower is not None and isinstance(self.plan.claims[child].rule, Row):
-                limit = partial(self._attention_bound, name, tower, args, kwargs, calls)
+            limit: Callable[[], Tensor] | None = None
+            if child in self.plan.claims and isinstance(self.plan.claims[child].rule, Row):
+                limit = (partial(bounds.elementwise, call.args[0]) if tower is None else
+                         partial(self._attention_bound, name, tower, args, kwargs, calls))
             self._compare_trees(call.order - 0.5, name, f"input of {child}", (call.args, call.kwargs), (got, named),
                                 limit)
             return _own(call.output)
 
         try:
             result = self._forward(name, {child: partial(answer, child) for child in given}, args, kwargs)
-        except _TooManyCalls:
+        except _Astray:
             return
         self._compare_trees(order, name, "output", self._result(name, output), self._result(name, result), None)
         self.checks += [Check(order, name, f"calls {child} where one process does not", torch.inf)
@@ -232,15 +239,14 @@ class Trace:
         for mine, one in zip(a, b, strict=True):
             if torch.equal(mine, one):
                 continue
-            exact = not one.is_floating_point() or not self.children[name]  # no child: a table of positions
-            bound = limit() if limit else torch.zeros(one.shape) if exact else bounds.elementwise(one)
+            bound = limit() if limit else torch.zeros(one.shape)  # the same operations on the same bits
             share, error, at_most, _ = furthest(mine, one, bound.to(one.device))
             worst = max(worst, Check(order, name, what, share, error, at_most), key=lambda c: c.share)
         self.checks.append(worst)
 
     def _attention_bound(self, name: str, tower: str, args: Any, kwargs: Any, calls: dict[str, list[Call]]) -> Tensor:
         """bounds.attention for the observed q, k and v, which the policies state in this order."""
-        head_dim, dtype = self.plan.geometry.attention[tower].head_dim, next(_tensors((args, kwargs))).dtype
+        head_dim = self.plan.geometry.attention[tower].head_dim
         linears = [c for c in self.children[name] if c in self.plan.claims]  # old releases keep a rotary table here
         columns = [c for c in linears if not isinstance(self.plan.claims[c].rule, Row)]
         seen = {c: calls[c][0].output for c in columns}
@@ -259,7 +265,10 @@ class Trace:
         row = next(c for c in linears if c not in columns)
         self._forward(name, answers | {row: end}, args, kwargs)
         score = largest[0] * largest[1] / head_dim ** 0.5
-        return bounds.attention(scale[0], score, head_dim, q.shape[-2], dtype, self.eager)
+        bound = bounds.attention(scale[0], score, head_dim, q.shape[-2], q.dtype, self.eager)
+        if (bound >= scale[0]).all():
+            self.unproven.add(name)
+        return bound
 
     def _widths(self, name: str, dim: int) -> tuple[int, ...]:
         """Elements of the cut dimension that each rank holds."""
@@ -281,12 +290,13 @@ class Trace:
         mine = torch.tensor(self._digests, device=get_accelerator().current_device_name())
         rows = self.tp.all_gather_last(mine, (len(mine),) * self.tp.size).view(self.tp.size, -1)
         for i in (rows != rows[0]).any(0).nonzero().flatten().tolist():
-            ranks = unlike(rows[:, i].tolist())
-            self.checks.append(Check(i + 1, self._names[i], "differs between ranks", torch.inf, ranks=ranks))
+            order, name, what = self._about[i]
+            self.checks.append(Check(order, name, f"{what} differs between ranks", torch.inf,
+                                     ranks=unlike(rows[:, i].tolist())))
 
 
-class _TooManyCalls(Exception):
-    pass
+class _Astray(Exception):
+    """The skeleton calls a module that the sharded one did not; there is nothing to answer."""
 
 
 def observed(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
@@ -350,6 +360,8 @@ def furthest(ours: Tensor, values: Tensor, bound: Tensor) -> tuple[float, float,
         return 0.0, 0.0, 0.0, ()
     a, b = ours.float(), values.float()
     same = (a == b) | (a.isnan() & b.isnan())
+    if ours.dtype is torch.float16:  # what it cannot hold, one process cannot either
+        same |= a.isinf() & (a.sign() == b.sign()) & (b.abs() + bound >= torch.finfo(torch.float16).max)
     error = (a - b).abs().masked_fill(same, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf)
     share = torch.where(same, 0.0, error / bound).nan_to_num(nan=torch.inf, posinf=torch.inf)
     at = int(share.argmax())

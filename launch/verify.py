@@ -15,19 +15,24 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from adapter import command
+from policies.errors import UserError
 
 
 def main(args: argparse.Namespace, results: command.Results) -> int:
     from adapter.config import load_config
     from adapter.plan import checked_plan
 
-    config = load_config(args.config, [*args.overrides, f"model.dtype={args.dtype}"])
+    overrides = [*args.overrides, *([f"model.dtype={args.dtype}"] if args.dtype else [])]
+    if not any(o.startswith("model.dtype=") for o in overrides):
+        overrides.append("model.dtype=float32")
+    config = load_config(args.config, overrides)
+    if config.model.attn_implementation == "flash_attention_2" and config.model.dtype == "float32":
+        raise UserError("model.attn_implementation = flash_attention_2 computes in half precision only: verify it with "
+                        "--dtype bfloat16, or in float32 with model.attn_implementation=sdpa")
     plan, checkpoint = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype)
     first = command.environment_rank("RANK") == 0
     if args.report and first:
-        from adapter.report import require_matplotlib
-
-        require_matplotlib()
+        _check_report(Path(args.report))
     from adapter.engine import init_inference
     from adapter.generation import make_processor
     from adapter.verify import Verifier
@@ -41,20 +46,34 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
         results.write(row)
         rows.append(row)
 
+    def report() -> int:
+        if args.report:
+            from adapter.report import render
+
+            Path(args.report).write_text(render(config, rows[:-1], rows[-1]), encoding="utf-8")
+            print(f"report: {args.report}", file=sys.stderr)
+        return command.BAD_INPUT if any("error" in row for row in rows) else command.DONE
+
     with watching(tp):
         passed = Verifier(config, engine, tp, checkpoint, processor, write).run()
-    if first and args.report:
-        from adapter.report import render
+        code = tp.agreed(report() if first else command.DONE)  # nobody leaves before the report is written
+    return code or (command.DONE if passed else command.CHECK_FAILED)
 
-        Path(args.report).write_text(render(config, rows[:-1], rows[-1]), encoding="utf-8")
-        print(f"report: {args.report}", file=sys.stderr)
-    failed = any("error" in row for row in rows)
-    return command.BAD_INPUT if failed else command.DONE if passed else command.CHECK_FAILED
+
+def _check_report(file: Path) -> None:
+    """Before a long run: can the report be written at its end? Raises UserError."""
+    from adapter.report import require_matplotlib
+
+    require_matplotlib()
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise UserError(f"--report {file}: cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":
     arguments = command.parser(__doc__)
-    arguments.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
-                           help="of weights and activations over the ranks; one process computes in float32")
+    arguments.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                           help="of weights and activations over the ranks, as model.dtype; one process: float32")
     arguments.add_argument("--report", metavar="FILE", help="write an HTML report as well")
     command.run(main, arguments)

@@ -1,6 +1,6 @@
 """One rank that plants faults one after another and lets verify and the self-test look; a JSON line per fault.
 
-    deepspeed --num_accelerators N fault_worker.py CONFIG [FAULT ...]      no fault named: a sound engine
+    deepspeed --num_accelerators N fault_worker.py CONFIG DTYPE [FAULT ...]      "": a sound engine
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def planted_inject(fault: Fault | None) -> Any:
 
 
 def main() -> None:
-    file, *names = (a for a in sys.argv[1:] if not a.startswith("--local"))
+    file, dtype, *names = (a for a in sys.argv[1:] if not a.startswith("--local"))
     picture = next((Path(file).parent / "../launch/demo/pictures").resolve().glob("*colour*"))
-    base = [f"tensor_parallel.tp_size={TP}", "generation.max_new_tokens=4", "model.dtype=float32", REQUEST % picture]
+    base = [f"tensor_parallel.tp_size={TP}", "generation.max_new_tokens=4", f"model.dtype={dtype}", REQUEST % picture]
     config = load_config(file, [*base, "tensor_parallel.self_test=false"])
     tested = load_config(file, base)
-    plan, checkpoint = checked_plan(config.model.path, TP, "float32")
+    plan, checkpoint = checked_plan(config.model.path, TP, dtype)
     processor = make_processor(config, plan.geometry.context) if os.environ["RANK"] == "0" else None
-    for name in names or [""]:
+    for name in names:
         fault, rows = FAULTS.get(name), list[dict[str, Any]]()
         adapter.engine.inject = planted_inject(fault)
         started = "held"

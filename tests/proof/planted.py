@@ -28,6 +28,7 @@ class Fault:
     says: str = ""
     at_start: bool = False
     tensors: bool = False
+    ranks: tuple[int, ...] | None = None  # those verify must name, where it can
 
 
 def param(tensor: torch.Tensor) -> nn.Parameter:
@@ -209,6 +210,16 @@ def residual_twice(modules, plan, tp):
     layer.forward = twice
 
 
+def one_ranks_residual(modules, plan, tp):
+    """Rank 1 alone forgets the first residual: what the block hands on differs there, in no layer with weights."""
+    layer = modules["model.layers.1"]
+    norm = layer.post_attention_layernorm
+
+    def forget(module, args):
+        return (args[0] * 0.5,) if tp.rank == 1 else None
+    norm.register_forward_pre_hook(forget)
+
+
 def other_activation(modules, plan, tp):
     modules["visual.blocks.1.mlp"].act = nn.GELU()
 
@@ -243,7 +254,8 @@ FAULTS: dict[str, Fault] = {
     "bias elements repeated": Fault(bias_elements_repeated, f"{ATTN}.k_proj", tensors=True),
     "q and k swapped": Fault(q_and_k_swapped, "visual.blocks.1.attn.qkv", tensors=True),
     "KV head of the wrong group": Fault(kv_head_of_the_wrong_group, f"{ATTN}.k_proj", tensors=True),
-    "off-by-one boundary, outputs": Fault(off_by_one_boundary, "model.layers.1.mlp.gate_proj", tensors=True),
+    "off-by-one boundary, outputs": Fault(off_by_one_boundary, "model.layers.1.mlp.gate_proj", tensors=True,
+                                          ranks=(1,)),
     "off-by-one boundary, inputs": Fault(off_by_one_inputs, "model.layers.1.mlp.down_proj", tensors=True),
     "no all-reduce after attention": Fault(missing_all_reduce(f"{ATTN}.o_proj"), f"{ATTN}.o_proj", at_start=True),
     "no all-reduce after an MLP": Fault(missing_all_reduce(f"{BLOCK}.mlp.fc2"), f"{BLOCK}.mlp.fc2", at_start=True),
@@ -256,17 +268,21 @@ FAULTS: dict[str, Fault] = {
     "untied head": Fault(untied_head, "lm_head", tensors=True),
     "wrong rank order in a gather": Fault(rank_order, "lm_head"),
     "shards of each other": Fault(shards_of_each_other, "visual.blocks.2.mlp.fc1", tensors=True),
-    "one rank's picture features": Fault(one_ranks_features, "model.visual"),
-    "one rank's norm": Fault(one_ranks_norm, "model.layers.1.input_layernorm", tensors=True),
-    "one rank's patch embedding": Fault(patch_embedding_of_one_rank, "visual.patch_embed.proj", tensors=True),
+    "one rank's picture features": Fault(one_ranks_features, "model.visual", ranks=(1,)),
+    "one rank's norm": Fault(one_ranks_norm, "model.layers.1.input_layernorm", tensors=True, ranks=(1,)),
+    "one rank's patch embedding": Fault(patch_embedding_of_one_rank, "visual.patch_embed.proj", tensors=True,
+                                        ranks=(1,)),
     "one rank's random numbers": Fault(random_numbers, None, says="sampled tokens differ on rank 1"),
     "query heads in the wrong slots": Fault(heads_in_the_wrong_slots, ATTN, at_start=True),
     "softmax scale of a shard": Fault(softmax_scale, ATTN, at_start=True),
     "pictures cut in two": Fault(picture_lengths, f"{BLOCK}.attn", at_start=True),
     "residual added twice": Fault(residual_twice, "model.layers.1"),
+    "one rank's residual": Fault(one_ranks_residual, "model.layers.1", ranks=(1,)),
     "another activation": Fault(other_activation, "visual.blocks.1.mlp"),
     "no causal mask": Fault(no_causal_mask, ATTN),
     "picture features shifted": Fault(picture_features_shifted, "model"),
     "positions one late when decoding": Fault(late_positions_when_decoding, None, says="decoding token by token"),
 }
+IN_BFLOAT16 = ("row-parallel bias on every rank", "no all-reduce after attention", "softmax scale of a shard",
+               "another activation", "residual added twice", "no causal mask", "merger order")
 STRADDLING = {"query heads in the wrong slots"}  # need a rank across two KV groups: 28/4 heads over three ranks

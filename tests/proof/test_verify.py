@@ -1,8 +1,9 @@
-"""launch/verify.py as its users run it: exit codes, the JSON contract, the report; other heads, dtypes and releases."""
+"""launch/verify.py as its users run it: exit codes, the JSON contract, the report; bfloat16 and the oldest releases."""
 
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 
 import pytest
@@ -11,12 +12,12 @@ from launching import ROOT, launch
 VERIFY = ROOT / "launch" / "verify.py"
 CONFIG = str(ROOT / "configs" / "demo_tp4.yaml")
 PICTURES = ROOT / "launch" / "demo" / "pictures"
+OLD = os.environ.get("QWENVL_TP_OLD_PYTHON", "")
 pytestmark = pytest.mark.ranks
 
 
-def run(ranks: int, *overrides: str, launcher: str = "deepspeed"):
-    outcome = launch(ranks, VERIFY, "--config", CONFIG, f"tensor_parallel.tp_size={ranks}", *overrides,
-                     launcher=launcher)
+def run(ranks: int, *overrides: str, **options):
+    outcome = launch(ranks, VERIFY, "--config", CONFIG, f"tensor_parallel.tp_size={ranks}", *overrides, **options)
     return outcome, [json.loads(line) for line in outcome.out.splitlines() if line.startswith("{")]
 
 
@@ -83,8 +84,29 @@ def test_bfloat16_holds_within_the_derived_bound():
     assert 0.05 < rows[0]["largest_share_of_bound"] <= 1
 
 
-def test_a_request_that_cannot_be_prepared_is_exit_2_and_the_others_are_checked():
-    outcome, rows = run(1, "requests=[{id: gone, prompt: hello, images: [/nowhere.png]}, {id: text, prompt: hello}]",
-                        launcher="none")
-    assert outcome.code == 2 and "/nowhere.png" in rows[0]["error"]
-    assert rows[1]["id"] == "text" and rows[1]["passed"] and not rows[-1]["passed"]
+def test_a_request_that_cannot_be_prepared_is_exit_2_and_the_others_are_checked(tmp_path):
+    """Texts of unlike length too, padded: no picture says where positions begin."""
+    asked = [("gone", "hello", ["/nowhere.png"]), ("text", "hello", []), ("long", "hello " * 60, [])]
+    requests = "requests=" + json.dumps([{"id": i, "prompt": p, "images": m} for i, p, m in asked])
+    outcome, rows = run(2, requests, "--report", str(tmp_path / "report.html"))
+    assert outcome.code == 2 and "/nowhere.png" in rows[0]["error"], outcome.err[-3000:]
+    assert [r["id"] for r in rows[1:-1] if r["passed"]] == ["text", "long", "padded batch"]
+    assert not rows[-1]["passed"] and (tmp_path / "report.html").exists()
+    assert "visual.patch_embed.proj" in rows[-1]["unchecked"] and "with a picture" in outcome.err
+
+
+def test_one_rank_holds():
+    outcome, rows = run(1, f"requests=[{{prompt: hello, images: [{next(PICTURES.glob('*.png'))}]}}]", launcher="none")
+    assert outcome.code == 0 and rows[0]["passed"], outcome.err[-3000:]
+
+
+def test_a_report_that_cannot_be_written_is_said_before_the_run():
+    outcome, rows = run(1, "--report", "/nowhere/report.html", launcher="none")
+    assert outcome.code == 2 and "/nowhere/report.html" in outcome.err and not rows
+
+
+@pytest.mark.skipif(not OLD, reason="QWENVL_TP_OLD_PYTHON is not set")
+def test_the_oldest_releases_hold_with_eager_attention():
+    request = f"requests=[{{prompt: hello, images: [{next(PICTURES.glob('*.png'))}]}}]"
+    outcome, rows = run(2, request, "model.attn_implementation=eager", python=OLD)
+    assert outcome.code == 0 and rows[0]["passed"] and rows[0]["modules_checked"] > 100, outcome.err[-3000:]
