@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -305,7 +306,7 @@ def observed(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         published = plan.policy.published(name)
         is_called = type(module).forward is not nn.Module.forward and not isinstance(module, nn.ModuleList)
-        if is_called and any(True for _ in (*module.parameters(), *module.buffers())):
+        if is_called and next(chain(module.parameters(), module.buffers()), None) is not None:
             found[published] = module
     return found
 
