@@ -34,6 +34,11 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+def underflow(dtype: torch.dtype) -> float:
+    """What rounding may do to numbers below the normal ones: 6e-8 in float16, next to nothing in the others."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+
+
 U32 = unit_roundoff(torch.float32)
 
 
@@ -45,7 +50,7 @@ def long_sum(n: int) -> float:
 def linear(scale: Tensor, parts: Tensor, products: int, dtype: torch.dtype, ranks: int) -> Tensor:
     """scale: no less than |W||x| + |b|; the product of norms is not, by Cauchy and Schwarz. parts: what is rounded to
     `dtype`, in magnitude: the sum over ranks of |W_r x_r|, + |b|."""
-    return 2 * long_sum(products) * scale + (ranks + 1) * unit_roundoff(dtype) * parts
+    return 2 * long_sum(products) * scale + (ranks + 1) * (unit_roundoff(dtype) * parts + underflow(dtype))
 
 
 def norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -55,17 +60,19 @@ def norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch
         shift = x.abs().mean(-1, keepdim=True) / x.std(-1, keepdim=True, correction=0).clamp_min(1e-12)
         written = y.abs() + bias.abs()
         scale = written + weight.abs() * shift
-    return 2 * 3 * long_sum(x.shape[-1]) * scale + 4 * unit_roundoff(dtype) * written
+    lost = 4 * underflow(dtype) * (1 + weight.abs())
+    return 2 * 3 * long_sum(x.shape[-1]) * scale + 4 * unit_roundoff(dtype) * written + lost
 
 
 def attention(scale: Tensor, score: float, head_dim: int, keys: int, dtype: torch.dtype, eager: bool) -> Tensor:
     """scale: softmax(s) |v|, element by element; score: a bound of |q . k| / sqrt(head_dim)."""
     u = unit_roundoff(dtype)
     shift = (long_sum(head_dim) + (2 * u if eager else 0.0)) * score
-    return 2 * (math.expm1(min(2 * shift, 50.0)) + 2 * long_sum(keys) + 8 * U32 + 2 * u) * scale
+    eta = 2 * (math.expm1(min(2 * shift, 50.0)) + 2 * long_sum(keys) + 8 * U32 + 2 * u)
+    return eta * scale + 4 * underflow(dtype)
 
 
 def elementwise(x: Tensor) -> Tensor:
     """A chain of operations on each element, in float32 and rounded; tails of gelu cancel to a part of the row."""
-    x, u = x.float().abs(), unit_roundoff(x.dtype)
-    return ROUNDINGS * u * x + 4 * U32 * x.amax(-1, keepdim=True)
+    x, u, least = x.float().abs(), unit_roundoff(x.dtype), underflow(x.dtype)
+    return ROUNDINGS * (u * x + least) + 4 * U32 * x.amax(-1, keepdim=True)

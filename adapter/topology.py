@@ -21,6 +21,7 @@ import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
+from packaging.version import Version
 from torch import Tensor
 from torch.utils.cpp_extension import is_ninja_available
 
@@ -28,6 +29,7 @@ from policies.errors import UserError
 
 log = logging.getLogger("adapter")
 TIMEOUT = timedelta(minutes=10)  # of any collective: the longest a rank may wait while another decodes a film
+SHM_TRIED = Version("0.19")  # the shared-memory op of releases from here on sums every dtype
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 
@@ -301,6 +303,9 @@ def choose_all_reduce(launch: Launch, tp_size: int) -> tuple[bool, str]:
     backend = getattr(dist.comm.cdb, "shm_comm_op", None)
     if backend is None:
         return False, "torch group; DeepSpeed's shared-memory op needs ninja and a C++ compiler on PATH"
+    if Version(deepspeed.__version__) < SHM_TRIED:
+        return False, (f"torch group; the shared-memory op of DeepSpeed {deepspeed.__version__} is not used, since 0.16.0's "
+                       f"dies of an illegal instruction in half precision; from {SHM_TRIED} on it is")
     if not launch.one_host or launch.world_size != tp_size:
         return False, (f"torch group; DeepSpeed's shared-memory op needs all ranks of the job on one host "
                        f"(LOCAL_SIZE {launch.local_size or 'not set'}, world {launch.world_size})")
