@@ -304,8 +304,8 @@ def choose_all_reduce(launch: Launch, tp_size: int) -> tuple[bool, str]:
     if backend is None:
         return False, "torch group; DeepSpeed's shared-memory op needs ninja and a C++ compiler on PATH"
     if Version(deepspeed.__version__) < SHM_TRIED:
-        return False, (f"torch group; the shared-memory op of DeepSpeed {deepspeed.__version__} is not used, since 0.16.0's "
-                       f"dies of an illegal instruction in half precision; from {SHM_TRIED} on it is")
+        return False, (f"torch group; the shared-memory op is used from DeepSpeed {SHM_TRIED} on and this is "
+                       f"{deepspeed.__version__}: 0.16.0's dies of an illegal instruction in half precision")
     if not launch.one_host or launch.world_size != tp_size:
         return False, (f"torch group; DeepSpeed's shared-memory op needs all ranks of the job on one host "
                        f"(LOCAL_SIZE {launch.local_size or 'not set'}, world {launch.world_size})")
