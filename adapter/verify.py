@@ -47,11 +47,10 @@ PLAIN = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": True, "o
 
 @dataclass(frozen=True)
 class Ours:
-    """What the ranks did with a case. tokens: int64 [B, S], prompt and answer; inputs: those of a run over all of it;
+    """What the ranks did with a case. inputs: those of a run over prompt and answer, input_ids int64 [B, S];
     decoded: float32 [B, new, vocab], logits as generated; logits: [B, S, vocab] of one forward; differ: what is not the
     same on every rank, and on which."""
 
-    tokens: Tensor
     inputs: dict[str, Tensor]
     decoded: Tensor
     logits: Tensor
@@ -177,15 +176,14 @@ class Verifier:
         decoded = self.engine.generate(**inputs, **greedy)
         draw = SAMPLING | {"max_new_tokens": min(SAMPLED, new), "min_new_tokens": min(SAMPLED, new)}
         sampled = self.engine.generate(**inputs, **draw)
-        tokens = self.tp.broadcast(decoded.sequences.clone())
-        inputs = _extended(inputs, tokens)
+        inputs = _extended(inputs, self.tp.broadcast(decoded.sequences.clone()))
         trace = Trace(self.engine.module, self.plan, self.tp, self.reference.skeleton if self.reference else {},
                       self.reference.expected if self.reference else lambda *_: iter(()),
                       self.config.model.attn_implementation == "eager", keep=self.layers, judging=self._judging)
         with torch.inference_mode(), trace.watching():
             logits = self.engine.module(**inputs, use_cache=False).logits
         differ = self._differ({"greedy tokens": decoded.sequences, "sampled tokens": sampled})
-        return Ours(tokens, inputs, torch.stack(decoded.logits, 1).float(), logits, trace, differ)
+        return Ours(inputs, torch.stack(decoded.logits, 1).float(), logits, trace, differ)
 
     def _differ(self, results: Mapping[str, Tensor]) -> dict[str, list[int]]:
         """Of each result the ranks whose copy is not what most ranks have."""
@@ -288,7 +286,8 @@ def compare(ours: Ours, one: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     most, total, count = float(off.max()), float(off.sum()), off.numel()
     for b in range(len(one)):
         error = (one[b][mask[b]] - ours.logits[b][mask[b]].float()).abs()
-        most, total, count = max(most, float(error.max())), total + float(error.sum()), count + error.numel()
+        most = float(torch.tensor([most, float(error.max())]).max())  # Python's own max would lose a NaN
+        total, count = total + float(error.sum()), count + error.numel()
     floor = bounds.unit_roundoff(dtype) * largest
     if dtype is torch.float32:
         floor = FP32_LOGITS / DECODE_RATIO * max(1.0, largest)
