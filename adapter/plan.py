@@ -1,17 +1,26 @@
 """Policy x config.json x tp_size -> Plan: every rank's slices, heads and bytes, and every problem, no weight read.
 
 Imports neither torch nor DeepSpeed: it answers for a 72B in well under a second.
+
+    python launch/plan.py --config configs/qwen2_vl_7b_tp4.yaml [--json] [key=value ...]
+    python -m adapter.plan --config C ...    where it is installed
+
+prints what each rank would own, before anything is loaded: heads, slices, bytes, collectives and every violated
+constraint, from config.json and the headers of the safetensors files. Exit 2 where the plan has problems.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from adapter import command
 from adapter.checkpoint import ITEM_BYTES, TORCH_NAMES, Checkpoint, open_checkpoint, read_config
 from policies.errors import UserError, told
 from policies.heads import HeadShard
@@ -152,3 +161,48 @@ def _tensor_report(plan: Plan, module: str, suffix: str) -> dict[str, Any]:
     if isinstance(rule, Replicated):
         row["why"] = rule.why
     return row | {"dim": parts[0].dim, "slices": [[list(r) for r in p.ranges] for p in parts]}
+
+
+def main(args: argparse.Namespace, results: command.Results) -> int:
+    from adapter.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    plan, checkpoint, problems = make_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype)
+    facts = report(plan, problems)
+    if checkpoint is None:
+        print(f"note: {config.model.path} holds no safetensors file; planned from config.json alone", file=sys.stderr)
+    if args.json:
+        results.write(facts)
+    else:
+        results.text(_table(facts))
+    return command.BAD_INPUT if problems else command.DONE
+
+
+def _table(facts: dict[str, Any]) -> str:
+    """The same facts for people; tensors by their row of the policy, slices of rank 0 and the last rank."""
+    def span(pair: list[int]) -> str:
+        return f"{pair[0]}-{pair[1] - 1}" if pair[1] > pair[0] else "none"
+
+    lines = [f"{facts['model_type']}, tp_size {facts['tp_size']}, {facts['dtype']}"]
+    lines += [f"problem: {p}" for p in facts["problems"]]
+    lines += [f"tp sizes that work: {facts['valid_tp_sizes']}"]
+    lines += [f"rank {r['rank']}: query heads {span(r['q_heads'])}, KV heads {span(r['kv_heads'])}, vision heads "
+              f"{span(r['vision_heads'])}, weights {r['weight_bytes'] / 1e9:.3f} GB, KV cache "
+              f"{r['kv_bytes_per_token']} bytes a token" for r in facts["ranks"]]
+    reduce, c = facts["collectives"]["per_layer"], facts["collectives"]
+    lines += [f"all-reduces per layer: {reduce}; a token: {c['per_token']} collectives, {c['per_token_bytes']} bytes"]
+    shown = [t for t in facts["tensors"] if not any(
+        t["name"].startswith(f"{stack}.") and not t["name"].startswith(f"{stack}.0.") for stack in reduce)]
+    lines += [f"  {t['name']} {t['shape']} {t['rule']}" + (f" dim {t['dim']}: {t['slices'][0]} .. {t['slices'][-1]}"
+              if t["dim"] is not None else "") for t in shown]
+    return "\n".join(lines)
+
+
+def start() -> NoReturn:
+    arguments = command.parser(__doc__)
+    arguments.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
+    command.run(main, arguments)
+
+
+if __name__ == "__main__":
+    start()

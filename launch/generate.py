@@ -1,37 +1,12 @@
 #!/usr/bin/env python3
-"""Answer the requests of a config over tp_size ranks.
+"""Answer the requests of a config over tp_size ranks: `adapter.generate` from a checkout."""
 
-    deepspeed --num_accelerators 4 launch/generate.py --config configs/demo_tp4.yaml [key=value ...]
-
-stdout: a JSON line per request, then a summary. Exit 0: all answered (and right, where `expected` is given); 1: an
-answer differs from its `expected`; 2: bad input, a request that failed included.
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adapter import command
-
-
-def main(args: argparse.Namespace, results: command.Results) -> int:
-    from adapter.config import load_config
-    from adapter.plan import checked_plan
-
-    config = load_config(args.config, args.overrides)
-    plan, _ = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype)  # before slow imports
-    from adapter.engine import init_inference
-    from adapter.generation import answer_all, make_processor
-    from adapter.watch import watching
-
-    first = command.environment_rank("RANK") == 0
-    processor = make_processor(config, plan.geometry.context) if first else None
-    engine = init_inference(config)
-    with watching(engine.mpu.tp):
-        return answer_all(config, engine, engine.mpu.tp, processor, results.write).exit_code
-
+from adapter.generate import start
 
 if __name__ == "__main__":
-    command.run(main, command.parser(__doc__))
+    start()

@@ -1,79 +1,12 @@
 #!/usr/bin/env python3
-"""Prove the shards: the requests of a config over tp_size ranks against one process on the same checkpoint.
+"""Prove the shards against one process: `adapter.verify` from a checkout."""
 
-    deepspeed --num_accelerators 4 launch/verify.py --config C [--dtype bfloat16] [--report FILE.html] [key=value ...]
-
-Runs in float32 unless --dtype says otherwise. stdout: a JSON line per request (and one for a padded batch), then a
-summary. Exit 0: everything held; 1: something did not, named in `problems`; 2: bad input, a failed request included.
-"""
-
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adapter import command
-from policies.errors import UserError
-
-
-def main(args: argparse.Namespace, results: command.Results) -> int:
-    from adapter.config import load_config
-    from adapter.plan import checked_plan
-
-    overrides = [*args.overrides, *([f"model.dtype={args.dtype}"] if args.dtype else [])]
-    if not any(o.startswith("model.dtype=") for o in overrides):
-        overrides.append("model.dtype=float32")
-    config = load_config(args.config, overrides)
-    if config.model.attn_implementation == "flash_attention_2" and config.model.dtype == "float32":
-        raise UserError("model.attn_implementation = flash_attention_2 computes in half precision only: verify it with "
-                        "--dtype bfloat16, or in float32 with model.attn_implementation=sdpa")
-    plan, checkpoint = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype)
-    first = command.environment_rank("RANK") == 0
-    if args.report and first:
-        _check_report(Path(args.report))
-    from adapter.engine import init_inference
-    from adapter.generation import make_processor
-    from adapter.verify import Verifier
-    from adapter.watch import watching
-
-    processor = make_processor(config, plan.geometry.context) if first else None
-    engine = init_inference(config)
-    tp, rows = engine.mpu.tp, list[dict[str, Any]]()
-
-    def write(row: dict[str, Any]) -> None:
-        results.write(row)
-        rows.append(row)
-
-    def report() -> int:
-        if args.report:
-            from adapter.report import render
-
-            Path(args.report).write_text(render(config, rows[:-1], rows[-1]), encoding="utf-8")
-            print(f"report: {args.report}", file=sys.stderr)
-        return command.BAD_INPUT if any("error" in row for row in rows) else command.DONE
-
-    with watching(tp):
-        passed = Verifier(config, engine, tp, checkpoint, processor, write).run()
-        code = tp.agreed(report() if first else command.DONE)  # nobody leaves before the report is written
-    return code or (command.DONE if passed else command.CHECK_FAILED)
-
-
-def _check_report(file: Path) -> None:
-    """Before a long run: can the report be written at its end? Raises UserError."""
-    from adapter.report import require_matplotlib
-
-    require_matplotlib()
-    try:
-        file.open("a").close()
-    except OSError as error:
-        raise UserError(f"--report {file}: cannot be written: {error.strerror}") from None
-
+from adapter.verify import start
 
 if __name__ == "__main__":
-    arguments = command.parser(__doc__)
-    arguments.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                           help="of weights and activations over the ranks, as model.dtype; one process: float32")
-    arguments.add_argument("--report", metavar="FILE", help="write an HTML report as well")
-    command.run(main, arguments)
+    start()

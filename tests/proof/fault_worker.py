@@ -20,7 +20,7 @@ import adapter.engine
 from adapter.config import load_config
 from adapter.generation import make_processor
 from adapter.plan import checked_plan
-from adapter.verify import Verifier
+from adapter.verifier import Verifier
 from policies.errors import CheckFailed
 
 TP = int(os.environ["WORLD_SIZE"])

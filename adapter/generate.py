@@ -1,0 +1,38 @@
+"""Answer the requests of a config over tp_size ranks.
+
+    deepspeed --num_accelerators 4 launch/generate.py --config configs/demo_tp4.yaml [key=value ...]
+    deepspeed --num_accelerators 4 --module adapter.generate --config C ...    where it is installed
+
+stdout: a JSON line per request, then a summary. Exit 0: all answered (and right, where `expected` is given); 1: an
+answer differs from its `expected`; 2: bad input, a request that failed included.
+"""
+
+import argparse
+from typing import NoReturn
+
+from adapter import command
+
+
+def main(args: argparse.Namespace, results: command.Results) -> int:
+    from adapter.config import load_config
+    from adapter.plan import checked_plan
+
+    config = load_config(args.config, args.overrides)
+    plan, _ = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype)  # before slow imports
+    from adapter.engine import init_inference
+    from adapter.generation import answer_all, make_processor
+    from adapter.watch import watching
+
+    first = command.environment_rank("RANK") == 0
+    processor = make_processor(config, plan.geometry.context) if first else None
+    engine = init_inference(config)
+    with watching(engine.mpu.tp):
+        return answer_all(config, engine, engine.mpu.tp, processor, results.write).exit_code
+
+
+def start() -> NoReturn:
+    command.run(main, command.parser(__doc__))
+
+
+if __name__ == "__main__":
+    start()
