@@ -20,6 +20,7 @@ from adapter import topology
 from adapter.config import load_config
 from adapter.desync import checked_generate
 from adapter.inject import build_on_meta, checkpoint_source, inject, model_source
+from adapter.launchers import read_environment
 from adapter.plan import Plan, checked_plan, require
 from adapter.schema import Config, TensorParallelSection
 from adapter.selftest import self_test, skeletons
@@ -135,7 +136,7 @@ def _shard_from_files(config: Config) -> _Shard:
     directory, dtype = config.model.path, config.model.torch_dtype
     _check_section(config.deepspeed)
     plan, checkpoint = checked_plan(directory, config.tensor_parallel.tp_size, config.model.dtype)
-    topology.check_world(topology.read_environment().world_size, plan.tp_size)
+    topology.check_world(read_environment().world_size, plan.tp_size)
     _check_dtype(dtype)
     model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)
     mpu = topology.start(plan.tp_size)

@@ -6,11 +6,9 @@ Nothing here is global but the process group torch itself keeps: groups travel a
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import shutil
 import socket
-from collections.abc import MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,72 +23,14 @@ from packaging.version import Version
 from torch import Tensor
 from torch.utils.cpp_extension import is_ninja_available
 
+from adapter.launchers import Launch, read_environment, usable_cores
+from adapter.progress import ALL_GATHER, ALL_REDUCE, BARRIER, BROADCAST, Progress
 from policies.errors import UserError
 
 log = logging.getLogger("adapter")
 TIMEOUT = timedelta(minutes=10)  # of any collective: the longest a rank may wait while another decodes a film
 SHM_TRIED = Version("0.19")  # the shared-memory op of releases from here on sums every dtype
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
-
-
-KINDS = ("all-reduce", "all-gather", "broadcast", "barrier")
-ALL_REDUCE, ALL_GATHER, BROADCAST, BARRIER = range(4)
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How far a rank has come: its collectives so far, whether it is inside the last one, and what that is.
-
-    values: elements it gives to it; with `kind` what tells whether two ranks are in the same collective.
-    """
-
-    entered: int
-    inside: bool
-    kind: int
-    values: int
-
-    @property
-    def what(self) -> str:
-        return f"{KINDS[self.kind]} of {self.values} values" if self.kind < BARRIER else KINDS[self.kind]
-
-
-class Progress:
-    """A rank's Standing in memory without a name, which other processes of the host read through /proc (adapter.watch).
-
-    A context manager: within, the rank is inside the collective that `entering` announced.
-    """
-
-    def __init__(self) -> None:
-        """Raises OSError where the system has no such memory to give."""
-        self.file = os.fdopen(os.memfd_create("collectives"), "r+b", buffering=0)
-        self.file.truncate(mmap.PAGESIZE)
-        self._words = memoryview(mmap.mmap(self.file.fileno(), mmap.PAGESIZE)).cast("q")
-
-    def entering(self, kind: int, values: int) -> Progress:
-        self._words[2], self._words[3] = kind, values
-        return self
-
-    def __enter__(self) -> None:
-        self._words[0] += 1
-
-    def __exit__(self, *error: object) -> None:
-        self._words[1] = self._words[0]
-
-    def standing(self) -> Standing:
-        return standing(self._words)
-
-
-def open_progress(pid: int, fd: int) -> memoryview:
-    """Another process's Progress, read-only. Raises OSError where this process may not look at it."""
-    with open(f"/proc/{pid}/fd/{fd}", "rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE, access=mmap.ACCESS_READ)).cast("q")
-
-
-def standing(words: memoryview) -> Standing:
-    """What a Progress says, this process's or another's."""
-    entered, left, kind, values = words[:4].tolist()
-    return Standing(entered, left < entered, kind, values)
 
 
 @dataclass(frozen=True)
@@ -179,68 +119,6 @@ class Mpu:
 
     def get_data_parallel_group(self) -> Any:
         return self.data_group
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Where this process stands in its job. local_size: ranks of the job on this host."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_size: int
-
-    @property
-    def one_host(self) -> bool:
-        return self.local_size == self.world_size
-
-
-def read_environment(environ: MutableMapping[str, str] = os.environ) -> Launch:
-    """Understand the launcher (deepspeed, torchrun, mpirun, none) and set what torch and DeepSpeed read.
-
-    Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT where the launcher did not, and LOCAL_SIZE, without
-    which DeepSpeed's shared-memory all-reduce crashes under torchrun and mpirun. Raises UserError where one is missing.
-    """
-    if "RANK" not in environ and any(mark in environ for mark in MPI_MARKS):
-        _discover_mpi(environ)
-    elif "RANK" not in environ:
-        environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1",
-                       MASTER_PORT=str(free_port()))
-    environ.setdefault("LOCAL_RANK", "0")
-    local_size = environ.get("LOCAL_SIZE")
-    if not local_size and not dist.is_initialized():  # later is too late: the op has set itself up without it
-        local_size = environ.get("LOCAL_WORLD_SIZE")
-        environ.update({"LOCAL_SIZE": local_size} if local_size else {})
-    try:
-        launch = Launch(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ["LOCAL_RANK"]),
-                        int(local_size or 0))
-    except (KeyError, ValueError) as error:
-        raise UserError(f"the launcher's environment is incomplete ({error}); start with the deepspeed launcher, "
-                        "torchrun or mpirun") from None
-    if launch.one_host:
-        environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a job of one host does not listen on the network
-    return launch
-
-
-def _discover_mpi(environ: MutableMapping[str, str]) -> None:
-    """mpirun gives no rendezvous: rank 0 picks a free port and tells the others. Loopback where all share a host."""
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise UserError(f"started by mpirun, but mpi4py cannot be used ({error}); pip install mpi4py") from None
-    world = MPI.COMM_WORLD
-    host = world.Split_type(MPI.COMM_TYPE_SHARED)
-    one_host = host.Get_size() == world.Get_size()
-    address = "127.0.0.1" if one_host else socket.gethostbyname(socket.gethostname())
-    address, port = world.bcast((address, free_port()), root=0)
-    environ.update(RANK=str(world.Get_rank()), WORLD_SIZE=str(world.Get_size()), LOCAL_RANK=str(host.Get_rank()),
-                   LOCAL_SIZE=str(host.Get_size()), MASTER_ADDR=address, MASTER_PORT=str(port))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start(tp_size: int) -> Mpu:
@@ -351,16 +229,6 @@ def _need_a_compiler() -> None:
     """Without ninja or a compiler DeepSpeed raises where it builds its shared-memory op; tell it that it has none."""
     if not is_ninja_available() or not shutil.which(os.environ.get("CXX", "c++")):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def usable_cores() -> int:
-    """Cores of this host, or as many as the container's CPU quota (cgroup v2) is worth."""
-    cores = os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
-        return cores
 
 
 def _unlink_segments() -> None:

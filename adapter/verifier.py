@@ -26,11 +26,12 @@ from adapter import bounds
 from adapter.checkpoint import Checkpoint
 from adapter.digest import digest, unlike
 from adapter.generation import Limits, Write, rank_facts, share, to_device
+from adapter.launchers import usable_cores
 from adapter.processing import TYPE_IDS, Prepared, RequestError, RequestProcessor, collate
 from adapter.reassembly import reassembly
 from adapter.reference import Reference
 from adapter.schema import Config
-from adapter.topology import TensorParallel, usable_cores
+from adapter.topology import TensorParallel
 from adapter.trace import Check, Trace
 
 log = logging.getLogger("adapter")

@@ -5,7 +5,7 @@ shared-memory op spins). A thread that looks at the other processes of this host
 this one. A late one (stopped, stuck, swapped out, or gone to another collective than the others) is a warning first,
 since rank 0 may well read films for minutes while the others wait, and ends this one after `topology.TIMEOUT`.
 
-How far the others have come is in memory they share (topology.Progress); what no TensorParallel counts, such as loading
+How far the others have come is in memory they share (adapter.progress); what no TensorParallel counts, such as loading
 or a DeepSpeed call of the caller's own, is not seen. Ranks of other hosts are neither seen nor named.
 """
 
@@ -26,7 +26,8 @@ import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from adapter.topology import BROADCAST, TIMEOUT, Standing, TensorParallel, open_progress, standing
+from adapter.progress import BROADCAST, Standing, open_progress, standing
+from adapter.topology import TIMEOUT, TensorParallel
 
 log = logging.getLogger("adapter")
 INTERVAL_S = 0.25

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from adapter import topology
-from adapter.topology import Launch, check_world, choose_all_reduce, read_environment
+from adapter.launchers import Launch, read_environment
+from adapter.topology import check_world, choose_all_reduce
 from policies.errors import UserError
 
 RANK = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}

@@ -24,18 +24,9 @@ from adapter.desync import (
     message,
 )
 from adapter.digest import unlike
+from adapter.progress import ALL_GATHER, ALL_REDUCE, BARRIER, BROADCAST, Progress, Standing, open_progress, standing
 from adapter.schema import TensorParallelSection
-from adapter.topology import (
-    ALL_GATHER,
-    ALL_REDUCE,
-    BARRIER,
-    BROADCAST,
-    Progress,
-    Standing,
-    TensorParallel,
-    open_progress,
-    standing,
-)
+from adapter.topology import TensorParallel
 from adapter.watch import Lateness, describe, late_ranks
 
 
@@ -114,7 +105,7 @@ def test_progress_is_read_by_another_process_and_has_no_name():
     assert standing(mine) == Standing(2, False, BARRIER, 0)
     with pytest.raises(TypeError):
         mine[0] = 5
-    read = ("import sys; from adapter.topology import open_progress, standing;"
+    read = ("import sys; from adapter.progress import open_progress, standing;"
             "print(standing(open_progress(int(sys.argv[1]), int(sys.argv[2]))).entered)")
     done = subprocess.run([sys.executable, "-c", read, str(os.getpid()), str(progress.file.fileno())], cwd=ROOT,
                           capture_output=True, text=True)
@@ -181,10 +172,10 @@ def test_waiting_is_said_after_seconds_and_again_after_a_minute_and_a_stop_does_
 
 
 def test_no_shared_memory_is_said_and_stops_nothing(monkeypatch, caplog):
-    from adapter import topology
+    from adapter import progress, topology
 
     def refuse(name: str) -> int:
         raise OSError(1, "Operation not permitted")
 
-    monkeypatch.setattr(topology.os, "memfd_create", refuse)
+    monkeypatch.setattr(progress.os, "memfd_create", refuse)
     assert topology._make_progress() is None and "not permitted" in caplog.text
