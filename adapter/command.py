@@ -38,19 +38,19 @@ class Results:
         os.dup2(2, 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        self.text(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False))
+        self.text(json.dumps(finite(row), ensure_ascii=False, allow_nan=False))
 
     def text(self, text: str) -> None:
         self._out.write(text + "\n")
         self._out.flush()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with what JSON has no word for as text: "inf", "nan"."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -95,10 +95,15 @@ def _report(error: UserError | CheckFailed, rank: int) -> None:
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)  # still here: nobody else found it
 
 
+RANK_NAMES = {  # what launchers call it; the first that is set counts
+    "RANK": ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"),
+    "LOCAL_RANK": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
+}
+
+
 def environment_rank(name: str) -> int:
     """RANK or LOCAL_RANK from whichever launcher set it; 0 without one."""
-    mpi = {"RANK": "OMPI_COMM_WORLD_RANK", "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK"}[name]
-    return int(os.environ.get(name) or os.environ.get(mpi) or 0)
+    return next((int(os.environ[n]) for n in RANK_NAMES[name] if os.environ.get(n, "").isdigit()), 0)
 
 
 def _joined() -> bool:

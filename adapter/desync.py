@@ -30,7 +30,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from adapter.digest import pieces, to_int64, unlike
 from adapter.plan import Plan
-from adapter.topology import TensorParallel
+from adapter.topology import Group
 from policies.errors import CheckFailed
 
 IDS, SHAPES, POSITIONS, FEATURES, TOKEN = QUANTITIES = (  # of a step, in the order in which they arise
@@ -64,7 +64,7 @@ class Disagreement:
     ranks: tuple[int, ...]
 
 
-def checked_generate(model: nn.Module, plan: Plan, tp: TensorParallel, every: int) -> Callable[..., Any]:
+def checked_generate(model: nn.Module, plan: Plan, tp: Group, every: int) -> Callable[..., Any]:
     """The model's `generate`, which compares the ranks of `tp` every `every` steps; itself where that is 0.
 
     Every rank must call it. It raises Desync on every rank.
@@ -106,7 +106,7 @@ def _observed(model: nn.Module, plan: Plan, steps: Steps) -> Iterator[None]:
 class Steps(StoppingCriteria):
     """Digests of the steps since the last comparison. As a stopping criterion it sees the tokens, and stops nothing."""
 
-    def __init__(self, tp: TensorParallel, every: int) -> None:
+    def __init__(self, tp: Group, every: int) -> None:
         self.tp, self.every = tp, every
         self.first = 1  # number of the first step in `rows`
         self.rows = [Digests()]  # one per step; the last is under way

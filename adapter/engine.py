@@ -24,7 +24,7 @@ from adapter.launchers import read_environment
 from adapter.plan import Plan, checked_plan, require
 from adapter.schema import Config, TensorParallelSection
 from adapter.selftest import self_test, skeletons
-from adapter.topology import Mpu, TensorParallel
+from adapter.topology import Group, Mpu
 from policies.dialects import injection_policy
 from policies.errors import UserError
 from policies.policy import Policy
@@ -33,9 +33,9 @@ from policies.registry import policy_for
 # deepspeed.init_inference arguments that the adapter sets itself -> what to use instead
 OWN_KEYS = {
     "dtype": "model.dtype", "tensor_parallel": "tensor_parallel.tp_size", "tp": "tensor_parallel.tp_size",
-    "mp_size": "tensor_parallel.tp_size", "mpu": "the launcher", "injection_policy": "a policy page in policies/",
-    "injection_policy_tuple": "a policy page in policies/", "checkpoint": "model.path",
-    "injection_dict": "a policy page in policies/", "config": "the deepspeed section itself",
+    "mp_size": "tensor_parallel.tp_size", "mpu": "init_inference(..., mpu=...)", "checkpoint": "model.path",
+    **dict.fromkeys(("injection_policy", "injection_policy_tuple", "injection_dict"), "a policy page in policies/"),
+    "config": "the deepspeed section itself",
     "replace_with_kernel_inject": "nothing: kernel injection and this policy exclude each other",
     "kernel_inject": "nothing: kernel injection and this policy exclude each other",
     "enable_cuda_graph": "nothing: DeepSpeed captures no graph of a model over several ranks",
@@ -58,13 +58,16 @@ def init_inference(
     overrides: tuple[str, ...] = (),
     model: nn.Module | None = None,
     tensor_parallel: Mapping[str, Any] | None = None,
+    mpu: Any = None,
     **deepspeed_section: Any,
 ) -> deepspeed.InferenceEngine:
     """A real deepspeed.InferenceEngine whose module is this rank's shard of both towers.
 
     Either `config` (a YAML file or a Config; `overrides` as on the command line), or `model`, a Transformers model the
     caller loaded on every rank, with `tensor_parallel={"tp_size": N}` (the keys of the YAML's section) and any argument
-    of deepspeed.init_inference. Every rank must call it. The engine has two more attributes: `plan` and `load_report`.
+    of deepspeed.init_inference. `mpu` is a Megatron-style one the caller has; without it the ranks of the job make as
+    many replicas of tp_size as they can. Every rank must call it. The engine has three more attributes: `plan`,
+    `load_report` and `mpu`, the groups (adapter.topology.Mpu).
 
     Raises UserError for anything a user can cause: a bad config, a tp_size the model or the job cannot have, a
     checkpoint with missing, extra, truncated or misshapen tensors. Raises CheckFailed where the shards, once loaded, do
@@ -74,32 +77,51 @@ def init_inference(
         raise UserError("init_inference takes either a config or model=..., and exactly one of them")
     if model is not None:
         _check_section(deepspeed_section)
-        return _start_engine(_shard_loaded(model, _parallel(tensor_parallel)), deepspeed_section)
+        return _start_engine(_shard_loaded(model, *_parallel(tensor_parallel, mpu)), deepspeed_section)
     if stray := [*deepspeed_section, *(["tensor_parallel"] if tensor_parallel else [])]:
         raise UserError(f"init_inference with a config takes {', '.join(stray)} from it; use overrides=('key=value',)")
     if isinstance(config, (str, Path)):
         config = load_config(config, overrides)
     assert config is not None
-    return _start_engine(_shard_from_files(config), config.deepspeed)
+    return _start_engine(_shard_from_files(config, mpu), config.deepspeed)
 
 
-def deepspeed_kwargs(model: nn.Module, tp_size: int = 4, **deepspeed_section: Any) -> dict[str, Any]:
+def deepspeed_kwargs(model: nn.Module, tp_size: int | None = None, mpu: Any = None,
+                     **deepspeed_section: Any) -> dict[str, Any]:
     """Shard a model the caller loaded, in place, and return what deepspeed.init_inference needs to run it.
 
     For scripts that keep the call: `deepspeed.init_inference(model, **adapter.deepspeed_kwargs(model, tp_size=4))`.
-    Raises UserError as init_inference does.
+    tp_size: 4 unless an mpu says otherwise. Raises UserError as init_inference does.
     """
     _check_section(deepspeed_section)
-    return _deepspeed_arguments(_shard_loaded(model, _parallel({"tp_size": tp_size})), deepspeed_section)
+    section = {} if tp_size is None else {"tp_size": tp_size}
+    return _deepspeed_arguments(_shard_loaded(model, *_parallel(section, mpu)), deepspeed_section)
 
 
-def _parallel(section: Mapping[str, Any] | None) -> TensorParallelSection:
+def _parallel(section: Mapping[str, Any] | None, mpu: Any) -> tuple[TensorParallelSection, Any]:
+    """The section, its tp_size that of the caller's mpu where there is one, and that mpu, which DeepSpeed's users may
+    state in the section too."""
+    stated = dict(section) if isinstance(section, Mapping) else section
+    if isinstance(stated, dict):
+        mpu = stated.pop("mpu", None) or mpu
     try:
-        return TensorParallelSection(**(section or {}))
+        parallel = TensorParallelSection(**(stated or {}))
     except (ValidationError, TypeError):
         known = ", ".join(TensorParallelSection.model_fields)
-        raise UserError(f"tensor_parallel={section!r}: write {{'tp_size': N}} (whole numbers; keys: {known}); groups "
-                        "come from the launcher") from None
+        raise UserError(f"tensor_parallel={section!r}: write {{'tp_size': N}} (whole numbers; keys: {known}, "
+                        "mpu); groups come from the launcher or the mpu") from None
+    return _sized(parallel, mpu), mpu
+
+
+def _sized(parallel: TensorParallelSection, mpu: Any) -> TensorParallelSection:
+    """Raises UserError where the section states another tp_size than the mpu has."""
+    if mpu is None:
+        return parallel
+    size = topology.tp_size_of(mpu)
+    if "tp_size" in parallel.model_fields_set and parallel.tp_size != size:
+        raise UserError(f"tensor_parallel.tp_size is {parallel.tp_size}, the tensor-parallel group of the given mpu "
+                        f"has {size} ranks; leave tp_size out or make them equal")
+    return parallel.model_copy(update={"tp_size": size})
 
 
 @dataclass(frozen=True)
@@ -114,7 +136,7 @@ class _Shard:
     parallel: TensorParallelSection
 
 
-def _shard_loaded(model: nn.Module, parallel: TensorParallelSection) -> _Shard:
+def _shard_loaded(model: nn.Module, parallel: TensorParallelSection, megatron: Any) -> _Shard:
     model_config = getattr(model, "config", None)
     if model_config is None:
         raise UserError(f"{type(model).__name__} has no .config; a Transformers model is needed")
@@ -125,25 +147,27 @@ def _shard_loaded(model: nn.Module, parallel: TensorParallelSection) -> _Shard:
     plan = Plan(policy, geometry, tp_size, str(dtype).removeprefix("torch."))
     require(policy.problems(geometry, tp_size), plan, type(model).__name__)
     _check_dtype(dtype)
-    mpu = topology.start(tp_size)
+    mpu = topology.start(tp_size, megatron)
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, model_source(model, policy), dtype)
     report = LoadReport(0, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
     return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole)
 
 
-def _shard_from_files(config: Config) -> _Shard:
+def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     directory, dtype = config.model.path, config.model.torch_dtype
     _check_section(config.deepspeed)
-    plan, checkpoint = checked_plan(directory, config.tensor_parallel.tp_size, config.model.dtype)
-    topology.check_world(read_environment().world_size, plan.tp_size)
+    parallel = _sized(config.tensor_parallel, megatron)
+    plan, checkpoint = checked_plan(directory, parallel.tp_size, config.model.dtype)
+    if megatron is None:
+        topology.check_world(read_environment().world_size, plan.tp_size)
     _check_dtype(dtype)
     model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)
-    mpu = topology.start(plan.tp_size)
+    mpu = topology.start(plan.tp_size, megatron)
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, checkpoint_source(checkpoint), dtype)
     report = LoadReport(checkpoint.bytes_read, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
-    return _ready(_Shard(model, plan, mpu, dtype, report, config.tensor_parallel), whole)
+    return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole)
 
 
 def _ready(shard: _Shard, whole: Mapping[str, nn.Module]) -> _Shard:
@@ -221,7 +245,7 @@ def _generate(engine: deepspeed.InferenceEngine) -> Callable[..., Any]:
 
 
 @contextmanager
-def same_draw(tp: TensorParallel) -> Iterator[None]:
+def same_draw(tp: Group) -> Iterator[None]:
     """Within, every rank's random numbers are those of rank 0; a seed set before decides them, as in one process."""
     device = get_accelerator().current_device_name()
     seed = tp.broadcast(torch.randint(2**62, (1,)).to(device))

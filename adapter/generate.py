@@ -3,8 +3,9 @@
     deepspeed --num_accelerators 4 launch/generate.py --config configs/demo_tp4.yaml [key=value ...]
     deepspeed --num_accelerators 4 --module adapter.generate --config C ...    where it is installed
 
-stdout: a JSON line per request, then a summary. Exit 0: all answered (and right, where `expected` is given); 1: an
-answer differs from its `expected`; 2: bad input, a request that failed included.
+Ranks beyond tp_size make replicas, which share the requests. stdout: a JSON line per request, then a summary; with
+`output: FILE` the lines go there, and a job that was stopped goes on where it was. Exit 0: all answered (and right,
+where `expected` is given); 1: an answer differs from its `expected`; 2: bad input, a request that failed included.
 """
 
 import argparse
@@ -19,15 +20,20 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
 
     config = load_config(args.config, args.overrides)
     plan, _ = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype)  # before slow imports
+    rank, answers = command.environment_rank("RANK"), None
+    if rank == 0:
+        from adapter.answers import open_answers
+
+        answers = open_answers(config, results.write)
     from adapter.engine import init_inference
-    from adapter.generation import answer_all, make_processor
+    from adapter.job import answer_all, make_processor
     from adapter.watch import watching
 
-    first = command.environment_rank("RANK") == 0
-    processor = make_processor(config, plan.geometry.context) if first else None
+    leads = rank % plan.tp_size == 0
+    processor = make_processor(config, plan.geometry.context) if leads else None
     engine = init_inference(config)
-    with watching(engine.mpu.tp):
-        return answer_all(config, engine, engine.mpu.tp, processor, results.write).exit_code
+    with watching(engine.mpu):
+        return answer_all(config, engine, processor, answers, results.write).exit_code
 
 
 def start() -> NoReturn:

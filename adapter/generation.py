@@ -1,30 +1,28 @@
-"""Requests in, answers out: rank 0 prepares, every rank gets the tensors, all generate together, rank 0 reports."""
+"""One batch: prepared requests in, rows out. The first rank prepares, its replica's ranks generate together."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import safetensors.torch
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from adapter.command import BAD_INPUT, CHECK_FAILED, DONE
 from adapter.processing import Prepared, RequestError, RequestProcessor, collate
-from adapter.schema import Config, Request
-from adapter.topology import TensorParallel
-from policies.errors import UserError
+from adapter.schema import Config
+from adapter.topology import Group, to_device
 
 log = logging.getLogger("adapter")
-Write = Callable[[dict[str, Any]], None]
+Row = dict[str, Any]
+Write = Callable[[Row], None]
 DEFAULT_NEW_TOKENS = 256  # where the config sets neither max_new_tokens nor max_length; Transformers' own is 20 in all
 
 
@@ -41,90 +39,22 @@ class Clock(BaseStreamer):
         pass
 
 
-@dataclass(frozen=True)
-class Tally:
-    """What a run came to."""
-
-    answered: int = 0
-    failed: int = 0
-    wrong: int = 0
-    new_tokens: int = 0
-
-    @property
-    def exit_code(self) -> int:
-        return BAD_INPUT if self.failed else CHECK_FAILED if self.wrong else DONE
-
-    def summary(self, config: Config, tp_size: int, began: float) -> dict[str, Any]:
-        """The last line of a command's results."""
-        return {"summary": True, "tp_size": tp_size, "requests": len(config.requests), **asdict(self),
-                "seconds": round(time.perf_counter() - began, 3)}
-
-
-def answer_all(config: Config, engine: deepspeed.InferenceEngine, tp: TensorParallel,
-               processor: RequestProcessor | None, write: Write) -> Tally:
-    """Answer every request of the config; every rank must call it. `processor` and `write` (a row per request) are
-    rank 0's.
-
-    A request that cannot be prepared is a row with `error`; the others are answered. The same Tally on every rank.
-    """
-    began = time.perf_counter()
-    limits = Limits.of(config, engine.plan.geometry.context, engine.module.generation_config)
-    tally = Tally()
-    if processor is not None:
-        def run(inputs: dict[str, Tensor], clock: Clock) -> Tensor:
-            return generate(share(inputs, tp), engine.generate, limits, clock)
-
-        tally = answer(config, processor, limits, run, write)
-        share({}, tp)
-    else:
-        while inputs := share({}, tp):
-            generate(inputs, engine.generate, limits, Clock())
-    counts = torch.tensor([tally.answered, tally.failed, tally.wrong, tally.new_tokens])
-    tally = Tally(*tp.broadcast(to_device(counts)).tolist())
-    ranks = rank_facts(engine, tp)
-    if tp.rank == 0:
-        write(tally.summary(config, tp.size, began) | {"ranks": ranks})
-    return tally
-
-
-def make_processor(config: Config, context: int) -> RequestProcessor:
-    """The processor for a config's requests. Raises UserError where the checkpoint's cannot be used."""
-    if not config.requests:
-        raise UserError("requests: there are none; give prompts in the YAML or the path of a JSON-lines file")
-    return RequestProcessor(config.model.path, config.processor, _room(config, context) - 1)  # for one new token
-
-
-def answer(config: Config, processor: RequestProcessor, limits: Limits,
-           run: Callable[[dict[str, Tensor], Clock], Tensor], write: Write) -> Tally:
-    """Prepare, batch, `run` and report every request of the config, in one process."""
-    expected = {r.id: r.expected for r in config.requests}
-    tally = Tally()
-    for batch, errors in _batches(config.requests, processor, config.batch_size, limits):
-        for error in errors:
-            log.error("request %s failed: %s", error.request_id, error.reason)
-            write({"id": error.request_id, "error": error.reason})
-        rows = _rows(batch, processor, limits, run) if batch else []
-        for row in rows:
-            right = expected[row["id"]]
-            write(row if right is None else row | {"expected": right, "correct": row["answer"] == right})
-        wrong = sum(expected[r["id"]] not in (None, r["answer"]) for r in rows)
-        new_tokens = sum(r["new_tokens"] for r in rows)
-        tally = Tally(tally.answered + len(rows), tally.failed + len(errors), tally.wrong + wrong,
-                      tally.new_tokens + new_tokens)
-    return tally
+Run = Callable[[dict[str, Tensor], Clock], Tensor]  # inputs of a batch -> its new tokens, int64 [B, new]
 
 
 @dataclass(frozen=True)
 class Limits:
     """generate's arguments, how long prompt and answer may be together in tokens, and where an answer ends.
 
-    arguments: of the config; single: whether one beam is followed, which is what Transformers can stream.
+    arguments: of the config; single: whether one beam is followed, which is what Transformers can stream; told: the
+    level at which a batch is logged.
     """
 
     arguments: dict[str, Any]
     context: int
     ends: tuple[int, ...]
     single: bool
+    told: int = logging.INFO
 
     @classmethod
     def of(cls, config: Config, context: int, defaults: GenerationConfig) -> Limits:
@@ -132,44 +62,48 @@ class Limits:
         arguments = {"max_new_tokens": DEFAULT_NEW_TOKENS, **config.generation}
         ends = arguments.get("eos_token_id", defaults.eos_token_id)
         beams = arguments.get("num_beams", defaults.num_beams) or 1
-        return cls(arguments, _room(config, context), tuple(ends if isinstance(ends, list) else [ends]), beams == 1)
+        told = logging.INFO if config.output is None else logging.DEBUG  # there a bar tells
+        ends = tuple(ends if isinstance(ends, list) else [ends])
+        return cls(arguments, room(config, context), ends, beams == 1, told)
 
     def for_prompt(self, tokens: int) -> dict[str, Any]:
         """The arguments for a batch `tokens` long: the answer ends where the context does."""
         return self.arguments | {"max_new_tokens": min(self.arguments["max_new_tokens"], self.context - tokens)}
 
 
-def _room(config: Config, context: int) -> int:
+def room(config: Config, context: int) -> int:
     """Tokens of prompt and answer together: the model's, or fewer where the deepspeed section says so."""
     stated = config.deepspeed.get("max_out_tokens", config.deepspeed.get("max_tokens"))
     return min(context, stated) if isinstance(stated, int) else context  # DeepSpeed refuses what is not a number
 
 
-def _batches(
-    requests: Sequence[Request], processor: RequestProcessor, size: int, limits: Limits
-) -> Iterator[tuple[list[Prepared], list[RequestError]]]:
-    """Prepared requests in order, up to `size` together, with the errors of those among them that cannot be prepared.
+def answer_batch(items: Sequence[Prepared | RequestError], processor: RequestProcessor, limits: Limits,
+                 run: Run) -> list[Row]:
+    """A row for each item, in their order: what was generated, or why not."""
+    rows: dict[str, Row] = {}
+    for item in items:
+        if isinstance(item, RequestError):
+            log.error("request %s failed: %s", item.request_id, item.reason)
+            rows[item.request_id] = {"id": item.request_id, "error": item.reason}
+    for batch in padded_together([item for item in items if isinstance(item, Prepared)], limits):
+        rows |= {row["id"]: row for row in _rows(batch, processor, limits, run)}
+    return [rows[item.request_id if isinstance(item, RequestError) else item.id] for item in items]
 
-    A prompt so long that padding to it would cut the answers of others starts a batch of its own.
-    """
+
+def padded_together(items: Sequence[Prepared], limits: Limits) -> Iterator[list[Prepared]]:
+    """The items in order, as batches: one to which padding would cut the answers of others starts another."""
     batch: list[Prepared] = []
-    errors: list[RequestError] = []
-    for request in requests:
-        try:
-            item = processor.prepare(request)
-        except RequestError as error:
-            errors.append(error)
-            continue
+    for item in items:
         longest = max(other.prompt_tokens for other in [*batch, item])
-        if batch and (len(batch) == size or longest + limits.arguments["max_new_tokens"] > limits.context):
-            yield batch, errors
-            batch, errors = [], []
+        if batch and longest + limits.arguments["max_new_tokens"] > limits.context:
+            yield batch
+            batch = []
         batch.append(item)
-    if batch or errors:
-        yield batch, errors
+    if batch:
+        yield batch
 
 
-def share(tensors: dict[str, Tensor], tp: TensorParallel) -> dict[str, Tensor]:
+def share(tensors: dict[str, Tensor], tp: Group) -> dict[str, Tensor]:
     """Rank 0's tensors on every rank, in one broadcast of their safetensors form; {} means that there is no more."""
     if tp.size == 1:
         return tensors
@@ -182,10 +116,6 @@ def share(tensors: dict[str, Tensor], tp: TensorParallel) -> dict[str, Tensor]:
     return tensors if tp.rank == 0 else safetensors.torch.load(buffer.cpu().numpy().tobytes())
 
 
-def to_device(x: Tensor) -> Tensor:
-    return x.to(get_accelerator().current_device_name())
-
-
 def generate(inputs: dict[str, Tensor], call: Callable[..., Tensor], limits: Limits, clock: Clock) -> Tensor:
     """New tokens, int64 [B, new], from an engine's or a model's `generate`."""
     prompt = inputs["input_ids"].shape[1]
@@ -194,11 +124,10 @@ def generate(inputs: dict[str, Tensor], call: Callable[..., Tensor], limits: Lim
     return call(**on_device, **limits.for_prompt(prompt), streamer=streamer)[:, prompt:].cpu()
 
 
-def _rows(batch: Sequence[Prepared], processor: RequestProcessor, limits: Limits,
-          run: Callable[[dict[str, Tensor], Clock], Tensor]) -> list[dict[str, Any]]:
+def _rows(batch: Sequence[Prepared], processor: RequestProcessor, limits: Limits, run: Run) -> list[Row]:
     """Generate for one batch and make its rows. ttft_s is to the batch's first token, decode_tok_s that of one row;
     None where beams hide when a token came."""
-    log.info("generating: requests %s", ", ".join(item.id for item in batch))
+    log.log(limits.told, "generating: requests %s", ", ".join(item.id for item in batch))
     inputs, clock = collate(batch, processor.pad_token_id), Clock()
     began = time.perf_counter()
     new = run(inputs, clock)
@@ -222,16 +151,19 @@ def _until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
     return list(ids)
 
 
-def rank_facts(engine: deepspeed.InferenceEngine, tp: TensorParallel) -> list[dict[str, Any]]:
-    """What each rank holds and read, in bytes; every rank must call it. PSS: shared pages are split among sharers."""
-    load = engine.load_report
-    numbers = [load.weight_bytes, load.bytes_read, int(load.seconds * 1e6), proportional_set_size()]
+def rank_facts(engine: deepspeed.InferenceEngine) -> list[dict[str, Any]]:
+    """What each rank of the job holds and read, in bytes; every rank must call it. PSS: shared pages are split among
+    sharers."""
+    load, mpu = engine.load_report, engine.mpu
+    numbers = [load.weight_bytes, load.bytes_read, int(load.seconds * 1e6), proportional_set_size(),
+               mpu.replicas.rank, mpu.tp.rank]
     mine = to_device(torch.tensor(numbers))
-    rows = tp.all_gather_last(mine, (4,) * tp.size).view(tp.size, 4).tolist()
+    rows = mpu.world.all_gather_last(mine, (6,) * mpu.world.size).view(mpu.world.size, 6).tolist()
     text, vision = (engine.plan.heads[tower] for tower in ("text", "vision"))
     return [
-        {"rank": r, "q_heads": list(text[r].q), "kv_heads": list(text[r].kv), "vision_heads": list(vision[r].q),
-         "weight_bytes": row[0], "bytes_read": row[1], "load_s": row[2] / 1e6, "pss_bytes": row[3]}
+        {"rank": r, "replica": row[4], "q_heads": list(text[row[5]].q), "kv_heads": list(text[row[5]].kv),
+         "vision_heads": list(vision[row[5]].q), "weight_bytes": row[0], "bytes_read": row[1], "load_s": row[2] / 1e6,
+         "pss_bytes": row[3]}
         for r, row in enumerate(rows)
     ]
 

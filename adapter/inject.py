@@ -20,7 +20,7 @@ from adapter import layers
 from adapter.attention import override_heads
 from adapter.checkpoint import Checkpoint
 from adapter.plan import Plan
-from adapter.topology import TensorParallel
+from adapter.topology import Group
 from policies.errors import UserError
 from policies.policy import Policy
 from policies.rules import Claim, Column, FusedQKV, Head, Replicated, Row, Rule, TensorSlice, Vocab
@@ -90,7 +90,7 @@ def model_source(model: nn.Module, policy: Policy) -> Source:
     return read
 
 
-def inject(model: nn.Module, plan: Plan, tp: TensorParallel, source: Source, dtype: torch.dtype) -> None:
+def inject(model: nn.Module, plan: Plan, tp: Group, source: Source, dtype: torch.dtype) -> None:
     """Make `model` this rank's shard, in place. Raises UserError where the policy does not fit the model."""
     policy = plan.policy
     names = {policy.published(name): name for name, _ in model.named_modules()}
@@ -132,20 +132,20 @@ def _slots(plan: Plan, claim: Claim, rank: int) -> tuple[Tensor | None, int]:
     return layers.slot_index(shard.q_slots, shard.head_dim, parts, shard.width), parts * shard.width
 
 
-def _column(plan: Plan, claim: Claim, tp: TensorParallel, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _column(plan: Plan, claim: Claim, tp: Group, weight: Tensor, bias: Tensor | None) -> nn.Module:
     return layers.ColumnParallelLinear(weight, bias, *_slots(plan, claim, tp.rank))
 
 
-def _row(plan: Plan, claim: Claim, tp: TensorParallel, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _row(plan: Plan, claim: Claim, tp: Group, weight: Tensor, bias: Tensor | None) -> nn.Module:
     return layers.RowParallelLinear(weight, bias, tp, _slots(plan, claim, tp.rank)[0])
 
 
-def _vocab(plan: Plan, claim: Claim, tp: TensorParallel, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _vocab(plan: Plan, claim: Claim, tp: Group, weight: Tensor, bias: Tensor | None) -> nn.Module:
     split = plan.splits[claim.rule.axis(claim.weight)]
     return layers.VocabParallelEmbedding(weight, split.ranges[tp.rank], split.size, tp)
 
 
-def _head(plan: Plan, claim: Claim, tp: TensorParallel, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _head(plan: Plan, claim: Claim, tp: Group, weight: Tensor, bias: Tensor | None) -> nn.Module:
     split = plan.splits[claim.rule.axis(claim.weight)]
     head = layers.VocabParallelHead(weight, bias, tuple(b - a for a, b in split.ranges), tp)
     if isinstance(weight, nn.Parameter):
@@ -153,7 +153,7 @@ def _head(plan: Plan, claim: Claim, tp: TensorParallel, weight: Tensor, bias: Te
     return head
 
 
-BUILDERS: dict[type[Rule], Callable[[Plan, Claim, TensorParallel, Tensor, Tensor | None], nn.Module]] = {
+BUILDERS: dict[type[Rule], Callable[[Plan, Claim, Group, Tensor, Tensor | None], nn.Module]] = {
     Column: _column, FusedQKV: _column, Row: _row, Vocab: _vocab, Head: _head,
 }
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapter.topology import TensorParallel
+from adapter.topology import Group
 from policies.rules import Range
 
 
@@ -45,7 +45,7 @@ class RowParallelLinear(nn.Module):
 
     slots: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, tp: TensorParallel, slots: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, tp: Group, slots: Tensor | None = None) -> None:
         super().__init__()
         self.weight = frozen(weight)
         self.bias = None if bias is None else frozen(bias)
@@ -62,7 +62,7 @@ class RowParallelLinear(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """int64 [B, S] -> [B, S, hidden]: rows `owned` of the vocabulary live here; the sum over the group has them all."""
 
-    def __init__(self, weight: Tensor, owned: Range, vocab: int, tp: TensorParallel) -> None:
+    def __init__(self, weight: Tensor, owned: Range, vocab: int, tp: Group) -> None:
         super().__init__()
         self.weight = frozen(weight)
         self.owned, self.vocab, self.tp = owned, vocab, tp
@@ -80,7 +80,7 @@ class VocabParallelEmbedding(nn.Module):
 class VocabParallelHead(nn.Module):
     """[*, hidden] -> [*, vocab]: each rank computes its rows' logits, all ranks gather them, in vocabulary order."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...], tp: TensorParallel) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...], tp: Group) -> None:
         super().__init__()
         self.weight = frozen(weight)
         self.bias = None if bias is None else frozen(bias)

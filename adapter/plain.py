@@ -11,14 +11,17 @@ import torch
 import transformers
 from torch import Tensor
 
+from adapter.answers import Answers
 from adapter.checkpoint import read_config
-from adapter.generation import Clock, Limits, Tally, Write, answer, generate, make_processor, to_device
+from adapter.generation import Clock, Limits, Write, generate
+from adapter.job import Tally, answer, make_processor
 from adapter.schema import Config
+from adapter.topology import to_device
 from policies.registry import policy_for
 
 
-def answer_plain(config: Config, write: Write) -> Tally:
-    """Answer every request of the config; `write` gets a row per request and a summary."""
+def answer_plain(config: Config, answers: Answers, write: Write) -> Tally:
+    """Answer every request of the config; `answers` get a row per request, `write` the summary."""
     began = time.perf_counter()
     mapping = read_config(config.model.path)
     policy = policy_for(mapping)
@@ -35,6 +38,6 @@ def answer_plain(config: Config, write: Write) -> Tally:
         with torch.inference_mode():
             return generate(inputs, model.generate, limits, clock)
 
-    tally = answer(config, processor, limits, run, write)
+    tally = answer(config, processor, limits, run, answers)
     write(tally.summary(config, 1, began))
     return tally

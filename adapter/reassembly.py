@@ -18,7 +18,7 @@ from adapter.checkpoint import Checkpoint
 from adapter.digest import digest
 from adapter.plan import Plan
 from adapter.reference import read_tensor, stored_name
-from adapter.topology import TensorParallel
+from adapter.topology import Group
 from policies.rules import Replicated
 
 
@@ -35,7 +35,7 @@ class Reassembly:
                 "differing": list(self.differing)}
 
 
-def reassembly(model: nn.Module, plan: Plan, tp: TensorParallel, checkpoint: Checkpoint,
+def reassembly(model: nn.Module, plan: Plan, tp: Group, checkpoint: Checkpoint,
                dtype: torch.dtype) -> Reassembly:
     """Every rank must call it; the same answer on every rank."""
     modules = {plan.policy.published(name): module for name, module in model.named_modules()}

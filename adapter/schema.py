@@ -1,7 +1,7 @@
 """The YAML schema: strict, typed, frozen. Nothing is coerced ("4" is not 4, 1 is not true), nothing unknown dropped.
 
 `adapter.config` reads files into it and words what does not fit. Validation context: what relative paths are relative
-to, under "model" and "requests".
+to, under "model", "requests" and "output".
 """
 
 from __future__ import annotations
@@ -59,6 +59,11 @@ def _directory(value: Any, info: ValidationInfo) -> Any:
         get = f"`huggingface-cli download {value} --local-dir {name}` (newer: `hf download`)"
         advice = f"it looks like a hub id, and nothing is downloaded here: run {get}, then model.path={name}"
     raise ValueError(f"{'not a directory' if os.path.exists(path) else 'no such directory'}: {path}; {advice}")
+
+
+def _output(value: Any, info: ValidationInfo) -> Any:
+    """Whether it can be written is seen where it is, on rank 0."""
+    return absolute(value, _base(info, "output")) if isinstance(value, str) and value.strip() else value
 
 
 def _not_empty(value: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -254,4 +259,5 @@ class Config(Section):
     processor: Processor = Processor()
     generation: dict[str, Any] = {}
     requests: Annotated[tuple[Request, ...], Listed] = ()
+    output: Annotated[Path | None, BeforeValidator(_output)] = None  # JSON lines, resumable; None: stdout
     batch_size: Count = 8

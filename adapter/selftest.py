@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from adapter import bounds
 from adapter.plan import Plan
-from adapter.topology import TensorParallel
+from adapter.topology import Group, to_device
 from adapter.trace import Check, Expected, Trace
 from policies.errors import CheckFailed
 from policies.rules import Claim, Row
@@ -40,7 +40,7 @@ def skeletons(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     return found
 
 
-def self_test(model: nn.Module, plan: Plan, tp: TensorParallel, skeleton: Mapping[str, nn.Module]) -> None:
+def self_test(model: nn.Module, plan: Plan, tp: Group, skeleton: Mapping[str, nn.Module]) -> None:
     """Every rank must call it. One line in the log, or CheckFailed on every rank, naming the module."""
     began, worst, wrong = time.perf_counter(), 0.0, list[Check]()
     eager = getattr(model.config, "_attn_implementation", "eager") == "eager"
@@ -58,10 +58,8 @@ def self_test(model: nn.Module, plan: Plan, tp: TensorParallel, skeleton: Mappin
              tp.size, "s" * (tp.size > 1), worst, (time.perf_counter() - began) * 1e3)
 
 
-def _agree(tp: TensorParallel, wrong: list[Check]) -> None:
+def _agree(tp: Group, wrong: list[Check]) -> None:
     """Raise on every rank what one rank found wrong."""
-    from adapter.generation import to_device
-
     flags = to_device(torch.tensor([bool(wrong)], dtype=torch.uint8))
     flags = tp.all_gather_last(flags, (1,) * tp.size)
     if not flags.any():
@@ -132,7 +130,7 @@ def _run(model: nn.Module, plan: Plan, stack: str, tops: list[str]) -> None:
             handle.remove()
 
 
-def _expected(plan: Plan, tp: TensorParallel, name: str, claim: Claim, layer: Any, x: Tensor) -> Iterator[Expected]:
+def _expected(plan: Plan, tp: Group, name: str, claim: Claim, layer: Any, x: Tensor) -> Iterator[Expected]:
     """Some outputs of a layer from its gathered weights: an adapter.trace.Oracle. Own columns need no gather."""
     dim = 1 if isinstance(claim.rule, Row) else 0
     widths = tuple(plan.slice(name, "weight", r).local_shape[dim] for r in range(tp.size))

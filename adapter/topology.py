@@ -1,6 +1,6 @@
-"""Ranks and groups: from any launcher's environment to a process group, the tensor-parallel group and a Megatron `mpu`.
+"""Ranks and groups: from any launcher's environment to a process group and the tp x dp grid, as a Megatron `mpu`.
 
-Nothing here is global but the process group torch itself keeps: groups travel as values (`TensorParallel`, `Mpu`).
+Nothing here is global but the process group torch itself keeps: groups travel as values (`Group`, `Mpu`).
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import logging
 import os
 import shutil
 import socket
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
 from packaging.version import Version
 from torch import Tensor
 from torch.utils.cpp_extension import is_ninja_available
@@ -33,10 +35,17 @@ SHM_TRIED = Version("0.19")  # the shared-memory op of releases from here on sum
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-@dataclass(frozen=True)
-class TensorParallel:
-    """One rank's view of its tensor-parallel group. `fast` sums through DeepSpeed's shared-memory op.
+def to_device(x: Tensor) -> Tensor:
+    """`x` where this rank computes and communicates."""
+    return x.to(get_accelerator().current_device_name())
 
+
+@dataclass(frozen=True)
+class Group:
+    """One rank's view of a group of ranks. `fast` sums through DeepSpeed's shared-memory op.
+
+    rank: this process's place in the group; root: which rank of the whole job has place 0.
+    group: torch's; None is the whole job.
     progress: where its collectives are counted for the other ranks to see; None: nowhere.
     """
 
@@ -44,6 +53,7 @@ class TensorParallel:
     size: int
     group: Any = None
     fast: bool = False
+    root: int = 0
     progress: Progress | None = field(default=None, compare=False, repr=False)
 
     def _in(self, kind: int, values: int = 0) -> AbstractContextManager[None]:
@@ -75,28 +85,34 @@ class TensorParallel:
         return torch.cat([part[..., :n] for part, n in zip(parts, sizes, strict=True)], dim=-1)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's `x` on every rank, in place."""
+        """The first rank's `x` on every rank, in place."""
         if self.size > 1:
             with self._in(BROADCAST, x.numel()):
-                dist.broadcast(x, src=0, group=self.group)
+                dist.broadcast(x, src=self.root, group=self.group)
         return x
 
     def agreed(self, value: int) -> int:
-        """Rank 0's `value` on every rank."""
-        return int(self.broadcast(torch.tensor([value], device=get_accelerator().current_device_name())))
+        """The first rank's `value` on every rank."""
+        return int(self.broadcast(to_device(torch.tensor([value]))))
 
     def barrier(self) -> None:
-        """Wait for every rank of the job."""
-        with self._in(BARRIER):
-            dist.barrier()
+        """Wait for every rank."""
+        if self.size > 1:
+            with self._in(BARRIER):
+                dist.barrier(group=self.group)
 
 
 @dataclass(frozen=True)
 class Mpu:
-    """The tp x dp grid in the form of Megatron-LM's `mpu`, which DeepSpeed asks for. dp is 1: no replicas yet."""
+    """The tp x dp grid in the form of Megatron-LM's `mpu`, which DeepSpeed asks for.
 
-    tp: TensorParallel
-    data_group: Any = None
+    tp: the ranks that share one model; replicas: this rank's counterparts in all copies of the model, whose number is
+    dp; world: every rank of the job, its collectives counted beside those of tp.
+    """
+
+    tp: Group
+    replicas: Group
+    world: Group
 
     def get_model_parallel_rank(self) -> int:
         return self.tp.rank
@@ -112,22 +128,24 @@ class Mpu:
     get_tensor_model_parallel_group = get_model_parallel_group
 
     def get_data_parallel_rank(self) -> int:
-        return 0
+        return self.replicas.rank
 
     def get_data_parallel_world_size(self) -> int:
-        return 1
+        return self.replicas.size
 
     def get_data_parallel_group(self) -> Any:
-        return self.data_group
+        return self.replicas.group
 
 
-def start(tp_size: int) -> Mpu:
-    """Join the job, check that it has tp_size ranks and build the groups. Safe to call again in the same process.
+def start(tp_size: int, megatron: Any = None) -> Mpu:
+    """Join the job, check that its ranks make whole replicas and build the groups. Safe to call again in a process.
 
-    Raises UserError where the world is not tp_size or the rendezvous port is taken.
+    megatron: the caller's own Megatron-style mpu, whose groups are taken as they are. Raises UserError where the world
+    is not a multiple of tp_size or the rendezvous port is taken.
     """
     launch = read_environment()
-    check_world(launch.world_size, tp_size)
+    if megatron is None:
+        check_world(launch.world_size, tp_size)
     if not torch.distributed.is_initialized():
         _init_process_group(launch)
     if not dist.is_initialized():
@@ -136,23 +154,58 @@ def start(tp_size: int) -> Mpu:
                               timeout=TIMEOUT, auto_mpi_discovery=False)
     dist.barrier()  # every rank has mapped every segment, so their names can go
     _unlink_segments()
-    if tp_size == 1:
-        return Mpu(TensorParallel(0, 1))
-    return grid(launch, tp_size)
+    groups = _grid(launch, tp_size) if megatron is None else _groups_of(megatron)
+    return _counted(launch, *groups)
 
 
-def grid(launch: Launch, tp_size: int) -> Mpu:
-    """The groups of a world of tp_size ranks; every rank must call it."""
-    group = dist.new_group(list(range(tp_size)))
-    alone = [dist.new_group([r]) for r in range(launch.world_size)]
-    fast, why = choose_all_reduce(launch, tp_size)
-    votes = TensorParallel(launch.rank, tp_size, group).all_gather_last(
-        torch.tensor([fast], dtype=torch.uint8).to(get_accelerator().current_device_name()), (1,) * tp_size)
-    if fast and not votes.all():
+def _grid(launch: Launch, tp_size: int) -> tuple[Any, Any]:
+    """This rank's tensor-parallel and data-parallel group, placed as Megatron-LM does: neighbours share a model. Every
+    rank must call it, since torch wants every group made by all."""
+    world = range(launch.world_size)
+    tp = [_new_group(world[start:start + tp_size]) for start in world[::tp_size]]
+    dp = [_new_group(world[place::tp_size]) for place in range(tp_size)]
+    return tp[launch.rank // tp_size], dp[launch.rank % tp_size]
+
+
+def _new_group(ranks: Sequence[int]) -> Any:
+    return torch.distributed.new_group(list(ranks), timeout=TIMEOUT)  # DeepSpeed's would wait for torch's 30 minutes
+
+
+def _groups_of(megatron: Any) -> tuple[Any, Any]:
+    """The groups of a caller's mpu. Raises UserError where it lacks what Megatron-LM's has."""
+    try:
+        return bwc_tensor_model_parallel_group(megatron), megatron.get_data_parallel_group()
+    except (AttributeError, AssertionError) as error:
+        raise UserError(f"mpu={megatron!r}: {error}; it must answer get_tensor_model_parallel_group() (or "
+                        "get_model_parallel_group()) and get_data_parallel_group(), its groups initialised, as "
+                        "Megatron-LM's parallel_state does") from None
+
+
+def tp_size_of(megatron: Any) -> int:
+    """Ranks that share one model, by a caller's mpu. Raises UserError as `start` does."""
+    group, _ = _groups_of(megatron)
+    return torch.distributed.get_world_size(group)
+
+
+def _counted(launch: Launch, tp: Any, replicas: Any) -> Mpu:
+    """The grid with its all-reduce chosen, which all ranks must agree on, and its collectives counted."""
+    progress = _make_progress() if launch.world_size > 1 else None
+    world = Group(launch.rank, launch.world_size, progress=progress)
+    sharing = _group(tp, progress)
+    fast, why = choose_all_reduce(launch, sharing.size)
+    mine = to_device(torch.tensor([fast], dtype=torch.uint8))
+    if fast and not world.all_gather_last(mine, (1,) * world.size).all():
         fast, why = False, "torch group; not every rank can use DeepSpeed's shared-memory op"
-    if launch.rank == 0:
+    if launch.rank == 0 and sharing.size > 1:
         log.info("all-reduce: %s", why)
-    return Mpu(TensorParallel(launch.rank, tp_size, group, fast, _make_progress()), alone[launch.rank])
+    if launch.rank == 0 and sharing.size < world.size:
+        log.info("replicas: %d, of %d rank%s each", world.size // sharing.size, sharing.size, "s" * (sharing.size > 1))
+    return Mpu(replace(sharing, fast=fast), _group(replicas), world)
+
+
+def _group(group: Any, progress: Progress | None = None) -> Group:
+    ranks = torch.distributed.get_process_group_ranks(group)
+    return Group(ranks.index(torch.distributed.get_rank()), len(ranks), group, root=ranks[0], progress=progress)
 
 
 def _make_progress() -> Progress | None:
@@ -164,14 +217,14 @@ def _make_progress() -> Progress | None:
 
 
 def check_world(world_size: int, tp_size: int) -> None:
-    """Raises UserError where the job does not have exactly tp_size ranks."""
-    if world_size == tp_size:
+    """Raises UserError where the ranks of the job do not make whole replicas of tp_size ranks."""
+    if world_size % tp_size == 0:
         return
-    more = ("replicas (data parallel x tensor parallel) are not supported yet" if world_size > tp_size
-            else "each of the tp_size shards needs a rank of its own")
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-    raise UserError(f"this job has {ranks}, tensor_parallel.tp_size is {tp_size}: {more}. Start "
-                    f"`deepspeed --num_accelerators {tp_size} ...` or set tensor_parallel.tp_size={world_size}")
+    fit = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+    raise UserError(f"this job has {ranks}, tensor_parallel.tp_size is {tp_size}: each of the tp_size shards needs a "
+                    "rank of its own, and more ranks must make whole replicas. Start `deepspeed --num_accelerators "
+                    f"{tp_size} ...` (or a multiple), or set tensor_parallel.tp_size to one of {fit}")
 
 
 def choose_all_reduce(launch: Launch, tp_size: int) -> tuple[bool, str]:
@@ -185,8 +238,9 @@ def choose_all_reduce(launch: Launch, tp_size: int) -> tuple[bool, str]:
         return False, (f"torch group; the shared-memory op is used from DeepSpeed {SHM_TRIED} on and this is "
                        f"{deepspeed.__version__}: 0.16.0's dies of an illegal instruction in half precision")
     if not launch.one_host or launch.world_size != tp_size:
-        return False, (f"torch group; DeepSpeed's shared-memory op needs all ranks of the job on one host "
-                       f"(LOCAL_SIZE {launch.local_size or 'not set'}, world {launch.world_size})")
+        return False, ("torch group; DeepSpeed's shared-memory op sums over all ranks of the job, whatever the group, "
+                       f"and needs them all on one host, in one replica (LOCAL_SIZE {launch.local_size or 'not set'}, "
+                       f"world {launch.world_size}, tp_size {tp_size})")
     cores = usable_cores()
     if tp_size > cores:
         return False, f"torch group; DeepSpeed's shared-memory op spins, too slow with {tp_size} ranks on {cores} cores"

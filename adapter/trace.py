@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from adapter import bounds
 from adapter.digest import digest, unlike
 from adapter.plan import Plan
-from adapter.topology import TensorParallel
+from adapter.topology import Group
 from policies.rules import Claim, Column, FusedQKV, Row, TensorSlice, expand
 
 
@@ -84,7 +84,7 @@ class Trace:
     keep: modules whose outputs are kept, in `kept`, for a caller that wants them (the layers of each stack).
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, tp: TensorParallel, skeleton: Mapping[str, nn.Module],
+    def __init__(self, model: nn.Module, plan: Plan, tp: Group, skeleton: Mapping[str, nn.Module],
                  oracle: Oracle, eager: bool, only: Sequence[str] = ("",), keep: frozenset[str] = frozenset(),
                  judging: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self.plan, self.tp, self.skeleton, self.oracle = plan, tp, skeleton, oracle

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from adapter import bounds
 from adapter.checkpoint import Checkpoint
 from adapter.digest import digest, unlike
-from adapter.generation import Limits, Write, rank_facts, share, to_device
+from adapter.generation import Limits, Write, rank_facts, share
 from adapter.launchers import usable_cores
 from adapter.processing import TYPE_IDS, Prepared, RequestError, RequestProcessor, collate
 from adapter.reassembly import reassembly
 from adapter.reference import Reference
 from adapter.schema import Config
-from adapter.topology import TensorParallel
+from adapter.topology import Group, to_device
 from adapter.trace import Check, Trace
 
 log = logging.getLogger("adapter")
@@ -62,7 +62,7 @@ class Ours:
 class Verifier:
     """One engine against one process; every rank makes one and calls `run`."""
 
-    def __init__(self, config: Config, engine: deepspeed.InferenceEngine, tp: TensorParallel, checkpoint: Checkpoint,
+    def __init__(self, config: Config, engine: deepspeed.InferenceEngine, tp: Group, checkpoint: Checkpoint,
                  processor: RequestProcessor | None, write: Write) -> None:
         self.config, self.engine, self.tp, self.checkpoint = config, engine, tp, checkpoint
         self.processor, self.write = processor, write
@@ -95,7 +95,7 @@ class Verifier:
         if self.tp.rank == 0 and rows and unchecked:
             log.warning("%d modules did not run in any case, their weights were compared only: %s ...; add a request "
                         "with a picture", len(unchecked), unchecked[0])
-        ranks = rank_facts(self.engine, self.tp)
+        ranks = rank_facts(self.engine)
         passed = bool(self.tp.agreed(not problems))
         if self.tp.rank == 0:
             self.write({

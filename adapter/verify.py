@@ -32,10 +32,14 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
     if args.report and first:
         _check_report(Path(args.report))
     from adapter.engine import init_inference
-    from adapter.generation import make_processor
+    from adapter.job import make_processor
+    from adapter.launchers import read_environment
     from adapter.verifier import Verifier
     from adapter.watch import watching
 
+    if (ranks := read_environment().world_size) > plan.tp_size:
+        raise UserError(f"verify proves one replica, over tp_size {plan.tp_size} ranks, and this job has {ranks}; "
+                        f"start `deepspeed --num_accelerators {plan.tp_size} ...`")
     processor = make_processor(config, plan.geometry.context) if first else None
     engine = init_inference(config)
     tp, rows = engine.mpu.tp, list[dict[str, Any]]()
@@ -52,7 +56,7 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
             print(f"report: {args.report}", file=sys.stderr)
         return command.BAD_INPUT if any("error" in row for row in rows) else command.DONE
 
-    with watching(tp):
+    with watching(engine.mpu):
         passed = Verifier(config, engine, tp, checkpoint, processor, write).run()
         code = tp.agreed(report() if first else command.DONE)  # nobody leaves before the report is written
     return code or (command.DONE if passed else command.CHECK_FAILED)

@@ -1,12 +1,14 @@
-"""Notice within a second that another rank or the launcher is gone, within seconds that one is late, and say who.
+"""Notice within a second that another rank or the launcher is gone, within seconds that a rank is late or another host
+silent, and say who.
 
 A rank that waits in a collective for a dead one waits for minutes (torch's timeout) or for ever (DeepSpeed's
-shared-memory op spins). A thread that looks at the other processes of this host does not. A dead rank or launcher ends
-this one. A late one (stopped, stuck, swapped out, or gone to another collective than the others) is a warning first,
-since rank 0 may well read films for minutes while the others wait, and ends this one after `topology.TIMEOUT`.
+shared-memory op spins). A thread that looks at the other processes of this host, and hears those of other hosts
+(adapter.hosts), does not. A dead rank, launcher or host ends this one. A late one (stopped, stuck, swapped out, or gone
+to another collective than the others) is a warning first, since a first rank may well read films for minutes while the
+others wait, and ends this one after `topology.TIMEOUT`.
 
-How far the others have come is in memory they share (adapter.progress); what no TensorParallel counts, such as loading
-or a DeepSpeed call of the caller's own, is not seen. Ranks of other hosts are neither seen nor named.
+How far the others have come is in memory they share (adapter.progress) or in what they say; what no Group counts, such
+as loading or a DeepSpeed call of the caller's own, is not seen.
 """
 
 from __future__ import annotations
@@ -14,20 +16,23 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed.comm as dist
 import psutil
 import torch
-from deepspeed.accelerator import get_accelerator
 
+from adapter.hosts import SILENT_S, Hosts, exchange, meet
 from adapter.progress import BROADCAST, Standing, open_progress, standing
-from adapter.topology import TIMEOUT, TensorParallel
+from adapter.topology import TIMEOUT, Mpu
+from policies.errors import CheckFailed, UserError
 
 log = logging.getLogger("adapter")
 INTERVAL_S = 0.25
@@ -48,40 +53,49 @@ class Peer:
 
 
 @contextmanager
-def watching(tp: TensorParallel, limit_s: float = TIMEOUT.total_seconds()) -> Iterator[None]:
-    """Within, this process ends (exit code 3, one line on stderr) when a rank of this host or the launcher dies, or
-    when another rank has been late at a collective for `limit_s` seconds.
+def watching(mpu: Mpu, limit_s: float = TIMEOUT.total_seconds()) -> Iterator[None]:
+    """Within, this process ends (exit code 3, one line on stderr) when a rank of this host, the launcher or another
+    host dies, or when another rank of its replica has been late at a collective for `limit_s` seconds.
 
     Every rank must enter it. One rank alone has nobody to wait for and is not watched.
     """
-    if tp.size == 1:
+    if mpu.world.size == 1:
         yield
         return
-    peers = _peers(tp)
-    stop = threading.Event()
-    thread = threading.Thread(target=_watch, args=(tp, peers, _ancestors(), limit_s, stop), daemon=True)
-    thread.start()
+    watcher = _watcher(mpu, limit_s)
+    watcher.start()
     try:
         yield
-        tp.barrier()
-    except Exception:
-        time.sleep(3 * INTERVAL_S)  # a lost connection is the echo of a death: let the thread say whose, and end here
+        mpu.world.barrier()
+    except (CheckFailed, UserError):  # every rank has come to it by itself
+        raise
+    except BaseException as error:
+        watcher.lost(error)
         raise
     finally:
-        stop.set()
-        thread.join()
+        watcher.end()
     dist.barrier()  # nobody leaves while another still watches it
 
 
-def _peers(tp: TensorParallel) -> Mapping[int, Peer]:
-    """The other ranks on this host."""
-    fd = -1 if tp.progress is None else tp.progress.file.fileno()
-    mine = torch.tensor([hash_of_boot(), os.getpid(), fd]).to(get_accelerator().current_device_name())
-    rows = tp.all_gather_last(mine, (3,) * tp.size).view(tp.size, 3).tolist()
-    peers = {r: Peer(pid, _words(r, pid, fd)) for r, (host, pid, fd) in enumerate(rows)
-             if host == rows[tp.rank][0] and r != tp.rank}
-    tp.barrier()  # nobody goes on, and perhaps ends, before the others have looked
-    return peers
+def _watcher(mpu: Mpu, limit_s: float) -> Watcher:
+    """Every rank must call it."""
+    world, progress, name = mpu.world, mpu.world.progress, socket.gethostname()[:64]
+    fd = -1 if progress is None else progress.file.fileno()
+    cards = exchange(world, {"host": hash_of_boot(), "name": name, "pid": os.getpid(), "fd": fd})
+    here = cards[world.rank]["host"]
+    peers = {r: Peer(c["pid"], _words(r, c["pid"], c["fd"])) for r, c in enumerate(cards)
+             if c["host"] == here and r != world.rank}
+    names = _distinct(cards)
+    hosts = meet(world, names, names[world.rank]) if len(set(names)) > 1 else None
+    world.barrier()  # nobody goes on, and perhaps ends, before the others have looked
+    return Watcher(mpu, peers, hosts, limit_s)
+
+
+def _distinct(cards: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every rank's host by name; hosts that have one name (containers, say) get their first rank to it."""
+    first = {c["host"]: r for r, c in reversed(list(enumerate(cards)))}
+    shared = {c["name"] for c in cards if len({o["host"] for o in cards if o["name"] == c["name"]}) > 1}
+    return [f"{c['name']} of rank {first[c['host']]}" if c["name"] in shared else c["name"] for c in cards]
 
 
 def _words(rank: int, pid: int, fd: int) -> memoryview | None:
@@ -112,19 +126,79 @@ def _ancestors() -> Mapping[int, int]:
     return links
 
 
-def _watch(tp: TensorParallel, peers: Mapping[int, Peer], links: Mapping[int, int], limit_s: float,
-           stop: threading.Event) -> None:
-    lateness = Lateness()
-    while not stop.wait(INTERVAL_S):
-        dead = [r for r, peer in peers.items() if _is_gone(peer.pid)]
+class Watcher(threading.Thread):
+    """The thread that looks. peers: the other ranks of this host; hosts: those of others, if there are any."""
+
+    def __init__(self, mpu: Mpu, peers: Mapping[int, Peer], hosts: Hosts | None, limit_s: float) -> None:
+        super().__init__(daemon=True)
+        self.rank, self.root, self.progress = mpu.world.rank, mpu.tp.root, mpu.world.progress
+        self.mates = set(torch.distributed.get_process_group_ranks(mpu.tp.group))
+        self.peers, self.hosts, self.limit_s = peers, hosts, limit_s
+        self._links, self._lateness, self._over = _ancestors(), Lateness(), threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(INTERVAL_S):
+            self._look_for_dead()
+            mine = Standing(0, False, 0, 0) if self.progress is None else self.progress.standing()
+            if self.hosts is not None and (gone := self.hosts.look(mine)):
+                self._end(f"{gone}. This rank cannot go on alone and ends")
+            if self.progress is not None:
+                self._look_for_late(mine)
+
+    def end(self) -> None:
+        self._over.set()
+        self.join()
+        if self.hosts is not None:
+            self.hosts.close()
+
+    def lost(self, error: BaseException) -> None:
+        """This rank fails. A lost connection is the echo of a death: let the thread say whose, and end here; where it
+        is this rank's own failure, the other hosts hear of it."""
+        if isinstance(error, Exception):
+            echo = self.hosts is not None and isinstance(error, RuntimeError)
+            time.sleep(SILENT_S + 1 if echo else 3 * INTERVAL_S)
+        if self.hosts is not None:
+            self.hosts.farewell(f"rank {self.rank} failed: {type(error).__name__}: {error}")
+
+    def _look_for_dead(self) -> None:
+        dead = [r for r, peer in self.peers.items() if _is_gone(peer.pid)]
         if dead:
-            names = ", ".join(f"rank {r} (process {peers[r].pid})" for r in dead)
-            _end(f"rank {tp.rank}: {names} died: killed from outside (out of memory? see dmesg) or by an error it "
-                 "reported above. This rank cannot go on alone and ends")
-        if any(_parent_of(child) != parent for child, parent in links.items()):
-            _end(f"rank {tp.rank}: the launcher is gone; this rank ends with it")
-        if tp.progress is not None:
-            _look_for_late(tp.rank, tp.progress.standing(), peers, lateness, limit_s)
+            names = ", ".join(f"rank {r} (process {self.peers[r].pid})" for r in dead)
+            self._end(f"{names} died: killed from outside (out of memory? see dmesg) or by an error it reported above. "
+                      "This rank cannot go on alone and ends")
+        if any(_parent_of(child) != parent for child, parent in self._links.items()):
+            self._end("the launcher is gone; this rank ends with it")
+
+    def _look_for_late(self, mine: Standing) -> None:
+        """Warn of the ranks this one waits for; after `limit_s`, end."""
+        waited = self._lateness.look(mine)
+        if waited < min(LATE_S, self.limit_s):
+            return
+        others = {r: standing(p.words) for r, p in self.peers.items() if r in self.mates and p.words is not None}
+        states = {r: _state(self.peers[r].pid) for r in others}
+        names = {r: f"process {self.peers[r].pid}, {states[r]}" for r in others}
+        for r, distant in self.hosts.distant.items() if self.hosts else ():
+            if r in self.mates and distant.standing is not None:
+                others[r], states[r], names[r] = distant.standing, "", f"host {distant.host}"
+        late = late_ranks(mine, others, states)
+        if not late:
+            return
+        said = describe(mine, others, {r: f"rank {r} ({names[r]})" for r in late}, waited, self.root)
+        if waited >= self.limit_s:
+            self._end(f"{said}. This rank gives up and ends", wake=[self.peers[r].pid for r in late if r in self.peers])
+        if self._lateness.is_time_to_say():
+            log.warning("%s", said)
+
+    def _end(self, message: str, wake: Iterable[int] = ()) -> None:
+        """wake: processes that are to run on if they are stopped; a stopped one cannot see that the job is over."""
+        print(f"rank {self.rank}: {message}", file=sys.stderr, flush=True)
+        if self.hosts is not None:
+            self.hosts.farewell(f"rank {self.rank}: {message}")
+        time.sleep(2)  # launchers look about once a second, and the job's exit code should be that of the first to end
+        for pid in wake:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGCONT)
+        os._exit(LOST)  # other threads may be inside a collective that never returns
 
 
 class Lateness:
@@ -151,23 +225,6 @@ class Lateness:
         return True
 
 
-def _look_for_late(rank: int, mine: Standing, peers: Mapping[int, Peer], lateness: Lateness, limit_s: float) -> None:
-    """Warn of the ranks this one waits for; after `limit_s`, end."""
-    waited = lateness.look(mine)
-    if waited < min(LATE_S, limit_s):
-        return
-    others = {r: standing(peer.words) for r, peer in peers.items() if peer.words is not None}
-    states = {r: _state(peers[r].pid) for r in others}
-    late = late_ranks(mine, others, states)
-    if not late:
-        return
-    said = describe(mine, others, {r: f"rank {r} (process {peers[r].pid}, {states[r]})" for r in late}, waited)
-    if waited >= limit_s:
-        _end(f"rank {rank}: {said}. This rank gives up and ends", wake=[peers[r].pid for r in late])
-    if lateness.is_time_to_say():
-        log.warning("%s", said)
-
-
 def late_ranks(mine: Standing, others: Mapping[int, Standing], states: Mapping[int, str]) -> list[int]:
     """Which of the other ranks keep this one waiting: the halted and those that are in no collective yet; else those
     in another collective than this rank's; else those still in an earlier one, which may be waiting themselves."""
@@ -178,8 +235,9 @@ def late_ranks(mine: Standing, others: Mapping[int, Standing], states: Mapping[i
     return stuck or astray or [r for r, o in awaited.items() if o.entered < mine.entered]
 
 
-def describe(mine: Standing, others: Mapping[int, Standing], names: Mapping[int, str], waited: float) -> str:
-    """One sentence about late ranks. names: rank -> how to call it."""
+def describe(mine: Standing, others: Mapping[int, Standing], names: Mapping[int, str], waited: float,
+             root: int = 0) -> str:
+    """One sentence about late ranks. names: rank -> how to call it; root: the rank that prepares requests."""
     late = [others[r] for r in names]
     here = f"collective {mine.entered} ({mine.what})"
     who, have = ", ".join(names.values()), "have" if len(names) > 1 else "has"
@@ -187,7 +245,7 @@ def describe(mine: Standing, others: Mapping[int, Standing], names: Mapping[int,
         there = ", ".join(sorted({o.what for o in late}))
         return (f"{who} {have} been elsewhere for {waited:.0f} s: in {there}, this rank at {here}. The ranks no longer "
                 "run the same steps; tensor_parallel.desync_check=1 finds where they part")
-    if list(names) == [0] and mine.kind == BROADCAST:
+    if list(names) == [root] and mine.kind == BROADCAST:
         return f"{who} has been preparing requests, or is late, for {waited:.0f} s at {here}"
     return f"{who} {have} been late for {waited:.0f} s at {here}"
 
@@ -212,13 +270,3 @@ def _parent_of(pid: int) -> int | None:
         return psutil.Process(pid).ppid()
     except psutil.NoSuchProcess:
         return None
-
-
-def _end(message: str, wake: Iterable[int] = ()) -> None:
-    """wake: processes that are to run on if they are stopped, since a stopped one cannot see that the job is over."""
-    print(message, file=sys.stderr, flush=True)
-    time.sleep(2)  # launchers look about once a second, and the job's exit code should be that of the first to end
-    for pid in wake:
-        with suppress(OSError):
-            os.kill(pid, signal.SIGCONT)
-    os._exit(LOST)  # other threads may be inside a collective that never returns

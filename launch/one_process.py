@@ -17,9 +17,10 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
     from adapter.config import load_config
 
     config = load_config(args.config, args.overrides)
+    from adapter.answers import open_answers
     from adapter.plain import answer_plain
 
-    return answer_plain(config, results.write).exit_code
+    return answer_plain(config, open_answers(config, results.write), results.write).exit_code
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def early(engine_of: Callable[[int], Any]) -> int:
     inputs = inputs_for(cases()["image"], "cpu")
     planted = {"logits_processor": [Prefer(EOS, 2, inputs["input_ids"].shape[1])]} \
         if engine.mpu.tp.rank == PLANTED else {"min_new_tokens": 500}
-    with watching(engine.mpu.tp, LIMIT_S):
+    with watching(engine.mpu, LIMIT_S):
         engine.generate(**inputs, max_new_tokens=500, do_sample=False, **planted)
     return 0
 
@@ -163,7 +163,7 @@ def endless(engine_of: Callable[[int], Any]) -> int:
 
     engine = engine_of(0)
     tp = engine.mpu.tp
-    with watching(tp, LIMIT_S):
+    with watching(engine.mpu, LIMIT_S):
         inputs = {}
         if tp.rank == 0:
             time.sleep(6)

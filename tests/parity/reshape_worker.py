@@ -23,7 +23,7 @@ from adapter import topology
 from adapter.checkpoint import Checkpoint
 from adapter.inject import build_on_meta, checkpoint_source, inject
 from adapter.plan import Plan, checked_plan
-from adapter.topology import TensorParallel
+from adapter.topology import Group
 
 TOKENS = 359
 
@@ -33,7 +33,7 @@ def prompt(vocab: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def shard(directory: Path, plan: Plan, tp: TensorParallel, checkpoint: Checkpoint) -> torch.nn.Module:
+def shard(directory: Path, plan: Plan, tp: Group, checkpoint: Checkpoint) -> torch.nn.Module:
     model = build_on_meta(directory, plan.policy, torch.float32, "sdpa")
     inject(model, plan, tp, checkpoint_source(checkpoint), torch.float32)
     return model

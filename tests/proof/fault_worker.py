@@ -18,7 +18,7 @@ from planted import FAULTS, Fault
 
 import adapter.engine
 from adapter.config import load_config
-from adapter.generation import make_processor
+from adapter.job import make_processor
 from adapter.plan import checked_plan
 from adapter.verifier import Verifier
 from policies.errors import CheckFailed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from transformers import GenerationConfig
 
 from adapter.config import from_dict
-from adapter.generation import Limits, Tally, _batches, _until_end, make_processor
-from adapter.processing import Prepared, RequestError
+from adapter.generation import Limits, _until_end, padded_together
+from adapter.job import Tally, deal, make_processor, read_ahead
+from adapter.processing import Prepared
 from policies.errors import UserError
 
 DEMO = Path(__file__).resolve().parents[2] / "launch" / "demo" / "checkpoint"
@@ -21,31 +23,45 @@ def config(**sections):
     return from_dict({"model": {"path": str(DEMO)}, "requests": prompts, **sections})
 
 
-class Sized:
-    """Prepares a request into as many tokens as its id says; 13 fails."""
-
-    def prepare(self, request):
-        if request.id == "13":
-            raise RequestError(request.id, "unlucky")
-        return Prepared(request.id, {"input_ids": torch.zeros(1, int(request.id))}, int(request.id))
-
-
-def batches(sizes, new=10, batch=2, context=100):
-    c = config(sizes=sizes, generation={"max_new_tokens": new})
-    limits = Limits.of(c, context, GenerationConfig())
-    return [([p.id for p in good], [e.request_id for e in bad])
-            for good, bad in _batches(c.requests, Sized(), batch, limits)]
-
-
 @pytest.mark.parametrize("sizes, expected", [
-    ([1, 2, 3], [(["1", "2"], []), (["3"], [])]),
-    ([1, 13, 2], [(["1", "2"], ["13"])]),
-    ([13], [([], ["13"])]),
-    ([1, 95, 2], [(["1"], []), (["95"], []), (["2"], [])]),
+    ([1, 2, 3], [["1", "2", "3"]]), ([], []), ([1, 95, 2], [["1"], ["95"], ["2"]]),
 ])
-def test_batches(sizes, expected):
-    """The last case: padding 1 and 2 to 95 of 100 would leave them 5 of their 10 new tokens."""
-    assert batches(sizes) == expected
+def test_prompts_that_are_padded_together(sizes, expected):
+    """In the last case padding 1 and 2 to 95 of 100 would leave them 5 of their 10 new tokens."""
+    limits = Limits.of(config(generation={"max_new_tokens": 10}), 100, GenerationConfig())
+    items = [Prepared(str(n), {"input_ids": torch.zeros(1, n)}, n) for n in sizes]
+    assert [[item.id for item in batch] for batch in padded_together(items, limits)] == expected
+
+
+@pytest.mark.parametrize("count, size, replicas, expected", [
+    (5, 2, 1, [2, 2, 1]), (12, 8, 1, [8, 4]), (12, 8, 2, [6, 6]), (3, 8, 4, [1, 1, 1]), (0, 8, 2, []),
+    (100, 8, 2, [8] * 12 + [4]),
+])
+def test_every_replica_gets_a_batch_where_there_are_enough_requests(count, size, replicas, expected):
+    assert [len(batch) for batch in deal(list(range(count)), size, replicas)] == expected
+    assert [r for batch in deal(list(range(count)), size, replicas) for r in batch] == list(range(count))
+
+
+def test_the_next_item_is_made_while_one_is_used_and_no_more():
+    made: list[int] = []
+
+    def items():
+        for n in range(4):
+            made.append(n)
+            yield n
+
+    for n in read_ahead(items()):
+        time.sleep(0.05)
+        assert made == list(range(min(n + 2, 4)))
+
+
+def test_an_error_in_the_making_reaches_the_user():
+    def items():
+        yield 1
+        raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        list(read_ahead(items()))
 
 
 def test_answer_ends_where_the_context_does():

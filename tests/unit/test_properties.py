@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adapter.inject import build_on_meta, inject
 from adapter.plan import DTYPE_BYTES, Plan, valid_tp_sizes
-from adapter.topology import TensorParallel
+from adapter.topology import Group
 from policies.policy import Geometry, Policy
 from policies.qwen2_vl import POLICY, TABLE
 from policies.rules import Claim, Replicated, Row, TensorSlice
@@ -219,7 +219,7 @@ def test_a_rank_holds_the_bytes_of_its_plan_and_all_ranks_the_model(tmp_path, mo
 
     for rank in range(tp_size):
         built = build_on_meta(tmp_path, POLICY, dtype, "sdpa")
-        inject(built, plan, TensorParallel(rank, tp_size), source, dtype)
+        inject(built, plan, Group(rank, tp_size), source, dtype)
         held = {id(p): p for p in built.parameters()}.values()
         assert sum(p.untyped_storage().nbytes() for p in held) == plan.weight_bytes(rank)
         for name, parameter in built.named_parameters():

@@ -41,18 +41,21 @@ def test_incomplete_environment():
 
 
 @pytest.mark.parametrize("world, tp, words", [
-    (1, 4, "1 rank,.*--num_accelerators 4"), (4, 2, "4 ranks.*replicas"), (2, 3, "2 ranks.*tp_size is 3"),
+    (1, 4, "1 rank,.*--num_accelerators 4.*one of 1$"), (4, 3, "4 ranks.*whole replicas.*one of 1, 2, 4$"),
+    (2, 3, "2 ranks.*tp_size is 3"),
 ])
-def test_world_that_is_not_tp_size(world, tp, words):
+def test_world_that_makes_no_whole_replicas(world, tp, words):
     with pytest.raises(UserError, match=words):
         check_world(world, tp)
     check_world(tp, tp)
+    check_world(3 * tp, tp)
 
 
 @pytest.mark.parametrize("launch, tp, cores, op, fast, why", [
     (Launch(0, 2, 0, 2), 2, 4, True, True, "shared-memory op"),
     (Launch(0, 4, 0, 4), 4, 2, True, False, "4 ranks on 2 cores"),
     (Launch(0, 4, 0, 2), 4, 8, True, False, "one host"),
+    (Launch(0, 4, 0, 4), 2, 8, True, False, "one replica"),
     (Launch(0, 2, 0, 0), 2, 8, True, False, "LOCAL_SIZE not set"),
     (Launch(0, 2, 0, 2), 2, 4, False, False, "compiler"),
 ])

@@ -26,7 +26,7 @@ from adapter.desync import (
 from adapter.digest import unlike
 from adapter.progress import ALL_GATHER, ALL_REDUCE, BARRIER, BROADCAST, Progress, Standing, open_progress, standing
 from adapter.schema import TensorParallelSection
-from adapter.topology import TensorParallel
+from adapter.topology import Group
 from adapter.watch import Lateness, describe, late_ranks
 
 
@@ -114,7 +114,7 @@ def test_progress_is_read_by_another_process_and_has_no_name():
 
 def test_one_rank_counts_nothing_and_needs_no_progress():
     x = torch.ones(3)
-    assert TensorParallel(0, 1).all_reduce(x) is x and TensorParallel(0, 1).broadcast(x) is x
+    assert Group(0, 1).all_reduce(x) is x and Group(0, 1).broadcast(x) is x
 
 
 WAITING = Standing(9, True, ALL_REDUCE, 224)
