@@ -63,7 +63,9 @@ def _directory(value: Any, info: ValidationInfo) -> Any:
 
 def _output(value: Any, info: ValidationInfo) -> Any:
     """Whether it can be written is seen where it is, on rank 0."""
-    return absolute(value, _base(info, "output")) if isinstance(value, str) and value.strip() else value
+    if value is not None and not (isinstance(value, str) and value.strip()):
+        raise ValueError("the path of a file is needed")
+    return value and absolute(value, _base(info, "output"))
 
 
 def _not_empty(value: tuple[Any, ...]) -> tuple[Any, ...]:

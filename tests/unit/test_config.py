@@ -133,7 +133,7 @@ def test_requests_in_both_forms(home):
         ("batch_size: yes", ["batch_size = True", "a boolean"]),
         ("procesor: {}", ["procesor", "did you mean 'processor'"]),
         ("outputs: x", ["outputs", "unknown key", "known: batch_size, deepspeed"]),
-        ("output: [x]", ["output", "a path"]),
+        ("output: [x]", ["output", "path of a file"]),
         ("3: x", ["3", "should be strings"]),
         ("processor: {fps: .nan}", ["processor.fps = nan", "finite"]),
         ("processor: {fps: -.inf}", ["processor.fps = -inf"]),
