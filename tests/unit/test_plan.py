@@ -253,20 +253,29 @@ def test_a_model_with_little_to_share():
 
 # The configs
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_config_of_each_published_size_plans(directories, name):
-    file = ROOT / "configs" / CONFIGS[name]
-    config = load_config(file, [f"model.path={directories[name]}"])
-    tp = config.tensor_parallel.tp_size
-    assert CONFIGS[name].endswith(f"_tp{tp}.yaml")
-    assert (config.model.dtype, len(config.requests)) == ("bfloat16", 1)
+PLANNED = sorted(file.name for file in (ROOT / "configs").glob("qwen2_vl_*.yaml"))
+
+
+def test_there_are_configs_for_the_usual_counts_of_accelerators():
+    assert PLANNED == sorted(f"qwen2_vl_{name}_tp{tp}.yaml" for name, sizes in
+                             {"2b": (1, 2, 4), "7b": (1, 2, 4, 8), "72b": (4, 8, 16)}.items() for tp in sizes)
+
+
+@pytest.mark.parametrize("file", PLANNED)
+def test_the_config_of_each_published_size_plans(directories, file):
+    name, count = re.fullmatch(r"qwen2_vl_(\w+)_tp(\d+)\.yaml", file).groups()
+    path, tp = ROOT / "configs" / file, int(count)
+    config = load_config(path, [f"model.path={directories[name]}"])
+    assert (config.tensor_parallel.tp_size, config.model.dtype, len(config.requests)) == (tp, "bfloat16", 1)
     plan, _ = checked_plan(config.model.path, tp, config.model.dtype)
     text, vision = plan.heads["text"][0], plan.heads["vision"][0]
     low, high = (f"{f(map(plan.weight_bytes, range(tp))) / 1e9:.1f}" for f in (min, max))
     weights = low if low == high else f"{low} to {high}"
-    says = f"{text.owned} query heads, {text.kv_heads} KV head, {vision.owned} vision heads and {weights} GB of weights"
-    assert f"Each has {says}." in file.read_text()
-    assert f"any from 1 to {plan.geometry.attention['text'].q_heads} works" in file.read_text()
+    says = ", ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in
+                     ((text.owned, "query head"), (text.kv_heads, "KV head"), (vision.owned, "vision head")))
+    assert f"has {says} and {weights} GB of weights." in path.read_text()
+    assert f"any from 1 to {plan.geometry.attention['text'].q_heads} works" in path.read_text()
+    assert f"--num_accelerators {tp} launch/generate.py --config configs/{file}" in path.read_text()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
