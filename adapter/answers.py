@@ -11,9 +11,10 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,33 +71,47 @@ class Recorded:
         self.path, self._config = config.output, config
         self._asked = {r.id: _digest(config, r) for r in config.requests}
         self._file = _open_locked(self.path)
-        self.done: Mapping[str, Row] = {row["id"]: row for _, row in self._read()}
+        try:
+            self.done: Mapping[str, Row] = {row["id"]: row for _, row in self._read()}
+        except UserError:
+            os.close(self._file)
+            raise
         self._began, self._tokens = time.monotonic(), 0
         if self.done:
             log.info("%s has %d of %d answers already; the others follow", self.path, len(self.done), len(self._asked))
-        seen = sys.stderr.isatty()
-        self._bar = tqdm(total=len(self._asked), initial=len(self.done), unit="request", file=sys.stderr,
-                         dynamic_ncols=seen, mininterval=0.5 if seen else 10.0)
+        self._bar = tqdm(disable=True)
+        with suppress(OSError, ValueError, AttributeError):  # nobody reads stderr any more, or it was never open
+            seen = sys.stderr.isatty()
+            self._bar = tqdm(total=len(self._asked), initial=len(self.done), unit="request", file=sys.stderr,
+                             dynamic_ncols=seen, mininterval=0.5 if seen else 10.0)
 
     def add(self, number: int, rows: Sequence[Row]) -> None:
         lines = [json.dumps(finite(row | {"asked": self._asked[row["id"]]}), ensure_ascii=False) for row in rows]
+        data = "".join(f"{line}\n" for line in lines).encode(errors="replace")
         try:
-            os.write(self._file, "".join(f"{line}\n" for line in lines).encode())
+            while data:  # a disk that is nearly full takes a part
+                data = data[os.write(self._file, data):]
             os.fsync(self._file)
         except OSError as error:
             raise UserError(f"output {self.path}: cannot be written: {error.strerror}; what is in it stays, and the "
                             "same command goes on from there") from None
         self._tokens += sum(row.get("new_tokens", 0) for row in rows)
-        self._bar.set_postfix_str(f"{self._tokens / (time.monotonic() - self._began):.1f} tokens/s", refresh=False)
-        self._bar.update(len(rows))
+        with suppress(OSError, ValueError):
+            self._bar.set_postfix_str(f"{self._tokens / (time.monotonic() - self._began):.1f} tokens/s", refresh=False)
+            self._bar.update(len(rows))
 
     def finish(self) -> None:
         """Put the file into the order of the requests, unless it is."""
-        self._bar.close()
+        with suppress(OSError, ValueError):
+            self._bar.close()
         places = {row["id"]: place for place, row in self._read()}
         order = [places[name] for name in self._asked]
-        if order != sorted(order):
-            _rewrite(self.path, self._file, order)
+        try:
+            if order != sorted(order):
+                _rewrite(self.path, self._file, order)
+        except OSError as error:
+            log.warning("output %s has every answer, in the order they came: it cannot be put into that of the "
+                        "requests (%s)", self.path, error)
         os.close(self._file)
 
     def _read(self) -> Iterator[tuple[tuple[int, int], Row]]:
@@ -105,7 +120,7 @@ class Recorded:
         with os.fdopen(os.dup(self._file), "rb") as lines:
             lines.seek(0)
             for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") and _is_cut(line, known):
                     log.warning("%s: line %d was cut off by a crash and is done again", self.path, number)
                     os.ftruncate(self._file, offset)
                     return
@@ -127,15 +142,28 @@ def _digest(config: Config, request: Request) -> str:
     """Of all that an answer depends on: the request, the model's name and dtype, how it is processed and generated."""
     asked = {"request": request.model_dump(mode="json", exclude={"expected"}), "generation": config.generation,
              "model": [config.model.path.name, config.model.dtype], "processor": config.processor.model_dump()}
-    return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(json.dumps(asked, sort_keys=True, default=repr).encode(), digest_size=8).hexdigest()
 
 
 def _row(line: bytes) -> Row | None:
     with suppress(ValueError, RecursionError):
         row = json.loads(line)
         if isinstance(row, dict) and {"id", "asked"} <= row.keys() and row.keys() & {"answer", "error"}:
-            return row
+            return row if isinstance(row["id"], str) else None
     return None
+
+
+def _is_cut(line: bytes, known: Iterable[str]) -> bool:
+    """Whether a line without an end may be what a crash left of an answer; of the system, that may be zeros. Otherwise
+    it is somebody's file without a newline at its end."""
+    if _row(line) is not None:
+        return True
+    with suppress(ValueError, RecursionError):
+        json.loads(line)
+        return False
+    line = line.rstrip(b"\0")
+    starts = (json.dumps({"id": name}, ensure_ascii=False).encode()[:-1] for name in known)
+    return any(line.startswith(start) or start.startswith(line) for start in starts)
 
 
 def _what(row: Row | None, known: Mapping[str, str], seen: set[str]) -> str:
@@ -153,11 +181,14 @@ def _open_locked(path: Path) -> int:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as error:
         raise UserError(f"output {path}: cannot be written: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise UserError(f"output {path}: not a regular file")
     try:
-        if not os.path.isfile(path):
-            raise UserError(f"output {path}: not a regular file")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if not os.path.samestat(os.fstat(file), os.stat(path)):  # its job put another file in its stead meanwhile
+            raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError):
         os.close(file)
         raise UserError(f"output {path}: another job is writing it; wait for it or name another file") from None
     except OSError as error:  # a file system without locks
@@ -167,8 +198,10 @@ def _open_locked(path: Path) -> int:
 
 def _rewrite(path: Path, file: int, order: Sequence[tuple[int, int]]) -> None:
     """The lines of `file` at `order`'s places, in that order, in its stead; whole or not at all."""
+    path = Path(os.path.realpath(path))  # a link to it stays one
     ordered = path.with_name(path.name + ".ordering")
     with ordered.open("wb") as out:
+        os.fchmod(out.fileno(), stat.S_IMODE(os.fstat(file).st_mode))
         for offset, length in order:
             out.write(os.pread(file, length, offset))
         out.flush()

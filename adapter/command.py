@@ -20,10 +20,10 @@ DONE, CHECK_FAILED, BAD_INPUT, CRASHED = 0, 1, 2, 70
 GRACE_S = 20.0  # how long ranks that say nothing let the one that speaks finish; the launcher ends them when it has
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str, config_required: bool = True) -> argparse.ArgumentParser:
     """--config FILE and any number of key=value; the launcher's --local_rank is accepted and not needed."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
+    p.add_argument("--config", required=config_required, metavar="FILE", help="YAML file, see configs/")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. tensor_parallel.tp_size=2")
     p.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return p

@@ -7,6 +7,7 @@ came of one, and a count of steps by which a replica that hangs is told from one
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -31,9 +32,11 @@ class Dealer:
 
     def take(self) -> Iterator[int]:
         """Numbers of batches for this replica to do, each given to one replica only."""
-        while (number := self._store.add("taken", 1) - 1) < self.batches:
+        number = self.replica  # each has one, whoever comes first
+        while number < self.batches:
             self._store.set(f"replica/{number}", str(self.replica))
             yield number
+            number = self.replicas + self._store.add("taken", 1) - 1
 
     def post(self, number: int, rows: Rows) -> None:
         self._store.set(f"rows/{number}", json.dumps(rows))
@@ -42,10 +45,11 @@ class Dealer:
 
     def collect(self) -> Iterator[tuple[int, Rows]]:
         """For rank 0: the batches posted since the last call, by number."""
-        for number in range(min(self.batches, self._store.add("taken", 0))):
+        for number in range(min(self.batches, self.replicas + self._store.add("taken", 0))):
             if number not in self._collected and self._store.check([f"rows/{number}"]):
                 self._collected.add(number)
                 yield number, json.loads(self._store.get(f"rows/{number}"))
+                self._store.delete_key(f"replica/{number}")
                 self._store.delete_key(f"rows/{number}")
 
     def finished(self) -> bool:
@@ -65,8 +69,8 @@ class Dealer:
         self._store.add("signs", 1)
 
     def _out(self) -> Iterator[str]:
-        for number in sorted(set(range(self.batches)) - self._collected):
-            if self._store.check([f"replica/{number}"]):
+        for number in range(self.batches):  # the rows first: those that are collected go last
+            if not self._store.check([f"rows/{number}"]) and self._store.check([f"replica/{number}"]):
                 yield f"batch {number + 1} (replica {self._store.get(f'replica/{number}').decode()})"
 
 
@@ -84,7 +88,7 @@ class Steps(StoppingCriteria):
 
 def at_table(mpu: Mpu, batches: int) -> Dealer:
     """This rank's dealer; every rank of the job must call it."""
-    job = mpu.world.agreed(int(torch.randint(2**62, (1,))))  # a name of its own in the store
+    job = mpu.world.agreed(secrets.randbits(62))  # a name of its own in the store
     if mpu.replicas.size == 1:
         return Dealer(HashStore(), batches)
     store = torch.distributed.distributed_c10d._get_default_store()

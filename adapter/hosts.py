@@ -34,6 +34,7 @@ UNHEARD_S = 20.0  # a host that was never heard is not judged (UDP may be blocke
 CARD_BYTES = 512
 SECRET_BYTES = 16
 PULSE = struct.Struct(">i?3q")  # rank, and its Standing
+MOST_HEARD = 10_000  # datagrams in one look, so that no flood and no broken socket keeps it for ever
 LONGEST = 1000  # bytes of a farewell: one datagram, whole
 
 
@@ -94,13 +95,14 @@ class Hosts:
         self._line.close()
 
     def _send(self, mine: Standing, message: str) -> None:
-        pulse = PULSE.pack(self.rank, mine.inside, mine.entered, mine.kind, mine.values) + message.encode()[:LONGEST]
+        pulse = PULSE.pack(self.rank, mine.inside, mine.entered, mine.kind, mine.values)
+        pulse += message.encode(errors="replace")[:LONGEST]
         for rank in self.distant.values():
             with suppress(OSError):  # an unreachable host is found by its silence
                 self._line.sendto(rank.secret + pulse, rank.address)
 
     def _hear(self) -> str | None:
-        while True:
+        for _ in range(MOST_HEARD):
             try:
                 data = self._line.recv(2048)
             except BlockingIOError:
@@ -116,6 +118,7 @@ class Hosts:
                 return f"host {other.host}: {message}"
             other.standing = Standing(entered, inside, kind, values)
             self._silences[other.host] = Silence(heard=True)
+        return None
 
     def _missed(self) -> str | None:
         for host, silence in self._silences.items():

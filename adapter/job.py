@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TypeVar
 
 import deepspeed
@@ -110,8 +111,11 @@ def answer(config: Config, processor: RequestProcessor, limits: Limits, run: Run
 
 def deal(requests: Sequence[Request], size: int, replicas: int) -> list[Sequence[Request]]:
     """Batches of at most `size`, smaller where there would be none for some replica."""
-    size = max(1, min(size, -(-len(requests) // replicas)))
-    return [requests[start:start + size] for start in range(0, len(requests), size)]
+    count = len(requests)
+    if count > size * replicas:
+        return [requests[start:start + size] for start in range(0, count, size)]
+    cuts = [count * i // replicas for i in range(replicas + 1)]
+    return [requests[start:end] for start, end in pairwise(cuts) if start < end]
 
 
 def _pending(config: Config, answers: Answers | None, world: Group) -> list[Request]:
