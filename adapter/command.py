@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
+from adapter.launchers import environment_rank
 from policies.errors import CheckFailed, UserError
 
 DONE, CHECK_FAILED, BAD_INPUT, CRASHED = 0, 1, 2, 70
@@ -93,17 +94,6 @@ def _report(error: UserError | CheckFailed, rank: int) -> None:
     else:
         time.sleep(GRACE_S)
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)  # still here: nobody else found it
-
-
-RANK_NAMES = {  # what launchers call it; the first that is set counts
-    "RANK": ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"),
-    "LOCAL_RANK": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
-}
-
-
-def environment_rank(name: str) -> int:
-    """RANK or LOCAL_RANK from whichever launcher set it; 0 without one."""
-    return next((int(os.environ[n]) for n in RANK_NAMES[name] if os.environ.get(n, "").isdigit()), 0)
 
 
 def _joined() -> bool:

@@ -21,11 +21,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
+from adapter import network
 from adapter.progress import Standing
 from adapter.topology import Group, to_device
+from policies.errors import UserError
 
 log = logging.getLogger("adapter")
 PULSE_S = 0.5
@@ -161,13 +162,12 @@ def _open_line() -> socket.socket | None:
 
 def _own_address() -> str:
     """This host's address on the network that the ranks talk over: that of gloo's interface, or of the way to the
-    master. Raises OSError."""
+    master. Raises OSError where there is none."""
     wanted = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    for entry in psutil.net_if_addrs().get(wanted, ()):
-        if entry.family in (socket.AF_INET, socket.AF_INET6) and not ipaddress.ip_address(
-                entry.address.split("%")[0]).is_link_local:
-            return entry.address
-    found = socket.getaddrinfo(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), type=socket.SOCK_DGRAM)
-    with socket.socket(found[0][0], socket.SOCK_DGRAM) as probe:
-        probe.connect(found[0][4])  # sends nothing; asks the routing table
-        return str(probe.getsockname()[0])
+    for name, address in network.interfaces():
+        if name == wanted and not ipaddress.ip_address(address).is_link_local:
+            return address
+    try:
+        return network.own_address_towards(os.environ["MASTER_ADDR"])
+    except UserError as error:
+        raise OSError(str(error)) from None

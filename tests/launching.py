@@ -46,26 +46,25 @@ def command(ranks: int, script: Path, args: Sequence[str], launcher: str, port: 
     }[launcher]
 
 
-class Job:
-    """A running launcher with all its descendants, found by a mark in their environment.
+class Running:
+    """A running command with all its descendants, found by a mark in their environment.
 
     `running` lists those that no `finish` has seen end; conftest kills what a failed test leaves in it.
     """
 
-    running: ClassVar[list[Job]] = []
+    running: ClassVar[list[Running]] = []
 
-    def __init__(self, ranks: int, script: Path, *args: str, launcher: str = "deepspeed", python: str = sys.executable,
-                 env: Mapping[str, str] | None = None, port: int | None = None) -> None:
-        self.mark, self.port = uuid.uuid4().hex, port or free_port()
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str] | None = None, port: int | None = None) -> None:
+        self.mark, self.port = uuid.uuid4().hex, port
         self.shm_before = set(os.listdir("/dev/shm"))
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            command(ranks, script, args, launcher, self.port, python), text=True, start_new_session=True, cwd=ROOT,
+            argv, text=True, start_new_session=True, cwd=ROOT,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", MARK: self.mark, **(env or {})},
         )
 
-        Job.running.append(self)
+        Running.running.append(self)
         self._lines: dict[str, list[str]] = {"stdout": [], "stderr": []}
         self._readers = [threading.Thread(target=self._read, args=(name,), daemon=True) for name in self._lines]
         for reader in self._readers:
@@ -88,7 +87,7 @@ class Job:
                 from None
         for reader in self._readers:
             reader.join(10)
-        Job.running.remove(self)
+        Running.running.remove(self)
         return Outcome(self.process.returncode, self.said("stdout"), self.said(), time.monotonic() - self.began)
 
     def descendants(self) -> list[int]:
@@ -116,17 +115,27 @@ class Job:
             os.kill(pid, signal.SIGKILL)
 
     def leftovers(self, wait_s: float = 10) -> list[str]:
-        """Processes, new /dev/shm names and the listening port of this job that are left after `wait_s` at most."""
+        """Processes, new /dev/shm names and the known port of this job that are left after `wait_s` at most."""
         deadline = time.monotonic() + wait_s
         while True:
             left = [f"process {pid}" for pid in self.descendants()]
             left += [f"/dev/shm/{n}" for n in set(os.listdir("/dev/shm")) - self.shm_before]
-            with socket.socket() as s:
-                if s.connect_ex(("127.0.0.1", self.port)) == 0:
-                    left.append(f"port {self.port}")
+            if self.port is not None:
+                with socket.socket() as s:
+                    if s.connect_ex(("127.0.0.1", self.port)) == 0:
+                        left.append(f"port {self.port}")
             if not left or time.monotonic() > deadline:
                 return left
             time.sleep(0.1)
+
+
+class Job(Running):
+    """Ranks of `script` under one of the launchers of `command`, on this host."""
+
+    def __init__(self, ranks: int, script: Path, *args: str, launcher: str = "deepspeed", python: str = sys.executable,
+                 env: Mapping[str, str] | None = None, port: int | None = None) -> None:
+        port = port or free_port()
+        super().__init__(command(ranks, script, args, launcher, port, python), env, port)
 
 
 def launch(ranks: int, script: Path, *args: str, timeout: float = 240, **options) -> Outcome:

@@ -183,7 +183,7 @@ def local_size(case: Case) -> Row | None:
 
 def mpi(case: Case) -> Row | None:
     """mpirun's ranks find each other through mpi4py, which must be of the MPI that mpirun is of."""
-    found, under = case.packages.get("mpi4py", {}), any(n in case.environ for n in machine.LAUNCHED[1:])
+    found, under = case.packages.get("mpi4py", {}), any(n in case.environ for n in machine.LAUNCHED[1:4])
     if "facts" in found:
         library = found["facts"]["library"]
         if "OMPI_COMM_WORLD_SIZE" in case.environ and "open mpi" not in library.lower():

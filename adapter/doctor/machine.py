@@ -24,7 +24,8 @@ T = TypeVar("T")
 CGROUPS = Path("/sys/fs/cgroup")
 SHM = Path("/dev/shm")
 SIOCGIFADDR = 0x8915
-LAUNCHED = ("RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")  # set by some launcher for each rank
+# set by some launcher for each rank; the middle ones by MPI's
+LAUNCHED = ("RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
 SHOWN = (  # beginnings of the names of environment variables that say how a job was started and what steers it
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "CROSS_", "MASTER_",
     "OMPI_COMM_",
@@ -285,9 +286,9 @@ class Place:
         def first(default: int, *names: str) -> int:
             return int(next((environ[name] for name in names if environ.get(name)), default))
 
-        world = first(1, "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-        return cls(first(0, "RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"), world,
-                   first(0, "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
+        world = first(1, "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+        return cls(first(0, "RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"), world,
+                   first(0, "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
                    first(1, "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"))
 
     @property

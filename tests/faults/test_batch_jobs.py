@@ -54,7 +54,7 @@ def test_killed_and_started_again_every_request_is_answered_once_and_in_order(tm
     assert outcome.code == 2, outcome.err[-3000:]  # some requests failed
     rows = lines(tmp_path)
     assert [row["id"] for row in rows] == [f"r{i}" for i in range(count)], "each once, in order"
-    assert set(before) <= set((tmp_path / "answers.jsonl").read_bytes().split(b"\n")), "what was done was not done again"
+    assert set(before) <= set((tmp_path / "answers.jsonl").read_bytes().split(b"\n")), "what was done is done again"
     assert {row["id"] for row in rows if "error" in row} == {f"r{i}" for i in range(3, count, 10)}
     assert all("gone.png" in row["error"] for row in rows if "error" in row)
     printed = [json.loads(line) for line in outcome.out.splitlines() if line.startswith("{")]

@@ -54,8 +54,8 @@ def test_the_demo_dealt_over_two_replicas():
     outcome = launch(4, GENERATE, "--config", config, "tensor_parallel.tp_size=2", "batch_size=3")
     assert outcome.code == 0, outcome.err[-3000:]
     *rows, summary = [json.loads(line) for line in outcome.out.splitlines() if line.startswith("{")]
-    requests = [json.loads(line)["id"] for line in (ROOT / "launch" / "demo" / "requests.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in rows] == requests, "in the order of the requests, whoever answered them"
+    requests = (ROOT / "launch" / "demo" / "requests.jsonl").read_text().splitlines()
+    assert [row["id"] for row in rows] == [json.loads(line)["id"] for line in requests], "in order, whoever answered"
     assert all(row["correct"] for row in rows)
     assert summary["replicas"] == 2 and summary["answered"] == 12
     assert [r["replica"] for r in summary["ranks"]] == [0, 0, 1, 1]

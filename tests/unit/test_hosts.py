@@ -14,6 +14,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -264,9 +265,9 @@ def test_an_address_of_the_link_alone_is_not_taken(monkeypatch):
     link = [SimpleNamespace(family=family, address=address) for family, address in [
         (socket.AF_PACKET, "00:00"), (socket.AF_INET6, "fe80::1%eth9"), (socket.AF_INET, "169.254.0.1")]]
     own = SimpleNamespace(family=socket.AF_INET6, address="fd00::2")
-    monkeypatch.setattr(hosts.psutil, "net_if_addrs", lambda: {"eth9": [*link, own]})
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"eth9": [*link, own]})
     assert addresses(monkeypatch, "127.0.0.1", "eth9") == "fd00::2"
-    monkeypatch.setattr(hosts.psutil, "net_if_addrs", lambda: {"eth9": link})
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"eth9": link})
     assert addresses(monkeypatch, "127.0.0.1", "eth9") == "127.0.0.1"
 
 

@@ -257,8 +257,8 @@ PLANNED = sorted(file.name for file in (ROOT / "configs").glob("qwen2_vl_*.yaml"
 
 
 def test_there_are_configs_for_the_usual_counts_of_accelerators():
-    assert PLANNED == sorted(f"qwen2_vl_{name}_tp{tp}.yaml" for name, sizes in
-                             {"2b": (1, 2, 4), "7b": (1, 2, 4, 8), "72b": (4, 8, 16)}.items() for tp in sizes)
+    usual = {"2b": (1, 2, 4), "7b": (1, 2, 4, 8), "72b": (4, 8, 16)}
+    assert sorted(f"qwen2_vl_{name}_tp{tp}.yaml" for name, sizes in usual.items() for tp in sizes) == PLANNED
 
 
 @pytest.mark.parametrize("file", PLANNED)

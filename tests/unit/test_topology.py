@@ -1,43 +1,13 @@
-"""Launchers' environments, and what is refused before any rank joins."""
+"""What is refused before any rank joins, and how the all-reduce is chosen."""
 
 from __future__ import annotations
 
 import pytest
 
 from adapter import topology
-from adapter.launchers import Launch, read_environment
+from adapter.launchers import Launch
 from adapter.topology import check_world, choose_all_reduce
 from policies.errors import UserError
-
-RANK = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-
-
-def test_deepspeed_launcher():
-    assert read_environment({**RANK, "LOCAL_SIZE": "2"}) == Launch(1, 2, 1, 2)
-
-
-def test_torchrun_gets_the_local_size_that_the_shared_memory_op_needs():
-    environ = {**RANK, "LOCAL_WORLD_SIZE": "2"}
-    assert read_environment(environ) == Launch(1, 2, 1, 2)
-    assert environ["LOCAL_SIZE"] == "2"
-
-
-def test_a_job_of_one_host_stays_on_loopback_and_one_of_two_does_not():
-    for local, expected in (("2", "lo"), ("1", None)):
-        environ = {**RANK, "LOCAL_SIZE": local}
-        read_environment(environ)
-        assert environ.get("GLOO_SOCKET_IFNAME") == expected
-
-
-def test_no_launcher_is_one_rank():
-    environ: dict[str, str] = {}
-    assert read_environment(environ) == Launch(0, 1, 0, 1)
-    assert environ["MASTER_ADDR"] == "127.0.0.1"
-
-
-def test_incomplete_environment():
-    with pytest.raises(UserError, match="WORLD_SIZE"):
-        read_environment({"RANK": "0"})
 
 
 @pytest.mark.parametrize("world, tp, words", [
