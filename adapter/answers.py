@@ -120,12 +120,13 @@ class Recorded:
         with os.fdopen(os.dup(self._file), "rb") as lines:
             lines.seek(0)
             for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n") and _is_cut(line, known):
+                row = _row(line)
+                fits = row is not None and row["id"] not in seen and row["asked"] == known.get(row["id"])
+                if not line.endswith(b"\n") and (fits or _is_cut(line, known)):
                     log.warning("%s: line %d was cut off by a crash and is done again", self.path, number)
                     os.ftruncate(self._file, offset)
                     return
-                row = _row(line)
-                if row is None or row["id"] not in known or row["asked"] != known[row["id"]] or row["id"] in seen:
+                if row is None or not fits:
                     raise UserError(f"output {self.path}: line {number} {_what(row, known, seen)}; nothing was "
                                     "changed. Name another file, or move this one away")
                 seen.add(row["id"])
@@ -156,8 +157,6 @@ def _row(line: bytes) -> Row | None:
 def _is_cut(line: bytes, known: Iterable[str]) -> bool:
     """Whether a line without an end may be what a crash left of an answer; of the system, that may be zeros. Otherwise
     it is somebody's file without a newline at its end."""
-    if _row(line) is not None:
-        return True
     with suppress(ValueError, RecursionError):
         json.loads(line)
         return False

@@ -191,7 +191,8 @@ class Watcher(threading.Thread):
 
     def _end(self, message: str, wake: Iterable[int] = ()) -> None:
         """wake: processes that are to run on if they are stopped; a stopped one cannot see that the job is over."""
-        print(f"rank {self.rank}: {message}", file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # nobody reads stderr any more: end nevertheless
+            print(f"rank {self.rank}: {message}", file=sys.stderr, flush=True)
         if self.hosts is not None:
             self.hosts.farewell(f"rank {self.rank}: {message}")
         time.sleep(2)  # launchers look about once a second, and the job's exit code should be that of the first to end

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import ROOT
 from torch.distributed import HashStore, PrefixStore, TCPStore
@@ -43,6 +43,7 @@ def connect(server, request):
     return lambda: PrefixStore(request.node.name, TCPStore("127.0.0.1", server.port, wait_for_workers=False))
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(0, 9), st.integers(1, 4))
 def test_every_batch_is_dealt_once_and_collected_once(data, batches, replicas):
     store = HashStore()
@@ -171,6 +172,7 @@ def test_jobs_one_after_another_do_not_mix(replicas, connect):
         torch.distributed.destroy_process_group()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 9))
 def test_what_a_deal_keeps(count, size, replicas):
     batches = deal(list(range(count)), size, replicas)

@@ -396,8 +396,10 @@ def test_a_process_that_is_killed_and_one_that_is_stopped_are_heard_of_no_more(m
             pass
         assert said.startswith("host beta (127.0.0.2, rank 1) has not been heard of")
         os.kill(other, signal.SIGCONT)
-        while first_words() != "heard":
-            pass
+        until = time.monotonic() + 20
+        while (said := first_words()) != "heard" and time.monotonic() < until:
+            time.sleep(0.005)
+        assert said == "heard"
     finally:
         os.kill(other, signal.SIGKILL)
         os.waitpid(other, 0)
