@@ -21,11 +21,12 @@ from adapter.config import load_config
 from adapter.desync import checked_generate
 from adapter.inject import build_on_meta, checkpoint_source, inject, model_source
 from adapter.launchers import read_environment
+from adapter.loaded import check_arguments, check_loaded
 from adapter.plan import Plan, checked_plan, require
 from adapter.schema import Config, TensorParallelSection
 from adapter.selftest import self_test, skeletons
 from adapter.topology import Group, Mpu
-from policies.dialects import injection_policy
+from policies.dialects import row_parallel
 from policies.errors import UserError
 from policies.policy import Policy
 from policies.registry import policy_for
@@ -73,9 +74,12 @@ def init_inference(
     checkpoint with missing, extra, truncated or misshapen tensors. Raises CheckFailed where the shards, once loaded, do
     not compute what one process does (off with tensor_parallel.self_test: false).
     """
+    if isinstance(config, nn.Module):
+        raise UserError("init_inference takes a config first; give a loaded model by name: init_inference(model=...)")
     if (config is None) == (model is None):
         raise UserError("init_inference takes either a config or model=..., and exactly one of them")
     if model is not None:
+        check_arguments(deepspeed_section)
         _check_section(deepspeed_section)
         return _start_engine(_shard_loaded(model, *_parallel(tensor_parallel, mpu)), deepspeed_section)
     if stray := [*deepspeed_section, *(["tensor_parallel"] if tensor_parallel else [])]:
@@ -93,6 +97,7 @@ def deepspeed_kwargs(model: nn.Module, tp_size: int | None = None, mpu: Any = No
     For scripts that keep the call: `deepspeed.init_inference(model, **adapter.deepspeed_kwargs(model, tp_size=4))`.
     tp_size: 4 unless an mpu says otherwise. Raises UserError as init_inference does.
     """
+    check_arguments(deepspeed_section)
     _check_section(deepspeed_section)
     section = {} if tp_size is None else {"tp_size": tp_size}
     return _deepspeed_arguments(_shard_loaded(model, *_parallel(section, mpu)), deepspeed_section)
@@ -143,6 +148,7 @@ def _shard_loaded(model: nn.Module, parallel: TensorParallelSection, megatron: A
     tp_size, mapping = parallel.tp_size, model_config.to_dict()
     policy = policy_for(mapping, f"{type(model).__name__}.config")
     geometry = policy.geometry(mapping)
+    check_loaded(model, policy, geometry)
     dtype: torch.dtype = model.dtype  # type: ignore[assignment]
     plan = Plan(policy, geometry, tp_size, str(dtype).removeprefix("torch."))
     require(policy.problems(geometry, tp_size), plan, type(model).__name__)
@@ -174,7 +180,7 @@ def _ready(shard: _Shard, whole: Mapping[str, nn.Module]) -> _Shard:
     """Test the shards against `whole`, what some modules are for one process, and give the model a `generate` that
     draws the same numbers on every rank, whoever calls it."""
     tp = shard.mpu.tp
-    shard.model.to(get_accelerator().current_device_name())
+    shard.model.eval().to(get_accelerator().current_device_name())
     if shard.parallel.self_test:
         self_test(shard.model, shard.plan, tp, whole)
     generate = checked_generate(shard.model, shard.plan, tp, shard.parallel.desync_check)
@@ -221,7 +227,7 @@ def _deepspeed_arguments(shard: _Shard, section: Mapping[str, Any]) -> dict[str,
 def _policy_by_class(model: nn.Module, policy: Policy) -> dict[type[nn.Module], tuple[str, ...]]:
     """DeepSpeed's form of the policy: the class of each stack's layers -> its row-parallel linears."""
     modules = {policy.published(name): module for name, module in model.named_modules()}
-    return {type(modules[f"{stack}.0"]): rows for stack, rows in injection_policy(policy).items()}
+    return {type(modules[f"{stack}.0"]): rows for stack, rows in row_parallel(policy).items()}
 
 
 def _start_engine(shard: _Shard, section: Mapping[str, Any]) -> deepspeed.InferenceEngine:

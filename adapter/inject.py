@@ -77,14 +77,18 @@ def checkpoint_source(checkpoint: Checkpoint) -> Source:
 
 
 def model_source(model: nn.Module, policy: Policy) -> Source:
-    """Slices of a model the caller loaded, copied so that the whole tensors can be freed."""
-    owners = {policy.published(name): module for name, module in model.named_modules()}
+    """Slices of a model the caller loaded, copied so that the whole tensors can be freed.
+
+    It keeps no module, or none would be freed before the last is read; and it copies whole tensors too, since one view
+    of a file that Transformers has mapped keeps all of its pages.
+    """
+    names = {policy.published(name): name for name, _ in model.named_modules()}
 
     def read(name: str, part: TensorSlice) -> Tensor:
         module, suffix = name.rsplit(".", 1)
-        whole = getattr(owners[module], suffix).detach()
+        whole = getattr(model.get_submodule(names[module]), suffix).detach()
         if part.dim is None:
-            return whole
+            return whole.clone()
         return torch.cat([whole.narrow(part.dim, a, b - a) for a, b in part.ranges], dim=part.dim)
 
     return read

@@ -54,12 +54,13 @@ class Running:
 
     running: ClassVar[list[Running]] = []
 
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str] | None = None, port: int | None = None) -> None:
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str] | None = None, port: int | None = None,
+                 cwd: Path = ROOT) -> None:
         self.mark, self.port = uuid.uuid4().hex, port
         self.shm_before = set(os.listdir("/dev/shm"))
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            argv, text=True, start_new_session=True, cwd=ROOT,
+            argv, text=True, start_new_session=True, cwd=cwd,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", MARK: self.mark, **(env or {})},
         )
@@ -133,9 +134,9 @@ class Job(Running):
     """Ranks of `script` under one of the launchers of `command`, on this host."""
 
     def __init__(self, ranks: int, script: Path, *args: str, launcher: str = "deepspeed", python: str = sys.executable,
-                 env: Mapping[str, str] | None = None, port: int | None = None) -> None:
+                 env: Mapping[str, str] | None = None, port: int | None = None, cwd: Path = ROOT) -> None:
         port = port or free_port()
-        super().__init__(command(ranks, script, args, launcher, port, python), env, port)
+        super().__init__(command(ranks, script, args, launcher, port, python), env, port, cwd)
 
 
 def launch(ranks: int, script: Path, *args: str, timeout: float = 240, **options) -> Outcome:

@@ -14,4 +14,4 @@ export QWENVL_TP_OLD_PYTHON=$ROW_PYTHON
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$PYTHON" -m pytest --durations=10 tests/unit tests/launchers tests/faults tests/proof tests/parity "$@"
+exec "$PYTHON" -m pytest --durations=10 tests/unit tests/stack tests/launchers tests/faults tests/proof tests/parity "$@"

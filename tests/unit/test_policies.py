@@ -11,7 +11,6 @@ from checkpoints import Shape, newer_name
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.dialects import injection_policy
 from policies.errors import UserError
 from policies.heads import split_grains, split_heads
 from policies.qwen2_vl import POLICY, TABLE
@@ -387,8 +386,3 @@ def test_unknown_model_type_names_the_nearest(model_type):
 def test_any_other_model_type_is_a_user_error_with_the_known_ones(config):
     with pytest.raises(UserError, match="known: qwen2_vl"):
         policy_for(config)
-
-
-def test_deepspeed_injection_policy_lists_the_row_parallel_layers():
-    assert injection_policy(POLICY) == {"model.layers": ("self_attn.o_proj", "mlp.down_proj"),
-                                        "visual.blocks": ("attn.proj", "mlp.fc2")}

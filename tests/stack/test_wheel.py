@@ -1,0 +1,141 @@
+"""The wheel, in an environment of its own and away from the checkout: the three lines' names and the commands."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from launching import ROOT, launch
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it there
+
+PACKAGES = ("adapter", "policies")
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "models")
+DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}  # import name -> where it differs from the package's
+IN_EXTRAS = {"mpi4py"}
+MODULES = ["adapter.plan", "adapter.generate", "adapter.verify"]  # what `--module` starts
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy, so that the checkout stays as it is, and with a stray package beside the real ones."""
+    home = tmp_path_factory.mktemp("wheel")
+    copy = shutil.copytree(ROOT, home / "checkout", ignore=LEFT_OUT)
+    (copy / "strays").mkdir()
+    (copy / "strays" / "__init__.py").touch()
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
+                    "--disable-pip-version-check", "--wheel-dir", str(home), str(copy)], check=True)
+    return next(home.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """Python of an environment with the wheel in it, and what the wheel requires from the main one."""
+    home = tmp_path_factory.mktemp("installed")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home / "env")], check=True)
+    python = home / "env" / "bin" / "python"
+    site = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True,
+                          capture_output=True, text=True).stdout.strip()
+    Path(site, "main.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
+                    "--disable-pip-version-check", str(wheel)], check=True)
+    return python
+
+
+@pytest.fixture(scope="module")
+def away(tmp_path_factory) -> Path:
+    """A directory with the demo's checkpoint, pictures and config, and nothing else of the checkout."""
+    home = tmp_path_factory.mktemp("away")
+    for part in ("configs", "launch/demo/checkpoint", "launch/demo/pictures"):
+        shutil.copytree(ROOT / part, home / part)
+    shutil.copy(ROOT / "launch/demo/requests.jsonl", home / "launch/demo")
+    return home
+
+
+def run(python: Path, away: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run([str(python), *args], cwd=away, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
+    """Every module of the checkout's two packages, the marker for type checkers, and no tests, launch or configs."""
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {str(file.relative_to(ROOT)) for package in PACKAGES
+                for pattern in ("**/*.py", "py.typed") for file in (ROOT / package).glob(pattern)}
+    assert names == expected
+    assert {f"{package}/py.typed" for package in PACKAGES} <= names
+
+
+def test_the_wheel_says_what_it_needs(wheel):
+    """As pyproject.toml has it, and all that the two packages import; only what an extra brings may be missing."""
+    archive = zipfile.ZipFile(wheel)
+    text = next(archive.read(name).decode() for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = Parser().parsestr(text)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    assert sorted(map(spaceless, required)) == sorted(map(spaceless, project["dependencies"]))
+    assert metadata["Requires-Python"] == project["requires-python"]
+    assert set(metadata.get_all("Provides-Extra")) == set(project["optional-dependencies"])
+    imported = {top for package in PACKAGES for file in (ROOT / package).glob("**/*.py") for top in imports(file)}
+    needed = {DISTRIBUTIONS.get(top, top) for top in imported - sys.stdlib_module_names - set(PACKAGES)}
+    names = {re.split(r"[^\w-]", requirement)[0].lower() for requirement in required}
+    assert needed - names == IN_EXTRAS
+
+
+def imports(file: Path) -> set[str]:
+    """Top-level names of everything a file imports, inside functions too."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    return {name.split(".")[0] for name in names}
+
+
+def spaceless(requirement: str) -> str:
+    """Name and bounds, in one order: backends sort the bounds."""
+    name = requirement.rstrip("<>=!~,.0123456789 ")
+    return name + ",".join(sorted(requirement[len(name):].replace(" ", "").split(",")))
+
+
+def test_the_three_lines_are_importable(installed, away):
+    done = run(installed, away, "-W", "ignore", "-c", "import adapter, policies; print(adapter.__file__);"
+               "print(adapter.init_inference.__name__, adapter.deepspeed_kwargs.__name__)")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()  # DeepSpeed talks on stdout too
+    assert any(line.startswith(str(installed.parents[1])) for line in said) and str(ROOT) not in done.stdout
+    assert "init_inference deepspeed_kwargs" in said
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_commands_are_modules(installed, away, module):
+    done = run(installed, away, "-m", module, "--help")
+    assert done.returncode == 0 and "--config" in done.stdout, done.stderr
+
+
+def test_plan(installed, away):
+    done = run(installed, away, "-m", "adapter.plan", "--config", "configs/demo_tp4.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tp_size"] == 4
+
+
+@pytest.mark.ranks
+def test_generate_over_ranks(installed, away):
+    """deepspeed --module adapter.generate, started from the environment's own launcher."""
+    outcome = launch(2, Path("--module"), "adapter.generate", "--config", str(away / "configs" / "demo_tp4.yaml"),
+                     "tensor_parallel.tp_size=2", python=str(installed), cwd=away, env={"PYTHONPATH": ""})
+    assert outcome.code == 0, outcome.err[-3000:]
+    rows = [json.loads(line) for line in outcome.out.splitlines() if line.startswith("{")]
+    assert rows[-1]["summary"] and rows[-1]["answered"] == len(rows) - 1 == 12
+    assert all(row["correct"] for row in rows[:-1])
