@@ -25,7 +25,7 @@ from packaging.version import Version
 from torch import Tensor
 from torch.utils.cpp_extension import is_ninja_available
 
-from adapter.launchers import Launch, read_environment, usable_cores
+from adapter.launchers import Launch, how_to_start, read_environment, usable_cores
 from adapter.progress import ALL_GATHER, ALL_REDUCE, BARRIER, BROADCAST, Progress
 from policies.errors import UserError
 
@@ -223,8 +223,8 @@ def check_world(world_size: int, tp_size: int) -> None:
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
     fit = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
     raise UserError(f"this job has {ranks}, tensor_parallel.tp_size is {tp_size}: each of the tp_size shards needs a "
-                    "rank of its own, and more ranks must make whole replicas. Start `deepspeed --num_accelerators "
-                    f"{tp_size} ...` (or a multiple), or set tensor_parallel.tp_size to one of {fit}")
+                    "rank of its own, and more ranks must make whole replicas. Start so many, "
+                    f"`{how_to_start(tp_size)}`, or a multiple, or set tensor_parallel.tp_size to one of {fit}")
 
 
 def choose_all_reduce(launch: Launch, tp_size: int) -> tuple[bool, str]:
