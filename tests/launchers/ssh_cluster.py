@@ -13,6 +13,7 @@ from hosts import Host
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 HOME = Path.home()
+OWN = "/run"  # each host its own: process ids, which name OpenMPI's files, are the same small numbers on each
 SERVER = """\
 HostKey {home}/.ssh/id_ed25519
 AuthorizedKeysFile {home}/.ssh/id_ed25519.pub
@@ -20,6 +21,7 @@ PermitRootLogin yes
 PasswordAuthentication no
 StrictModes no
 PidFile none
+SetEnv TMPDIR={own}
 """
 CLIENT = "StrictHostKeyChecking no\nLogLevel ERROR\nUserKnownHostsFile /dev/null\n"
 
@@ -34,11 +36,11 @@ def start_sshd(hosts: Sequence[Host], directory: Path) -> None:
     for host in hosts:
         HOME.joinpath(".ssh").mkdir(exist_ok=True)
         host.mount_empty(f"{HOME}/.ssh")
-        host.mount_empty("/run")
+        host.mount_empty(OWN)
         host.path("/run/sshd").mkdir()
         own = host.path(f"{HOME}/.ssh")
         own.joinpath("config").write_text(CLIENT)
-        own.joinpath("sshd_config").write_text(SERVER.format(home=HOME))
+        own.joinpath("sshd_config").write_text(SERVER.format(home=HOME, own=OWN))
         for name in (key.name, f"{key.name}.pub"):
             own.joinpath(name).write_bytes((directory / name).read_bytes())
             own.joinpath(name).chmod(0o600)

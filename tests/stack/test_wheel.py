@@ -25,7 +25,7 @@ else:
 PACKAGES = ("adapter", "policies")
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "models")
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}  # import name -> where it differs from the package's
-IN_EXTRAS = {"mpi4py"}
+IN_EXTRAS = {"matplotlib", "mpi4py"}
 MODULES = ["adapter.plan", "adapter.generate", "adapter.verify"]  # what `--module` starts
 
 
