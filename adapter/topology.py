@@ -257,7 +257,12 @@ def _init_process_group(launch: Launch) -> None:
         get_accelerator().set_device(launch.local_rank)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if not launch.one_host or address not in LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        torch.distributed.init_process_group(backend, timeout=TIMEOUT, rank=launch.rank, world_size=launch.world_size)
+        try:
+            torch.distributed.init_process_group(backend, timeout=TIMEOUT, rank=launch.rank,
+                                                 world_size=launch.world_size)
+        except torch.distributed.DistNetworkError as error:
+            raise UserError(f"the rendezvous at {address}:{port} failed: {str(error).splitlines()[0]}. Is another job "
+                            "using that port there? Start with another MASTER_PORT (deepspeed --master_port)") from None
         return
     listener = _listen(port) if launch.rank == 0 else None
     store = torch.distributed.TCPStore("127.0.0.1", port, launch.world_size, launch.rank == 0, timeout=TIMEOUT,

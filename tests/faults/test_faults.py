@@ -166,6 +166,18 @@ def test_ctrl_c_and_a_killed_launcher_leave_nothing(tmp_path, model, number):
     assert code != 0
 
 
+def test_taken_port_is_said_in_a_job_of_several_hosts(tmp_path, model):
+    """Rank 0 of a job whose other rank is elsewhere: torch's own rendezvous, which listens on all addresses."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": str(taken.getsockname()[1])}
+        outcome = Job(1, GENERATE, "--config", config(tmp_path, model), launcher="none", env=env).finish(120)
+    assert outcome.code == 2, outcome.err[-3000:]
+    assert env["MASTER_PORT"] in outcome.err and "MASTER_PORT" in outcome.err and "Traceback" not in outcome.err
+
+
 def test_taken_port_is_said(tmp_path, model):
     with socket.socket() as taken:
         port = free_port()

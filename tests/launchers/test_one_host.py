@@ -53,7 +53,7 @@ def test_mpirun_of_mpich(tmp_path):
 @need_mpich
 def test_mpirun_of_another_mpi_than_mpi4py_has_is_said():
     """Each process would take itself for the only one."""
-    alone = {"OMPI_MCA_btl": "self"}  # OpenMPI outside its own mpirun leaves files in /dev/shm, whatever the program does
+    alone = {"OMPI_MCA_btl": "self"}  # OpenMPI outside its own mpirun leaves files in /dev/shm, whoever calls it
     job = start("mpirun.sh", 2, MPIRUN="mpirun.mpich", **alone)  # mpi4py takes the openmpi beside python
     outcome = job.finish(120)
     assert outcome.code != 0 and "Traceback" not in outcome.err
