@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import os
 import resource
@@ -26,19 +25,12 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}  # the former as a command itself sets it
 
-from adapter import checkpoint, command, config, plan, schema  # noqa: E402, F401  (imported before the fork)
+from adapter import checkpoint, command, config, generate, plan, schema  # noqa: E402, F401  (imported before the fork)
 
 DEMO = ROOT / "launch" / "demo" / "checkpoint"
 LIMIT_S = 10.0
 MEMORY = 2 << 30  # bytes of address space above what the imports take
 SIGNS = ("socket.", "subprocess.", "os.fork", "os.posix_spawn", "os.exec", "os.system")
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 def processor_of(args: argparse.Namespace, results: command.Results) -> int:
@@ -64,7 +56,7 @@ def preparing():
     return prepare
 
 
-COMMANDS = {"plan": script("plan"), "generate": script("generate")}
+COMMANDS = {"plan": plan.main, "generate": generate.main}
 if "--requests" in sys.argv:
     COMMANDS |= {"prepare": preparing(), "processor": processor_of}
 

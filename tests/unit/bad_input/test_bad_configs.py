@@ -25,7 +25,7 @@ ACCEPTS: dict[str, set[str]] = {  # key -> the kinds of KINDS that it takes; a s
     "model": set(), "model.path": set(), "model.dtype": set(), "model.attn_implementation": set(),
     "tensor_parallel": set(), "tensor_parallel.tp_size": {"integer"}, "tensor_parallel.vision": set(),
     "tensor_parallel.desync_check": {"integer"}, "tensor_parallel.self_test": {"boolean"},
-    "deepspeed": {"mapping"}, "weights": set(), "weights.format": set(), "batch_size": {"integer"},
+    "deepspeed": {"mapping"}, "weights": set(), "weights.format": set(), "batch_size": {"integer"}, "output": {"string", "null"},
     "processor": set(), "processor.min_pixels": PIXELS, "processor.max_pixels": PIXELS,
     "processor.fps": {"integer", "number"}, "processor.max_frames": {"integer"},
     "generation": set(),
