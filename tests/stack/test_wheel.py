@@ -26,7 +26,7 @@ PACKAGES = ("adapter", "policies")
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "models")
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}  # import name -> where it differs from the package's
 IN_EXTRAS = {"matplotlib", "mpi4py"}
-MODULES = ["adapter.plan", "adapter.generate", "adapter.verify"]  # what `--module` starts
+MODULES = ["adapter.plan", "adapter.generate", "adapter.verify", "adapter.doctor"]  # what `--module` starts
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,13 @@ def test_plan(installed, away):
     done = run(installed, away, "-m", "adapter.plan", "--config", "configs/demo_tp4.yaml", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tp_size"] == 4
+
+
+def test_the_table_in_other_words(installed, away):
+    model = str(ROOT / "launch" / "demo" / "checkpoint")
+    done = run(installed, away, "-m", "policies", model, "--dialect", "tp_plan")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["lm_head"] == "colwise_gather_output"
 
 
 @pytest.mark.ranks
