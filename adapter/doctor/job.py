@@ -37,7 +37,7 @@ def _way_on(trial: Mapping[str, Any]) -> str:
     steps = set(trial["steps"].values())
     if any("port" in error for error in trial["errors"].values()):
         return "deepspeed --master_port <a free one>"
-    if any("MPI (mpi4py) sees" in error for error in trial["errors"].values()):
+    if any("mpi4py sees" in error for error in trial["errors"].values()):
         return "mpi4py must be of the MPI whose mpirun starts the job: compare `mpirun --version` with the row mpi"
     if "sum" in steps:
         return WITHOUT_OP

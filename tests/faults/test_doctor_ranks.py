@@ -50,7 +50,7 @@ def test_mpi_that_sees_another_world(monkeypatch):
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
     before = set(os.listdir("/dev/shm"))
     row = rendezvous(main._trial(Place.read(os.environ), 0, 60, []))
-    assert row.status == check.FAILED and "started 2 ranks, MPI (mpi4py) sees 1" in row.found and "mpirun" in row.do
+    assert row.status == check.FAILED and "started 2 processes, but mpi4py sees 1" in row.found and "mpirun" in row.do
     assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("sm_segment")]
 
 
