@@ -193,8 +193,8 @@ def _counted(launch: Launch, tp: Any, replicas: Any) -> Mpu:
     world = Group(launch.rank, launch.world_size, progress=progress)
     sharing = _group(tp, progress)
     fast, why = choose_all_reduce(launch, sharing.size)
-    mine = to_device(torch.tensor([fast], dtype=torch.uint8))
-    if fast and not world.all_gather_last(mine, (1,) * world.size).all():
+    votes = world.all_gather_last(to_device(torch.tensor([fast], dtype=torch.uint8)), (1,) * world.size)
+    if fast and not votes.all():  # every rank has voted, also those that know already
         fast, why = False, "torch group; not every rank can use DeepSpeed's shared-memory op"
     if launch.rank == 0 and sharing.size > 1:
         log.info("all-reduce: %s", why)
