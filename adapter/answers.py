@@ -68,7 +68,7 @@ class Recorded:
 
     def __init__(self, config: Config) -> None:
         assert config.output is not None
-        self.path, self._config = config.output, config
+        self.path = config.output
         self._asked = {r.id: _digest(config, r) for r in config.requests}
         self._file = _open_locked(self.path)
         try:

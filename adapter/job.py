@@ -184,4 +184,3 @@ def read_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-

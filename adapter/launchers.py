@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,11 +75,11 @@ def read_environment(environ: Environ = os.environ) -> Launch:
     return launch
 
 
-def launcher_of(environ: Environ = os.environ) -> Launcher:
+def launcher_of(environ: Mapping[str, str] = os.environ) -> Launcher:
     return next(launcher for launcher in LAUNCHERS if launcher.mark in environ or not launcher.mark)
 
 
-def environment_rank(name: str, environ: Environ = os.environ) -> int:
+def environment_rank(name: str, environ: Mapping[str, str] = os.environ) -> int:
     """RANK or LOCAL_RANK by the variables of whichever launcher there is, before `read_environment` has judged them; 0
     where there is none or it is no number."""
     launcher = launcher_of(environ)
@@ -88,7 +88,7 @@ def environment_rank(name: str, environ: Environ = os.environ) -> int:
     return int(said) if said.isdecimal() else 0
 
 
-def how_to_start(ranks: int, environ: Environ = os.environ) -> str:
+def how_to_start(ranks: int, environ: Mapping[str, str] = os.environ) -> str:
     """The command that starts so many ranks with the launcher that started this one."""
     return launcher_of(environ).start.format(n=ranks)
 

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from adapter.doctor import machine
-from adapter.doctor.machine import Place
+from adapter.launchers import Launch
 
 if TYPE_CHECKING:
     from adapter.config import Config
@@ -43,7 +43,7 @@ class Case:
 
     environ: Mapping[str, str]
     ranks: int = 1
-    place: Place | None = None
+    place: Launch | None = None
     packages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     config: Config | None = None
     trial: Mapping[str, Any] | None = None

@@ -9,6 +9,7 @@ from adapter.doctor.check import Case, Check, Row, failed, ok, warning
 
 FIXED_BYTES = 700_000_000  # of a rank without weights: torch, DeepSpeed, Transformers
 SPARE = 0.8  # of the memory there is; what needs more works today, perhaps
+MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")  # set by MPI's own launchers for each rank
 PICTURE_PIXELS = 1_003_520  # where the config does not limit them; a token is 28 x 28 of them
 
 
@@ -24,7 +25,7 @@ def plan(case: Case) -> Row | None:
         checked_plan(model.path, tp_size, model.dtype)
     except UserError as error:
         return failed(str(error), "see each line; `launch/plan.py --config C` has the whole plan")
-    if case.place and case.place.world_size != tp_size:
+    if case.place and case.place.world_size % tp_size:
         return failed(f"the job has {case.place.world_size} ranks, tensor_parallel.tp_size is {tp_size}",
                       f"deepspeed --num_accelerators {tp_size} ..., or tensor_parallel.tp_size={case.place.world_size}")
     return ok(f"{model.path} over {tp_size} ranks")
@@ -183,7 +184,7 @@ def local_size(case: Case) -> Row | None:
 
 def mpi(case: Case) -> Row | None:
     """mpirun's ranks find each other through mpi4py, which must be of the MPI that mpirun is of."""
-    found, under = case.packages.get("mpi4py", {}), any(n in case.environ for n in machine.LAUNCHED[1:4])
+    found, under = case.packages.get("mpi4py", {}), any(n in case.environ for n in MPI_MARKS)
     if "facts" in found:
         library = found["facts"]["library"]
         if "OMPI_COMM_WORLD_SIZE" in case.environ and "open mpi" not in library.lower():

@@ -15,17 +15,17 @@ import struct
 import subprocess
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
+
+from adapter.launchers import Launch, environment_rank, launcher_of
 
 T = TypeVar("T")
 CGROUPS = Path("/sys/fs/cgroup")
 SHM = Path("/dev/shm")
 SIOCGIFADDR = 0x8915
-# set by some launcher for each rank; the middle ones by MPI's
-LAUNCHED = ("RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
+LOCAL_SIZES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 SHOWN = (  # beginnings of the names of environment variables that say how a job was started and what steers it
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "CROSS_", "MASTER_",
     "OMPI_COMM_",
@@ -267,33 +267,14 @@ def _read(file: Path) -> str:
         return ""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a launcher's environment says this process stands, before any package is imported (adapter.launchers asks
-    them, and MPI)."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_size: int
-
-    @classmethod
-    def read(cls, environ: Mapping[str, str]) -> Place | None:
-        """None: started without a launcher."""
-        if not any(name in environ for name in LAUNCHED):
-            return None
-
-        def first(default: int, *names: str) -> int:
-            return int(next((environ[name] for name in names if environ.get(name)), default))
-
-        world = first(1, "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-        return cls(first(0, "RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"), world,
-                   first(0, "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
-                   first(1, "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"))
-
-    @property
-    def one_host(self) -> bool:
-        return self.local_size == self.world_size
+def place(environ: Mapping[str, str]) -> Launch | None:
+    """Where a launcher's environment says this process stands, before MPI is asked; None: started without one."""
+    launcher = launcher_of(environ)
+    if not launcher.mark:
+        return None
+    here = next((environ[name] for name in LOCAL_SIZES if environ.get(name)), "1")
+    world = environ.get("WORLD_SIZE") or environ.get(launcher.world_size) or "1"
+    return Launch(environment_rank("RANK", environ), int(world), environment_rank("LOCAL_RANK", environ), int(here))
 
 
 def installed(package: str) -> str | None:

@@ -24,11 +24,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from adapter import command
+from adapter import command, network
 from adapter.doctor import check, child, host, job, launched, machine
 from adapter.doctor.check import FAILED, OK, WARNING, Case, Row
-from adapter.doctor.machine import Place
 from adapter.doctor.trial import STEPS
+from adapter.launchers import Launch
 from policies.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ Facts = dict[str, Any]
 
 
 def main(args: argparse.Namespace, results: command.Results) -> int:
-    place = Place.read(os.environ)
+    place = machine.place(os.environ)
     if place and args.ranks:
         raise UserError("--ranks starts a job of its own; under a launcher, whose ranks are here already, leave it out")
     if args.overrides and not args.config:
@@ -64,7 +64,7 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
     return command.CHECK_FAILED if any(row.status == FAILED for row in rows) else command.DONE
 
 
-def _case(args: argparse.Namespace, place: Place | None) -> tuple[Case, list[Row]]:
+def _case(args: argparse.Namespace, place: Launch | None) -> tuple[Case, list[Row]]:
     """What there is to look at, and a row where the config cannot be read for want of a package."""
     config, problem = None, list[Row]()
     try:
@@ -108,12 +108,12 @@ def _with_trial(case: Case, ranks: int, limit_s: float, rows: list[Row]) -> Case
     return Case(case.environ, case.ranks, case.place, case.packages, case.config, trial)
 
 
-def _trial(place: Place | None, ranks: int, limit_s: float, rows: list[Row]) -> Facts:
+def _trial(place: Launch | None, ranks: int, limit_s: float, rows: list[Row]) -> Facts:
     argv = ["-m", "adapter.doctor.trial", "--limit", str(limit_s + 30)]
     if place is None:
         print(f"starting {ranks} ranks ...", file=sys.stderr, flush=True)
         argv = ["-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--num_accelerators", str(ranks),
-                "--master_addr", "127.0.0.1", "--master_port", str(_free_port()), "--module", *argv[1:]]
+                "--master_addr", "127.0.0.1", "--master_port", str(network.free_port()), "--module", *argv[1:]]
     told = "" if place is None else json.dumps([asdict(row) for row in rows])
     ended = child.run(child.python(*argv), limit_s, told)
     for row in ended.rows:
@@ -125,12 +125,6 @@ def _trial(place: Place | None, ranks: int, limit_s: float, rows: list[Row]) -> 
         print(ended.err[-4000:], file=sys.stderr, flush=True)
     return {"steps": steps, "errors": {row["rank"]: row["error"] for row in ended.rows if row["step"] == "failed"},
             "how": ended.how, "code": ended.code, "ranks": done.get("ranks", []), "joined_s": done.get("joined_s", 0.0)}
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def _follow(case: Case, rows: list[Row], left_s: float) -> int:

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter import command
-from adapter.doctor.machine import Place, installed, span
+from adapter.doctor.machine import installed, place, span
+from adapter.launchers import Launch
 
 if TYPE_CHECKING:
     from adapter.topology import Group
@@ -37,17 +38,17 @@ SAME = ("torch", "deepspeed", "transformers", "safetensors", "numpy")  # version
 
 def main(args: argparse.Namespace, results: command.Results) -> int:
     faulthandler.dump_traceback_later(args.limit, exit=True)  # a rank whose doctor is gone ends too
-    place = Place.read(os.environ) or Place(0, 1, 0, 1)
+    here = place(os.environ) or Launch(0, 1, 0, 1)
 
     def say(step: str, **more: Any) -> None:
-        results.write({"rank": place.rank, "step": step, **more})
+        results.write({"rank": here.rank, "step": step, **more})
 
     def leave(*_: object) -> None:
         raise SystemExit(143)
 
     signal.signal(signal.SIGTERM, leave)
     try:
-        _take_part(place, json.loads(sys.stdin.read() or "[]"), say)
+        _take_part(here, json.loads(sys.stdin.read() or "[]"), say)
     except SystemExit:
         os._exit(143)
     except Exception as error:
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
     return command.DONE
 
 
-def _take_part(place: Place, found: list[Any], say: Any) -> None:
+def _take_part(here: Launch, found: list[Any], say: Any) -> None:
     heard = _Heard()
     logging.getLogger("adapter").addHandler(heard)
     began = time.perf_counter()
@@ -76,7 +77,7 @@ def _take_part(place: Place, found: list[Any], say: Any) -> None:
     say("sum")
     with watching(mpu):  # warns where the ranks cannot see each other
         sums = _sums(tp)
-    rows = _gathered({**_self(place, heard), "found": found, "sums": sums, "why": why, "fast": tp.fast}, tp)
+    rows = _gathered({**_self(here, heard), "found": found, "sums": sums, "why": why, "fast": tp.fast}, tp)
     if launch.rank == 0:
         say("done", joined_s=round(joined, 2), ranks=rows)
 
@@ -99,11 +100,11 @@ class _Heard(logging.Handler):
         self.said.append(record.getMessage())
 
 
-def _self(place: Place, heard: _Heard) -> dict[str, Any]:
+def _self(here: Launch, heard: _Heard) -> dict[str, Any]:
     import torch
     from deepspeed.accelerator import get_accelerator
 
-    return {"rank": place.rank, "host": socket.gethostname(), "process": os.getpid(),
+    return {"rank": here.rank, "host": socket.gethostname(), "process": os.getpid(),
             "cores": span(os.sched_getaffinity(0)), "core_list": sorted(os.sched_getaffinity(0)),
             "threads": torch.get_num_threads(), "device": str(get_accelerator().current_device_name()),
             "python": ".".join(map(str, sys.version_info[:3])),

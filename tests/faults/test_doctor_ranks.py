@@ -11,8 +11,7 @@ from dataclasses import asdict
 import pytest
 from launching import ROOT, free_port, launch
 
-from adapter.doctor import check, job, main
-from adapter.doctor.machine import Place
+from adapter.doctor import check, job, machine, main
 
 DOCTOR = ROOT / "launch" / "doctor.py"
 pytestmark = pytest.mark.ranks
@@ -49,7 +48,7 @@ def test_mpi_that_sees_another_world(monkeypatch):
     for name, value in (("SIZE", "2"), ("RANK", "0"), ("LOCAL_SIZE", "2"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
     before = set(os.listdir("/dev/shm"))
-    row = rendezvous(main._trial(Place.read(os.environ), 0, 60, []))
+    row = rendezvous(main._trial(machine.place(os.environ), 0, 60, []))
     assert row.status == check.FAILED and "started 2 processes, but mpi4py sees 1" in row.found and "mpirun" in row.do
     assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("sm_segment")]
 
@@ -63,7 +62,7 @@ def test_a_rank_that_never_comes(monkeypatch):
     """Rank 0 of two, alone: an end after the limit, and how far it came."""
     for name, value in as_rank(0, free_port(), 0, 2).items():
         monkeypatch.setenv(name, value)
-    trial = main._trial(Place.read(os.environ), 0, 8, [])
+    trial = main._trial(machine.place(os.environ), 0, 8, [])
     row = rendezvous(trial)
     assert row.status == check.FAILED and "no end after" in row.found and "rank 0 was" in row.found
 
@@ -78,7 +77,7 @@ def test_what_another_host_found_reaches_rank_0(monkeypatch):
         other.stdin.close()
         for name, value in as_rank(0, port, 0, 1).items():
             monkeypatch.setenv(name, value)
-        trial = main._trial(Place.read(os.environ), 0, 80, [])
+        trial = main._trial(machine.place(os.environ), 0, 80, [])
         assert rendezvous(trial).status == check.OK, trial
         told = main._of_other_hosts(check.Case({}, trial=trial))
         assert [(row.check.split(" on ")[0], row.status, row.do) for row in told] == [("dev shm", check.FAILED, "more")]

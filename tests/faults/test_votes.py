@@ -1,4 +1,4 @@
-"""Ranks that would choose different all-reduces: one choice for all of them, and no rank left waiting for the others."""
+"""Ranks that would choose different all-reduces: one choice for all of them, and no rank left waiting for others."""
 
 from __future__ import annotations
 

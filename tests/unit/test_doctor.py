@@ -21,12 +21,11 @@ from launching import ROOT, free_port
 from adapter.config import load_config
 from adapter.doctor import check, child, host, job, launched, machine, main
 from adapter.doctor.check import FAILED, OK, WARNING, Case
-from adapter.doctor.machine import Place
-from adapter.launchers import LAUNCHERS
+from adapter.launchers import LAUNCHERS, Launch
 
 DEMO = load_config(ROOT / "configs" / "demo_tp4.yaml")
-HERE = Place(0, 2, 0, 2)  # rank 0 of two on this host
-THERE = Place(0, 2, 0, 1)  # of two hosts
+HERE = Launch(0, 2, 0, 2)  # rank 0 of two on this host
+THERE = Launch(0, 2, 0, 1)  # of two hosts
 NOTHING = {"PATH": os.environ["PATH"]}
 
 
@@ -261,6 +260,7 @@ def test_plan_of_a_checkpoint_that_is_not_whole(tmp_path):
 def test_a_job_of_another_size_than_the_config():
     status, found, do = judged(launched.plan, Case({}, place=HERE, config=DEMO))
     assert status == FAILED and "the job has 2 ranks" in found and "--num_accelerators 4" in do
+    assert judged(launched.plan, Case({}, place=Launch(0, 8, 0, 8), config=DEMO))[0] == OK, "two replicas"
 
 
 @pytest.mark.parametrize("available, status", [(1_000_000_000, FAILED), (3_000_000_000, WARNING), (9_000_000_000, OK)])
@@ -411,11 +411,12 @@ def test_a_check_that_breaks_or_hangs_is_a_row(monkeypatch):
 
 def test_launchers_are_told_from_their_environment():
     for launcher in (launcher for launcher in LAUNCHERS if launcher.discover and launcher.mark):
-        assert Place.read({launcher.world_size: "4", launcher.rank: "3"}).rank == 3, launcher.name
-    assert Place.read({"PATH": "/"}) is None
-    assert Place.read({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == Place(1, 4, 1, 2)
-    assert Place.read({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-                       "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}) == Place(1, 2, 1, 2)
+        assert machine.place({launcher.world_size: "4", launcher.rank: "3"}).rank == 3, launcher.name
+    assert machine.place({"PATH": "/"}) is None
+    torchrun = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert machine.place(torchrun) == Launch(1, 4, 1, 2)
+    assert machine.place({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                          "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}) == Launch(1, 2, 1, 2)
 
 
 def test_secrets_are_not_shown():
