@@ -1,11 +1,23 @@
-"""Paths for every test: the repository root and the helpers beside this file. No test leaves a job running."""
+"""Paths for every test: the repository root and the helpers beside this file. No test leaves a job running, and no file
+of tests leaves its process the environment of a rank."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment_is_given_back():
+    """A test that joins a job in this process sets RANK, MASTER_PORT and more, which the next file's jobs would take
+    for their own."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)
