@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from adapter import kernels, layers, memory
-from adapter.attention import override_heads
+from adapter.attention import override_heads, use_fast_attention
 from adapter.checkpoint import Checkpoint
 from adapter.kernels import Quantised, Weight
 from adapter.plan import Plan
@@ -122,6 +122,7 @@ def inject(model: nn.Module, plan: Plan, tp: Group, source: Source, dtype: torch
             setattr(model.get_submodule(parent), child, layer)
         del module, tensors
     override_heads({policy.published(name): module for name, module in model.named_modules()}, plan, tp.rank)
+    use_fast_attention(model, plan)
     _keep_frequencies(model)
     _check_whole(model, plan, tp.rank)
 
