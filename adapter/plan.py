@@ -7,6 +7,7 @@ Imports neither torch nor DeepSpeed: it answers for a 72B in well under a second
 
 prints what each rank would own, before anything is loaded: heads, slices, bytes, collectives and every violated
 constraint, from config.json and the headers of the safetensors files. Exit 2 where the plan has problems.
+With --hardware configs/hardware/X.yaml it also predicts first token, tokens/s and memory on that machine.
 """
 
 from __future__ import annotations
@@ -65,10 +66,13 @@ class Plan:
                 if not (self.geometry.tied and f"{module}.{suffix}" == self.policy.tied[0]):
                     yield module, suffix
 
+    def parameter_bytes(self, module: str, suffix: str, rank: int) -> int:
+        """Bytes in which `rank` holds its slice of `module.suffix`."""
+        return math.prod(self.slice(module, suffix, rank).local_shape) * DTYPE_BYTES[self.dtype]
+
     def weight_bytes(self, rank: int) -> int:
         """Bytes of `rank`'s shard, replicated tensors included, a tied head once."""
-        elements = sum(math.prod(self.slice(m, s, rank).local_shape) for m, s in self.parameters())
-        return elements * DTYPE_BYTES[self.dtype]
+        return sum(self.parameter_bytes(m, s, rank) for m, s in self.parameters())
 
     def kv_bytes_per_token(self, rank: int) -> int:
         """Keys and values of one token in every text layer, for the KV heads this rank holds."""
@@ -165,16 +169,18 @@ def _tensor_report(plan: Plan, module: str, suffix: str) -> dict[str, Any]:
 
 def main(args: argparse.Namespace, results: command.Results) -> int:
     from adapter.config import load_config
+    from adapter.forecast import forecast
 
     config = load_config(args.config, args.overrides)
     plan, checkpoint, problems = make_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype)
     facts = report(plan, problems)
     if checkpoint is None:
         print(f"note: {config.model.path} holds no safetensors file; planned from config.json alone", file=sys.stderr)
+    foreseen = forecast(plan, args) if facts["ranks"] else None
     if args.json:
-        results.write(facts)
+        results.write(facts | ({"prediction": foreseen[0]} if foreseen else {}))
     else:
-        results.text(_table(facts))
+        results.text(_table(facts) + (f"\n\n{foreseen[1]}" if foreseen else ""))
     return command.BAD_INPUT if problems else command.DONE
 
 
@@ -199,8 +205,11 @@ def _table(facts: dict[str, Any]) -> str:
 
 
 def start() -> NoReturn:
+    from adapter.forecast import add_options
+
     arguments = command.parser(__doc__)
     arguments.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
+    add_options(arguments)
     command.run(main, arguments)
 
 
