@@ -9,7 +9,7 @@ from typing import Any
 
 from adapter.hardware import Hardware, load_hardware
 from adapter.plan import Plan
-from adapter.predict import TEXT_TOKENS, Phase, Prediction, Workload, predict, predict_all, read_byte_s
+from adapter.predict import TEXT_TOKENS, Phase, Prediction, Workload, predict, predict_all
 from policies.errors import UserError
 from policies.policy import Geometry
 
@@ -61,7 +61,7 @@ def workload(geometry: Geometry, images: list[str], prompt_tokens: int | None, n
     tokens = sum(patches) // geometry.picture[1] ** 2
     load = Workload(prompt_tokens or tokens + TEXT_TOKENS, patches, new_tokens or 32, batch or 1)
     if load.prompt_tokens <= tokens:
-        raise UserError(f"--prompt-tokens {prompt_tokens}: its images alone are {tokens} tokens, and text goes with them")
+        raise UserError(f"--prompt-tokens {prompt_tokens}: its images alone are {tokens} tokens, and text is needed")
     if load.prompt_tokens + load.new_tokens > geometry.context:
         raise UserError(f"{load.prompt_tokens} prompt tokens ({tokens} of images) and {load.new_tokens} new ones are "
                         f"more than the model's context of {geometry.context}; use smaller images, or fewer tokens")
@@ -136,7 +136,8 @@ def _arithmetic(plan: Plan, hardware: Hardware, phase: Phase) -> Iterator[str]:
         c = hardware.collective(ranks)
         yield (f"  collectives: ({work.reduces} all-reduces + {work.gathers} gathers) x {_n(c.latency_us)} us "
                f"+ ({_n(c.per_reduced_byte)} x {_n(work.reduced_bytes / 1e6)} MB reduced + {_n(c.per_gathered_byte)} x "
-               f"{_n(work.gathered_bytes / 1e6)} MB gathered) / {_n(c.bandwidth_gb_s)} GB/s = {_time(phase.collective_s)}")
+               f"{_n(work.gathered_bytes / 1e6)} MB gathered) / {_n(c.bandwidth_gb_s)} GB/s = "
+               f"{_time(phase.collective_s)}")
     yield (f"  overhead: ({work.layers} layers x {_n(hardware.per_layer_overhead_us)} us + "
            f"{_n(hardware.per_step_overhead_us)} us) / {_n(min(1.0, devices))} device = {_time(phase.overhead_s)}")
     bound = "computing" if phase.compute_s >= phase.read_s else "reading"
@@ -148,8 +149,9 @@ def _table(predictions: list[Prediction], hardware: Hardware) -> Iterator[str]:
     yield "tp_size  first token  collectives  tokens/s  collectives  GB a rank  fits"
     for p in predictions:
         shared = f"  {p.tp_size} ranks share {hardware.devices}" if p.tp_size > hardware.devices else ""
+        fits = "yes" if p.memory.fits else "no"
         row = (f"{p.tp_size:7}  {_time(p.ttft_s):>11}  {p.ttft_collectives:11.1%}  {_n(p.decode_tok_s):>8}  "
-               f"{p.decode_collectives:11.1%}  {p.memory.total / 1e9:9.3f}  {'yes' if p.memory.fits else 'no':4}{shared}")
+               f"{p.decode_collectives:11.1%}  {p.memory.total / 1e9:9.3f}  {fits:4}{shared}")
         yield row.rstrip()
 
 

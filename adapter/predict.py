@@ -29,8 +29,8 @@ TEXT_TOKENS = 27  # of a short question in the chat template
 
 @dataclass(frozen=True)
 class Workload:
-    """Equal prompts, `batch` of them. prompt_tokens: of one, its images' included. patches: of each of its images, before
-    merging. new_tokens: generated for each; the step that is predicted is the middle one.
+    """Equal prompts, `batch` of them. prompt_tokens: of one, its images' included. patches: of each of its images,
+    before merging. new_tokens: generated for each; the step that is predicted is the middle one.
     """
 
     prompt_tokens: int
@@ -227,13 +227,13 @@ def _phase(plan: Plan, hardware: Hardware, rank: int, work: Work) -> Phase:
         rank, work,
         linear_s=work.linear_flop / (flop_s * efficiency.matmul * devices),
         attention_s=work.attention_flop / (flop_s * efficiency.attention * devices),
-        read_s=(work.weight_bytes + work.kv_bytes) / read_byte_s(hardware, ranks),
+        read_s=(work.weight_bytes + work.kv_bytes) / _read_byte_s(hardware, ranks),
         collective_s=collective_s,
         overhead_s=overhead_us * 1e-6 / min(1.0, devices),
     )
 
 
-def read_byte_s(hardware: Hardware, ranks: int) -> float:
+def _read_byte_s(hardware: Hardware, ranks: int) -> float:
     """What one of `ranks` ranks reads while all do."""
     return hardware.memory_read_gb_s * 1e9 * hardware.efficiency.memory_read / hardware.ranks_per_memory(ranks)
 
