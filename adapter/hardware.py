@@ -109,6 +109,10 @@ class Hardware(Section):
     def ranks_per_memory(self, ranks: int) -> int:
         return ranks if self.kind == "cpu" else -(-ranks // self.devices)
 
+    def read_gb_s(self, ranks: int) -> float:
+        """What one of `ranks` ranks reads while all do."""
+        return self.memory_read_gb_s * self.efficiency.memory_read / self.ranks_per_memory(ranks)
+
     def tflop_s(self, dtype: str) -> float:
         """Raises UserError where the file has no figure for this dtype."""
         rate: float | None = getattr(self.matmul_tflop_s, dtype, None)

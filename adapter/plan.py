@@ -63,8 +63,12 @@ class Plan:
         """(module, suffix) of every parameter that takes memory of its own, in the table's order."""
         for module, claim in self.claims.items():
             for suffix in claim.parameters():
-                if not (self.geometry.tied and f"{module}.{suffix}" == self.policy.tied[0]):
+                if not self.is_tied_copy(module, suffix):
                     yield module, suffix
+
+    def is_tied_copy(self, module: str, suffix: str) -> bool:
+        """Whether this parameter is another one under a second name."""
+        return self.geometry.tied and f"{module}.{suffix}" == self.policy.tied[0]
 
     def parameter_bytes(self, module: str, suffix: str, rank: int) -> int:
         """Bytes in which `rank` holds its slice of `module.suffix`."""

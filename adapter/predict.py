@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from adapter.hardware import Hardware
 from adapter.plan import DTYPE_BYTES, Plan, valid_tp_sizes
 from policies.policy import Rows
-from policies.rules import Claim, Head, Row, Vocab, expand
+from policies.rules import Claim, Head, Row, Vocab
 
 TEXT_TOKENS = 27  # of a short question in the chat template
 
@@ -139,13 +139,15 @@ class Prediction:
 
 def predict(plan: Plan, hardware: Hardware, load: Workload) -> Prediction:
     """Raises UserError where the hardware file lacks what this plan needs."""
+    kinds = _kinds(plan)
+
     def slowest(work: Callable[[int], Work]) -> Phase:
-        return max((_phase(plan, hardware, rank, work(rank)) for rank in _kinds(plan)), key=lambda p: p.total_s)
+        return max((_phase(plan, hardware, rank, work(rank)) for rank in kinds), key=lambda p: p.total_s)
 
     vision = slowest(lambda r: vision_work(plan, load, r)) if load.patches else None
     prefill = slowest(lambda r: text_work(plan, load.batch, load.prompt_tokens, 0, r))
     decode = slowest(lambda r: text_work(plan, load.batch, 1, load.context, r))
-    memory = max((_memory(plan, hardware, load, rank) for rank in _kinds(plan)), key=lambda m: m.total)
+    memory = max((_memory(plan, hardware, load, rank) for rank in kinds), key=lambda m: m.total)
     return Prediction(plan.tp_size, vision, prefill, decode, memory)
 
 
@@ -194,13 +196,19 @@ def _table_work(plan: Plan, rank: int, rows: Mapping[Rows, int]) -> Work:
     work = Work()
     for claim in plan.policy.table:
         if (unit := plan.policy.rows_of(claim.module)) in rows:
-            modules = expand(claim.module, plan.geometry.layers)
-            work += _module_work(plan, claim, modules[0], len(modules), rank, rows[unit])
+            work += _module_work(plan, claim, rank, rows[unit])
     return work
 
 
-def _module_work(plan: Plan, claim: Claim, module: str, modules: int, rank: int, rows: int) -> Work:
-    """Of `modules` equal modules, of which `module` is one."""
+def _modules(claim: Claim, layers: Mapping[str, int]) -> tuple[str, int]:
+    """One of the modules that a row of the table stands for, and how many they are: every layer is like the first."""
+    stack = claim.module.split(".*", 1)[0]
+    return claim.module.replace("*", "0", 1), layers[stack] if "*" in claim.module else 1
+
+
+def _module_work(plan: Plan, claim: Claim, rank: int, rows: int) -> Work:
+    """Of all modules of one row of the table, each over `rows` rows of input."""
+    module, modules = _modules(claim, plan.geometry.layers)
     part, item, alone = plan.slice(module, "weight", rank), DTYPE_BYTES[plan.dtype], plan.tp_size == 1
     matrix, looked_up = len(part.shape) > 1, isinstance(claim.rule, Vocab)
     reduces, gathers = isinstance(claim.rule, Row | Vocab) and not alone, isinstance(claim.rule, Head) and not alone
@@ -227,29 +235,24 @@ def _phase(plan: Plan, hardware: Hardware, rank: int, work: Work) -> Phase:
         rank, work,
         linear_s=work.linear_flop / (flop_s * efficiency.matmul * devices),
         attention_s=work.attention_flop / (flop_s * efficiency.attention * devices),
-        read_s=(work.weight_bytes + work.kv_bytes) / _read_byte_s(hardware, ranks),
+        read_s=(work.weight_bytes + work.kv_bytes) / (hardware.read_gb_s(ranks) * 1e9),
         collective_s=collective_s,
         overhead_s=overhead_us * 1e-6 / min(1.0, devices),
     )
 
 
-def _read_byte_s(hardware: Hardware, ranks: int) -> float:
-    """What one of `ranks` ranks reads while all do."""
-    return hardware.memory_read_gb_s * 1e9 * hardware.efficiency.memory_read / hardware.ranks_per_memory(ranks)
-
-
 def _memory(plan: Plan, hardware: Hardware, load: Workload, rank: int) -> Memory:
     """Activations: everything one layer of the fuller tower computes, alive at once; pixels in float32; the logits."""
-    item, patches, own = DTYPE_BYTES[plan.dtype], load.batch * sum(load.patches), set(plan.parameters())
+    item, patches = DTYPE_BYTES[plan.dtype], load.batch * sum(load.patches)
     outputs: dict[Rows, int] = {}
     weights = 0
     for claim in plan.policy.table:
-        modules = expand(claim.module, plan.geometry.layers)
-        weights += len(modules) * sum(plan.parameter_bytes(modules[0], suffix, rank)
-                                      for suffix in claim.parameters() if (modules[0], suffix) in own)
+        module, modules = _modules(claim, plan.geometry.layers)
+        weights += modules * sum(plan.parameter_bytes(module, suffix, rank)
+                                 for suffix in claim.parameters() if not plan.is_tied_copy(module, suffix))
         if "*" in claim.module:
             unit = plan.policy.rows_of(claim.module)
-            outputs[unit] = outputs.get(unit, 0) + plan.slice(modules[0], "weight", rank).local_shape[0]
+            outputs[unit] = outputs.get(unit, 0) + plan.slice(module, "weight", rank).local_shape[0]
     tokens = load.batch * load.prompt_tokens
     activations = item * max(patches * outputs.get("patch", 0), tokens * outputs.get("token", 0))
     activations += patches * plan.geometry.picture[0] * DTYPE_BYTES["float32"]
