@@ -10,7 +10,8 @@ table (rule and dimensions of every row, its slice on that rank) and from heads;
 * seconds of a forward: max(FLOP / rate, bytes read / bandwidth) + collectives + overhead, of the slowest rank.
 
 Not counted: reading and resizing pictures, tokenising, norms and other element-wise work over many rows, padding of a
-batch. Nothing is taken to overlap: where launches run ahead of an accelerator, overhead is partly hidden. Attention is assumed never to hold its scores (attn_implementation eager does).
+batch. Nothing is taken to overlap: where launches run ahead of an accelerator, overhead is partly hidden. Attention is
+assumed never to hold its scores (attn_implementation eager does).
 """
 
 from __future__ import annotations
