@@ -3,8 +3,9 @@
 A roofline with an alpha-beta model of the collectives. What a rank computes, reads and sends follows from the policy's
 table (rule and dimensions of every row, its slice on that rank) and from heads; no model is known here:
 
-* a linear of [out, in] weights over r rows: 2 x out x in x r FLOP; it is read once a forward; a Row-cut one and the
-  embedding end in an all-reduce, the output projection in a gather.
+* a linear of [out, in] weights over r rows: 2 x out x in x r FLOP, at the rate of model.dtype whatever the weights'
+  format; they are read once a forward; a Row-cut one and the embedding end in an all-reduce, the output projection in a
+  gather.
 * attention over p patches of one image: 4 x head_dim x p^2 FLOP a head; over a prompt of s tokens, causal: 4 x
   head_dim x s (s + 1) / 2; for one new token over c cached ones: 4 x head_dim x c.
 * seconds of a forward: max(FLOP / rate, bytes read / bandwidth) + collectives + overhead, of the slowest rank.
@@ -155,7 +156,8 @@ def predict(plan: Plan, hardware: Hardware, load: Workload) -> Prediction:
 def predict_all(plan: Plan, hardware: Hardware, load: Workload) -> list[Prediction]:
     """The same for every tp_size the model can be cut into; tp_size 1 alone where the file knows no collectives."""
     sizes = valid_tp_sizes(plan.policy, plan.geometry) if hardware.all_reduce else [1]
-    return [predict(replace(plan, tp_size=n), hardware, load) for n in sizes]
+    plans = [replace(plan, tp_size=n) for n in sizes]
+    return [predict(p, hardware, load) for p in plans if not p.off_group()]
 
 
 def vision_work(plan: Plan, load: Workload, rank: int) -> Work:
@@ -214,7 +216,7 @@ def _module_work(plan: Plan, claim: Claim, rank: int, rows: int) -> Work:
     matrix, looked_up = len(part.shape) > 1, isinstance(claim.rule, Vocab)
     reduces, gathers = isinstance(claim.rule, Row | Vocab) and not alone, isinstance(claim.rule, Head) and not alone
     width = part.shape[1 if looked_up else 0]  # of the output, summed over all ranks or gathered from them
-    held = sum(plan.parameter_bytes(module, suffix, rank) for suffix in claim.parameters())
+    held = sum(plan.tensor_bytes(module, suffix, rank) for suffix in claim.parameters())
     return Work(
         linear_flop=modules * rows * 2 * math.prod(part.local_shape) if matrix and not looked_up else 0,
         weight_bytes=0 if looked_up else modules * held,
@@ -249,7 +251,7 @@ def _memory(plan: Plan, hardware: Hardware, load: Workload, rank: int) -> Memory
     weights = 0
     for claim in plan.policy.table:
         module, modules = _modules(claim, plan.geometry.layers)
-        weights += modules * sum(plan.parameter_bytes(module, suffix, rank)
+        weights += modules * sum(plan.tensor_bytes(module, suffix, rank)
                                  for suffix in claim.parameters() if not plan.is_tied_copy(module, suffix))
         if "*" in claim.module:
             unit = plan.policy.rows_of(claim.module)

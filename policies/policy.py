@@ -23,6 +23,27 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Decoder:
+    """Where a decode step finds its parts: published names, those of a layer without their stack. Pre-norm layers of
+    attention with rotary positions and of a gated MLP, around a residual."""
+
+    embedding: str
+    rotary: str
+    norm: str
+    head: str
+    attention_norm: str = "input_layernorm"
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    o: str = "self_attn.o_proj"
+    mlp_norm: str = "post_attention_layernorm"
+    mlp: str = "mlp"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+
+
+@dataclass(frozen=True)
 class Geometry:
     """What config.json says, in one family's terms.
 
@@ -51,6 +72,7 @@ class Policy:
     renames: (newer prefix, published prefix): module and tensor names of newer releases, in order of application.
     ignored: tensors old releases saved that are computed, not loaded (name endings).
     tied: (parameter, the parameter it is tied to) where the config ties them.
+    decoder: the text tower's parts, for the decode loop.
     rows: (start of a module's name, what one row of its input is), the first that fits: "patch", "merged" (the patches
         that make one token), "token", or "last" (a sequence's last position). The first two are the vision tower.
     """
@@ -63,6 +85,7 @@ class Policy:
     renames: tuple[tuple[str, str], ...]
     ignored: tuple[str, ...]
     tied: tuple[str, str]
+    decoder: Decoder
     rows: tuple[tuple[str, Rows], ...]
     geometry: Callable[[Mapping[str, Any]], Geometry]
     problems: Callable[[Geometry, int], list[str]]

@@ -23,6 +23,7 @@ from adapter.hardware import AllReduce, Hardware, load_hardware
 from adapter.plan import Plan, valid_tp_sizes
 from adapter.predict import Work, Workload, predict, predict_all, text_work, vision_work
 from policies.errors import UserError
+from policies.formats import FORMATS
 from policies.heads import split_heads
 from policies.qwen2_vl import POLICY
 
@@ -202,18 +203,26 @@ def predict_rank(plan: Plan, rank: int) -> int:
     return work.linear_flop + 2 * work.attention_flop
 
 
-def test_bytes_are_those_in_which_the_plan_holds_weights():
-    """A format with fewer bytes makes decoding as much faster as it says."""
-    class Halved(Plan):
-        def parameter_bytes(self, module: str, suffix: str, rank: int) -> int:
-            return super().parameter_bytes(module, suffix, rank) // 2
+def test_bytes_are_those_of_the_format():
+    """Of a quantised matrix bits / 8 and 2 / 64 bytes a weight; the head in 8 bits; biases and norms as they are."""
+    shape = PUBLISHED["2b"]
+    tensors = {n: math.prod(d) for n, d in shape.tensors().items() if n.startswith("model.")}
+    layers = sum(size for name, size in tensors.items() if name.endswith("proj.weight"))
+    head = tensors["model.embed_tokens.weight"]
+    rest = sum(tensors.values()) - layers - head
+    dense = predict(plan_of(shape, 1), hardware(), LOAD)
+    for name, each in (("int8", 1), ("int4", 0.5)):
+        found = predict(replace(plan_of(shape, 1), form=FORMATS[name]), hardware(), LOAD)
+        expected = (each + 2 / 64) * layers + (1 + 2 / 64) * head + 2 * rest
+        assert found.decode.work == replace(dense.decode.work, weight_bytes=expected)
+        assert dense.memory.weights - found.memory.weights == 2 * sum(tensors.values()) - expected
 
-    whole = plan_of(PUBLISHED["2b"], 2)
-    halved = Halved(whole.policy, whole.geometry, 2, "bfloat16")
-    before, after = (predict(plan, hardware(), LOAD) for plan in (whole, halved))
-    assert 2 * after.decode.work.weight_bytes == before.decode.work.weight_bytes
-    assert 2 * after.memory.weights == before.memory.weights
-    assert after.decode.work.kv_bytes == before.decode.work.kv_bytes
+
+def test_sizes_that_cut_through_a_group_are_not_in_the_table():
+    shape = Shape(heads=2, kv_heads=1, head_dim=32, mlp=128)
+    sizes = {form: [p.tp_size for p in predict_all(replace(plan_of(shape, 1), form=FORMATS[form]), hardware(), LOAD)]
+             for form in ("dense", "int8")}
+    assert sizes == {"dense": [1, 2], "int8": [1]}
 
 
 def test_a_module_without_rows_is_named():
