@@ -99,9 +99,8 @@ class Plan:
                 continue
             for rank in range(self.tp_size):
                 part = self.slice(module, "weight", rank)
-                if part.shape[1] % GROUP:
-                    found[claim.module] = f"has {part.shape[1]} inputs"
-                elif part.dim == 1 and any(edge % GROUP for pair in part.ranges for edge in pair):
+                edges = [edge for pair in part.ranges for edge in pair if edge < part.shape[-1]]
+                if part.dim == 1 and any(edge % GROUP for edge in edges):
                     found[claim.module] = f"of rank {rank} is inputs {part.ranges[0][0]} to {part.ranges[-1][1]}"
         return [f"weights.format {self.form.name}: {module} {what}, and a scale is shared by {GROUP}; use "
                 "weights.format=dense or another tp_size" for module, what in found.items()]

@@ -301,12 +301,15 @@ class _Astray(Exception):
 
 
 def observed(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """Published name -> module, for every module that has weights or buffers in or below it and that is called."""
+    """Published name -> module, for every module that has weights or buffers in or below it and that is called.
+    Quantised weights are no parameters: those the table claims count by their names."""
     found = {}
+    around = {claim[:i] for claim in plan.claims for i in range(len(claim) + 1) if claim[i:i + 1] in ("", ".")}
     for name, module in model.named_modules():
         published = plan.policy.published(name)
         is_called = type(module).forward is not nn.Module.forward and not isinstance(module, nn.ModuleList)
-        if is_called and next(chain(module.parameters(), module.buffers()), None) is not None:
+        holds = published in around or next(chain(module.parameters(), module.buffers()), None) is not None
+        if is_called and holds:
             found[published] = module
     return found
 
