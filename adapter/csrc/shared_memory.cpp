@@ -35,7 +35,7 @@ namespace {
 constexpr int64_t LINE = 128;           // bytes that no two ranks write to: a cache line and the one fetched with it
 constexpr int64_t PAGE = 4096;          // buffers start at such a multiple
 constexpr int64_t BUFFER = 1 << 20;     // bytes of a piece at most: two of them stay in a core's cache
-constexpr int64_t SMALL = 1 << 15;      // bytes up to which summing all copies costs less than a second barrier
+constexpr int64_t SMALL = 1 << 14;      // bytes up to which summing all copies costs less than a second barrier
 constexpr int64_t BLOCK = 512;          // values summed at a time, in the innermost cache
 constexpr int SPINS = 200, YIELDS = 2000;   // looks before a waiting rank yields its core, and then before it sleeps
 constexpr int LOOKS = 1000;             // looks between two at the clock and at the others' processes: about 0.1 s
