@@ -8,7 +8,8 @@ from typing import Any
 from adapter.doctor.check import Case, Check, Row, failed, ok, warning
 from adapter.doctor.trial import STEPS
 
-WITHOUT_OP = "CXX=none in the environment of the ranks sums over torch's group instead; report it with all of this"
+WITHOUT_OP = ("CXX=none and TORCH_EXTENSIONS_DIR=<an empty directory> in the environment of the ranks sum over torch's "
+              "group instead; report it with all of this")
 
 
 def rendezvous(case: Case) -> Row | None:

@@ -54,7 +54,7 @@ def in_threads(regions, do):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounds_once_to_nearest_even(dtype):
-    """1 + u/2 + u/2: rounded after each addition it stays 1, in float32 and rounded once it is 1 + u; ties go to even."""
+    """1 + u/2 + u/2 is 1 where each addition is rounded, 1 + u where float32 is, once; ties go to even."""
     regions, u = opened([os.getpid()] * 3), torch.finfo(dtype).eps
     small = torch.tensor([u / 2, u / 2, 3 * u / 2, 0.0], dtype=dtype)
     parts = [torch.ones(4, dtype=dtype), small, torch.tensor([u / 2, 0.0, 0.0, 0.0], dtype=dtype)]
@@ -68,7 +68,8 @@ def test_rounds_once_to_nearest_even(dtype):
 def test_infinities_and_nan_come_through():
     regions = opened([os.getpid()] * 2)
     for dtype in DTYPES:
-        parts = [torch.tensor([torch.inf, torch.nan, torch.finfo(dtype).max, -torch.inf], dtype=dtype) for _ in range(2)]
+        odd = [torch.inf, torch.nan, torch.finfo(dtype).max, -torch.inf]
+        parts = [torch.tensor(odd, dtype=dtype) for _ in range(2)]
         in_threads(regions, lambda region, place, parts=parts: region.all_reduce(parts[place], None))
         assert parts[0][[0, 2]].tolist() == [torch.inf] * 2 and parts[0][3] == -torch.inf and parts[0][1].isnan()
 
@@ -85,7 +86,7 @@ def test_what_is_refused():
     for handle in (-1, 1023, 2**40):
         with pytest.raises(RuntimeError, match=f"handle {handle}"):
             OPS.all_reduce_(torch.ones(4), handle)
-    with ExitStack() as stack, pytest.raises(RuntimeError, match="not of .* bytes"):
+    with ExitStack() as stack, pytest.raises(RuntimeError, match=r"not of \d+ bytes"):
         file = stack.enter_context(closing(os.fdopen(os.memfd_create("short"), "rb")))
         OPS.region_open(file.fileno(), 0, [0, 1], [1, 2], 1.0)
 
