@@ -175,7 +175,7 @@ def _facts(case: Case) -> Facts:
 
 
 def _built(environ: Mapping[str, str]) -> bool:
-    """Has some torch here compiled both shared-memory ops, DeepSpeed's and ours? For want of a compiler none is tried."""
+    """Has some torch here compiled both shared-memory ops, DeepSpeed's and ours? Without a compiler neither is."""
     return all(any(host.extensions(environ).glob(f"**/{name}.so")) for name in ("deepspeed_shm_comm", "qwenvl_tp-*"))
 
 
