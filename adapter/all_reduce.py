@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 SHM_TRIED = Version("0.19")  # DeepSpeed's shared-memory op of releases from here on sums every dtype
 TOKEN_BYTES = 4096  # of a sum in a step that makes one token, where the caller does not know
 PROMPT_BYTES = 512 << 10  # of one over a prompt with a picture
+LIMIT_S = 0.2  # after which no round begins
 TOKENS = 64  # steps that an answer takes for one prompt: how the two sizes are weighed
-BUDGET_S, MOST_CALLS = 0.015, 20  # for one way and size
+BUDGET_S, ROUNDS, MOST_CALLS = 0.015, 3, 10  # for one way and size; calls in a round
 NOISE = 0.8  # a later way must take less than this share of an earlier one's time
 
 
@@ -110,29 +111,35 @@ def deepspeed_refusal(launch: Launch, tp_size: int) -> str | None:
 
 
 def measure(world: Group, tp: Group, routes: Sequence[Route], sizes: Sequence[int]) -> dict[str, list[float]]:
-    """Microseconds that each route takes for each size in bytes: the median of the slowest rank of the job.
+    """Microseconds that each route takes for each size in bytes: the lower quartile, of the slowest rank of the job.
+    What else runs on the machine only adds to them, and on a busy one the median of few calls is of disturbed ones.
 
-    Every rank makes the same number of calls: two, and as many more as BUDGET_S has room for.
+    Every rank makes the same number of calls: two, and then rounds in which all routes take turns, with as many calls
+    as BUDGET_S has room for, until LIMIT_S are over.
     """
-    mine = dict[str, list[float]]()
-    for route in routes:
-        group = replace(tp, route=route)
-        for size in sizes:
-            x = torch.zeros(max(1, size // 4))
-            first = min(_microseconds(group, x) for _ in range(2))  # which may make connections, or touch new pages
-            slowest = max(card["us"] for card in exchange(world, {"us": first}))
-            calls = min(MOST_CALLS, int(BUDGET_S * 1e6 / max(slowest, 1)))
-            mine.setdefault(route.name, []).append(statistics.median(_microseconds(group, x) for _ in range(calls))
-                                                   if calls else first)
-    flat = exchange(world, {"us": [us for row in mine.values() for us in row]})
-    worst = [max(figures) for figures in zip(*(card["us"] for card in flat), strict=True)]
-    return {name: worst[i * len(sizes):(i + 1) * len(sizes)] for i, name in enumerate(mine)}
+    began = time.perf_counter()
+    tried = [(replace(tp, route=route), torch.zeros(max(1, size // 4))) for route in routes for size in sizes]
+    took = [[_microseconds(*one), _microseconds(*one)] for one in tried]  # the first may connect, or touch new pages
+    calls = [min(MOST_CALLS, int(BUDGET_S * 1e6 / ROUNDS / max(us, 1))) for us in _slowest(world, map(min, took))]
+    for _ in range(ROUNDS):
+        if _slowest(world, [time.perf_counter() - began])[0] >= LIMIT_S:
+            break
+        for one, times, count in zip(tried, took, calls, strict=True):
+            times += [_microseconds(*one) for _ in range(count)]
+    figures = iter(_slowest(world, (statistics.quantiles(times, n=4, method="inclusive")[0] for times in took)))
+    return {route.name: [next(figures) for _ in sizes] for route in routes}
+
+
+def _slowest(world: Group, mine: Iterable[float]) -> list[float]:
+    """Each figure of the rank where it is the largest, to a tenth."""
+    cards = exchange(world, {"us": [round(us, 1) for us in mine]})
+    return [max(figures) for figures in zip(*(card["us"] for card in cards), strict=True)]
 
 
 def _microseconds(tp: Group, x: Tensor) -> float:
     began = time.perf_counter()
     tp.all_reduce(x)
-    return round((time.perf_counter() - began) * 1e6, 1)
+    return (time.perf_counter() - began) * 1e6
 
 
 def quickest(routes: Sequence[Route], times: Times) -> Route:
