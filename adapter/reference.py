@@ -19,6 +19,7 @@ from adapter import bounds
 from adapter.checkpoint import Checkpoint
 from adapter.inject import build_on_meta
 from adapter.plan import Plan
+from adapter.topology import Group
 from adapter.trace import Expected, take
 from policies.rules import Claim, Column, FusedQKV, Row, TensorSlice
 
@@ -72,12 +73,13 @@ class Reference:
             for suffix in self.plan.claims[name].parameters()
         }
 
-    def expected(self, name: str, claim: Claim, layer: nn.Module, x: Tensor) -> Iterator[Expected]:
+    def expected(self, plan: Plan, tp: Group, name: str, claim: Claim, layer: nn.Module,
+                 x: Tensor) -> Iterator[Expected]:
         """What layer `name` must return for the whole input x: an adapter.trace.Oracle."""
         weights, ids = self.weights(name), not x.is_floating_point()
         rows = x.reshape(-1) if ids else x.reshape(-1, x.shape[-1]) if len(claim.weight) < 3 else x
         step = max(1, CHUNK // weights["weight"].shape[1 if ids else 0])
-        parts = [self.plan.slice(name, "weight", r) for r in range(self.plan.tp_size)]
+        parts = [plan.slice(name, "weight", r) for r in range(plan.tp_size)]
         for start in range(0, len(rows), step):
             values, bound = self._part(name, claim, weights, rows[start:start + step], parts)
             if isinstance(claim.rule, Column | FusedQKV):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from policies.errors import UserError
-from policies.policy import Attention, Geometry, Policy
+from policies.policy import Attention, Geometry, Policy, Tower
 from policies.rules import Claim, Column, FusedQKV, Head, HeadNumbers, Replicated, Row, Vocab
 
 NORM = Replicated("norms act on whole hidden states, which every rank holds; a few KB")
@@ -49,6 +49,10 @@ HEAD_NUMBERS = (
         "hidden_size": "width"}),
     HeadNumbers("visual.blocks.*.attn", "vision", {"num_heads": "slots", "dim": "width"}),
 )
+
+TOWER = Tower(
+    module="visual", stack="visual.blocks", heads="vision", patches="hidden_states", grid="grid_thw",
+    merged=("visual.merger.mlp.0", "visual.merger.mlp.2"), features="pooler_output", width="hidden")
 
 RENAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 MOST_SIZE, MOST_LAYERS, MOST_HEADS = 2**31 - 1, 1024, 1024  # what is beyond is a mistake, and would take for ever
@@ -165,6 +169,7 @@ POLICY = Policy(
     renames=RENAMES,
     ignored=("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq"),
     tied=("lm_head.weight", "model.embed_tokens.weight"),
+    tower=TOWER,
     geometry=geometry,
     problems=problems,
 )

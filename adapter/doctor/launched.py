@@ -38,7 +38,8 @@ def memory(case: Case) -> Row | None:
     from adapter.plan import make_plan
 
     config = case.config
-    plan, _, problems = make_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype)
+    plan, _, problems = make_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
+                                  config.tensor_parallel.vision)
     if problems:
         return None  # the row of the plan says it
     pixels, new = config.processor.max_pixels or PICTURE_PIXELS, config.generation.get("max_new_tokens", 256)
