@@ -32,15 +32,16 @@ class Switch:
 
     def __init__(self, modules: Mapping[str, nn.Module], plan: Plan, rank: int) -> None:
         """modules: published name -> module, of the tower's attention at least."""
-        self.split = False
+        self.split = True  # `inject` tells every attention this rank's own heads
         self._modules, self._plan = dict(modules), plan
         tower = plan.policy.tower.heads
         self._heads: dict[bool, dict[str, HeadShard]] = {
             True: {tower: plan.divided.heads[tower][rank]}, False: {tower: plan.alone.heads[tower][0]}}
 
     def turn(self, split: bool) -> None:
-        override_heads(self._modules, self._plan, self._heads[split])
-        self.split = split
+        if split != self.split:
+            override_heads(self._modules, self._plan, self._heads[split])
+            self.split = split
 
 
 class EitherColumn(layers.ColumnParallelLinear):

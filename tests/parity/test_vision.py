@@ -80,8 +80,13 @@ def test_a_loaded_model_computes_the_same(ran):
     assert ran[2]["loaded"] <= 1e-5
 
 
+def test_what_a_caller_computed_for_all_pictures_is_refused(ran):
+    *_, facts, plan = ran
+    assert plan.vision == "auto" or all(word in facts["refused"] for word in ("position_ids", "tensor_parallel.vision"))
+
+
 def test_each_call_takes_its_way_and_a_dealt_one_has_one_collective(ran):
-    """Counted on every rank, those without a picture included: cases image, two images, video, and both of the batch."""
+    """Counted on every rank, also without a picture: cases image, two images, video, and both of the batch."""
     *_, facts, plan = ran
     grids = [[[1, 8, 6]], [[1, 4, 8], [1, 6, 4]], [[3, 4, 6]], [[1, 8, 6], [1, 4, 8], [1, 6, 4]], [[3, 4, 6]]]
     assert facts["grids"] == grids

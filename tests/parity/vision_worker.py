@@ -25,6 +25,7 @@ from worker import equal_on_ranks, inputs_for, run
 import adapter
 from adapter.config import from_dict
 from adapter.dealt import tower_of
+from policies.errors import UserError
 
 TP = int(os.environ["WORLD_SIZE"])
 
@@ -55,6 +56,16 @@ def held(model: torch.nn.Module) -> int:
     return sum(stores.values())
 
 
+def refusal(engine: Any) -> str:
+    """What is said of positions that a caller computed ahead, which newer releases allow."""
+    tower, case = tower_of(engine.module, engine.plan), cases(engine.plan.geometry.sizes["vocab"])["two_images"]
+    try:
+        tower(case["pixel_values"], grid_thw=case["image_grid_thw"], position_ids=torch.zeros(1))
+    except (UserError, TypeError) as error:
+        return str(error)
+    return "nothing"
+
+
 def main() -> None:
     out, *pairs = (a for a in sys.argv[1:] if not a.startswith("--"))
     for directory, vision in zip(map(Path, pairs[::2]), pairs[1::2], strict=True):
@@ -67,6 +78,7 @@ def main() -> None:
         calls = watched(engine)
         counts = torch.tensor([c["collectives"] for c in calls] + [held(engine.module), plan.weight_bytes(tp.rank)])
         rows = tp.all_gather_last(counts, (len(counts),) * tp.size).view(tp.size, -1).tolist()
+        refused = refusal(engine) if vision == "data" else ""
         # a model the caller loaded
         model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
             directory.parent / "published" / directory.name, torch_dtype=torch.float32).eval()
@@ -77,7 +89,7 @@ def main() -> None:
         if tp.rank == 0:
             save_file(results, Path(out) / f"{directory.name}.tp{TP}.{vision}.safetensors")
             os.write(1, (json.dumps({"model": directory.name, "vision": vision, "grids": [c["grid"] for c in calls],
-                                     "ranks": rows, "loaded": loaded}) + "\n").encode())
+                                     "ranks": rows, "loaded": loaded, "refused": refused}) + "\n").encode())
 
 
 if __name__ == "__main__":

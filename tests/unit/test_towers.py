@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import Shape, make_checkpoint
+from checkpoints import DEFAULT, Shape, make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +23,7 @@ GRIDS = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9).map(lambda n: 2 
 FEW = st.lists(st.tuples(st.just(1), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6)
 
 
-def plan_of(shape: Shape = Shape(), tp: int = 2, vision: str = "auto", dtype: str = "float32") -> Plan:
+def plan_of(shape: Shape = DEFAULT, tp: int = 2, vision: str = "auto", dtype: str = "float32") -> Plan:
     return Plan(POLICY, POLICY.geometry(shape.config()), tp, dtype, vision)
 
 
