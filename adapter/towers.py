@@ -168,5 +168,5 @@ def lines(facts: dict[str, Any]) -> list[str]:
             f"{part['pair']:.4g} n^2 over all; {price['flops_per_byte']:g} a byte sent, of all patches "
             f"{price['gather_bytes_per_patch']:.5g} bytes each (data) and {price['all_reduce_bytes_per_patch']:.5g} "
             "(tensor)"]
-    return out + [f"  {e['what']}: data {e['data']:.3g}, tensor {e['tensor']:.3g}; auto takes {e['auto']}"
+    return out + [f"vision, {e['what']}: data {e['data']:.3g}, tensor {e['tensor']:.3g}; auto takes {e['auto']}"
                   for e in facts["examples"]]
