@@ -151,7 +151,7 @@ def _shard_loaded(model: nn.Module, parallel: TensorParallelSection, megatron: A
     geometry = policy.geometry(mapping)
     check_loaded(model, policy, geometry)
     dtype: torch.dtype = model.dtype  # type: ignore[assignment]
-    plan = Plan(policy, geometry, tp_size, str(dtype).removeprefix("torch."))
+    plan = Plan(policy, geometry, tp_size, str(dtype).removeprefix("torch."), parallel.vision)
     require(policy.problems(geometry, tp_size), plan, type(model).__name__)
     _check_dtype(dtype)
     mpu = topology.start(tp_size, megatron, _token_bytes(plan, dtype))
@@ -165,7 +165,8 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     directory, dtype = config.model.path, config.model.torch_dtype
     _check_section(config.deepspeed)
     parallel = _sized(config.tensor_parallel, megatron)
-    plan, checkpoint = checked_plan(directory, parallel.tp_size, config.model.dtype, config.weights.format)
+    plan, checkpoint = checked_plan(directory, parallel.tp_size, config.model.dtype, parallel.vision,
+                                    config.weights.format)
     if megatron is None:
         topology.check_world(read_environment().world_size, plan.tp_size)
     _check_dtype(dtype)
