@@ -10,8 +10,8 @@ A *piece* is a picture, or one frame of a film: nothing in a tower looks from on
 The cost is in floating-point operations of the rank that the others wait for. A byte that a rank sends counts as
 FLOPS_PER_BYTE of them, each all-reduce sending 2 (n - 1) / n of its size over n ranks, each gather (n - 1) / n, as the
 ring algorithms do (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md). Attention costs what it does
-where it is computed piece by piece; releases of Transformers before 4.53 mask one attention over all pieces of a call,
-which makes `data` cheaper there than is said here.
+where it is computed piece by piece (Transformers 5.23); 4.49 masks one attention over all pieces of a call, which makes
+`data` cheaper there than is said here.
 """
 
 from __future__ import annotations
