@@ -1,1 +1,1 @@
-"""What `adapter.bench` measures: ranks.py inside a job, driver.py jobs and peers in turn, peers/ what the latter run."""
+"""What `adapter.bench` measures: ranks.py inside a job; driver.py jobs and peers in turn, peers/ what those run."""

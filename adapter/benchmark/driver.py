@@ -34,9 +34,10 @@ SCRIPTS = Path(__file__).parent / "peers"
 
 @dataclass(frozen=True)
 class Task:
-    """argv: made anew for each start, since each needs a free port. ranks: among which the cores are shared. rows: what
-    the process told -> rows of the results. own: part of this project, whose failure ends everything."""
+    """name: for people. argv: made anew for each start, since each needs a free port. ranks: among which the cores are
+    shared. rows: what the process told -> rows of the results. own: part of this project, whose failure ends all."""
 
+    name: str
     engine: str
     argv: Callable[[], list[str]]
     ranks: int
@@ -52,14 +53,14 @@ def drive(config: Config, plan: Plan, args: argparse.Namespace, write: Callable[
         inputs = files.enter_context(memory_file()) if args.against else ""
         requests = files.enter_context(memory_file(as_line(first_request(config))))
         if args.against:
-            prepared = _run(Task("inputs", lambda: _inputs(args, inputs), 1, lambda _: [], own=True), args)
+            prepared = _run(Task("inputs", OURS, lambda: _inputs(args, inputs), 1, lambda _: [], own=True), args)
             if prepared.code != command.DONE:
                 return _failed(prepared)
         tasks = [_ours(plan, args), _first_answer(plan, args, requests),
                  *(_peer(name, config, plan, args, inputs) for name in args.against)]
         for repeat in range(args.repeats):
             for task in list(tasks):
-                log.info("repeat %d of %d: %s", repeat + 1, args.repeats, task.engine)
+                log.info("repeat %d of %d: %s", repeat + 1, args.repeats, task.name)
                 ended = _run(task, args)
                 if ended.code == command.DONE:
                     for row in task.rows(ended):
@@ -109,7 +110,7 @@ def _ours(plan: Plan, args: argparse.Namespace) -> Task:
     """`bench` itself as ranks. Its row of the start and the one of its only repeat."""
     own = ["--module", "adapter.bench", "--config", args.config, "--repeats", "1", "--new", str(args.new),
            "--requests-at-once", str(args.requests_at_once), *args.overrides]
-    return Task(OURS, lambda: [*_launcher(plan.tp_size), *own], plan.tp_size,
+    return Task("this project", OURS, lambda: [*_launcher(plan.tp_size), *own], plan.tp_size,
                 lambda ended: [row for _, row in ended.rows if "summary" not in row], own=True)
 
 
@@ -121,7 +122,7 @@ def _first_answer(plan: Plan, args: argparse.Namespace, requests: str) -> Task:
     def rows(ended: Ended) -> list[Row]:
         return [{"command_to_first_answer_s": round(ended.rows[0][0], 4)}]
 
-    return Task(OURS, lambda: [*_launcher(plan.tp_size), *own], plan.tp_size, rows, own=True)
+    return Task("command to first answer", OURS, lambda: [*_launcher(plan.tp_size), *own], plan.tp_size, rows, own=True)
 
 
 def _inputs(args: argparse.Namespace, file: str) -> list[str]:
@@ -147,7 +148,7 @@ def _peer(name: str, config: Config, plan: Plan, args: argparse.Namespace, input
         }
         return [*start[name], script, *own]
 
-    return Task(name, argv, ranks, merged)
+    return Task(name, name, argv, ranks, merged)
 
 
 def merged(ended: Ended) -> list[Row]:

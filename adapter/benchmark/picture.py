@@ -14,7 +14,8 @@ PANELS = (  # title, figure of an engine, the machine's limit of it
     ("Decoding, tokens/s (more is better)", "decode_tok_s", "limit_decode_tok_s"),
     ("Time to first token, s (less is better)", "ttft_s", "limit_ttft_s"),
 )
-NAMES = {"hf": "Transformers", "hf-tp": "Transformers TP", "deepspeed": "DeepSpeed, stock", "vllm": "vLLM"}
+NAMES = {"hf": "Transformers, one process", "hf-tp": "Transformers, its own TP", "deepspeed": "DeepSpeed, stock",
+         "vllm": "vLLM"}
 LIMIT, OURS, PEER, INK = "#c9ccd1", "#2563eb", "#8d97a5", "#1f2328"
 INCH = 0.42  # of height, for a bar
 
@@ -28,10 +29,10 @@ def draw(summary: Mapping[str, Any], file: Path) -> None:
     with matplotlib.rc_context(style):  # type: ignore[arg-type]
         peers = sum("error" not in peer for peer in summary.get("peers", {}).values())
         figure = Figure(figsize=(10, 1.5 + INCH * (2 + peers)), layout="constrained")
-        for axes, (title, name, limit) in zip(figure.subplots(1, 2), PANELS, strict=True):
+        for axes, (title, name, limit) in zip(figure.subplots(1, 2, sharey=True), PANELS, strict=True):
             _panel(axes, title, _bars(summary, name, limit))
         what = (f"{summary['prompt_tokens']} prompt tokens, {summary['new_tokens']} new, {summary['dtype']}, "
-                f"{summary['tp_size']} ranks on {summary['device']}; median, least and most of {summary['repeats']}")
+                f"tp_size {summary['tp_size']}, {summary['device']}; repeats: {summary['repeats']}")
         figure.suptitle(what, fontsize=10)
         figure.savefig(file, format="png", dpi=150)
 
@@ -51,11 +52,19 @@ def _panel(axes: Axes, title: str, bars: Sequence[tuple[str, str, Spread]]) -> N
     axes.barh(places, medians, color=colours, height=0.62, xerr=(below, above),
               error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 3})
     for place, spread in zip(places, spreads, strict=True):
-        text = f"{spread['median']:.3g}  ({spread['min']:.3g} to {spread['max']:.3g})"
-        axes.annotate(text, (spread["max"], place), xytext=(7, 0), textcoords="offset points", va="center")
+        axes.annotate(_text(spread), (spread["max"], place), xytext=(7, 0), textcoords="offset points", va="center")
     axes.set_yticks(places, labels)
-    axes.invert_yaxis()
+    axes.set_ylim(len(bars) - 0.5, -0.5)  # from the top; both panels have the same bars
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlim(0, 1.5 * max(spread["max"] for spread in spreads))  # with room for the figures
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
+
+
+def _text(spread: Spread) -> str:
+    """The median, and from where to where the repeats went."""
+    def short(value: float) -> str:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    apart = f"  ({short(spread['min'])} to {short(spread['max'])})" if spread["min"] < spread["max"] else ""
+    return short(spread["median"]) + apart
