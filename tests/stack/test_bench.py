@@ -53,7 +53,7 @@ def test_ranks_measure_themselves():
     assert [row["repeat"] for row in found] == [0, 0, 1] and all(row["engine"] == "ours" for row in found)
     check_ours(total)
     assert "command_to_first_answer_s" not in total and "peers" not in total
-    assert total["bytes_read"]["min"] == sum(total["weight_bytes"])
+    assert 2 * total["bytes_read"]["min"] == sum(total["weight_bytes"])  # the files hold bfloat16
 
 
 def test_the_driver_times_ours_and_a_peer_and_draws_them(tmp_path):

@@ -26,8 +26,8 @@ PACKAGES = ("adapter", "policies")
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "models")
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}  # import name -> where it differs from the package's
 IN_EXTRAS = {"matplotlib", "mpi4py"}
-OF_PEERS = {"peer", "vllm"}  # of scripts that run by path in other environments: a file beside them, and what they time
-MODULES = ["adapter.plan", "adapter.generate", "adapter.verify", "adapter.doctor", "adapter.bench"]  # what `--module` starts
+OF_PEERS = {"peer", "vllm"}  # of scripts that run by path, elsewhere: a file beside them, and what they time
+MODULES = [f"adapter.{name}" for name in ("plan", "generate", "verify", "doctor", "bench")]  # what `--module` starts
 
 
 @pytest.fixture(scope="module")

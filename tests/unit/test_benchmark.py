@@ -38,7 +38,7 @@ def plans(tmp_path_factory):
 
 
 def products(name: str) -> tuple[int, int, int, int]:
-    """Weights that are multiplied by, written down on their own: text layers, head, vision blocks and patches, merger."""
+    """Weights that are multiplied by, written down on their own: text layers, head, vision blocks, merger."""
     s = PUBLISHED[name]
     kv, v = s.kv_heads * s.head_dim, s.v_heads * s.v_head_dim
     text = s.layers * (2 * s.hidden**2 + 2 * kv * s.hidden + 3 * s.mlp * s.hidden)
@@ -86,7 +86,7 @@ def test_summary_has_ours_on_top_and_the_peers_below():
 
 
 def test_rows_of_a_peers_ranks_become_one():
-    rows = [(1.0, {"rank": 1, "pss_bytes": 20}), (2.0, {"rank": 0, "pss_bytes": 10, "ttft_s": 1.0}), (3.0, {"other": 1})]
+    rows = [(1.0, {"rank": 1, "pss_bytes": 20}), (2.0, {"rank": 0, "pss_bytes": 10, "ttft_s": 1.0}), (3.0, {"a": 1})]
     assert merged(children.Ended(0, rows, [], 1.0)) == [{"rank": 0, "pss_bytes": [10, 20], "ttft_s": 1.0}]
     family = [(1.0, {"rank": 0, "pss_bytes": [10, 30], "ttft_s": 1.0})]  # vLLM's one row, of all its processes
     assert merged(children.Ended(0, family, [], 1.0)) == [{"rank": 0, "pss_bytes": [10, 30], "ttft_s": 1.0}]
@@ -118,9 +118,9 @@ def test_a_config_without_requests_gets_a_drawn_picture(tmp_path):
 
 
 @pytest.mark.parametrize("request_yaml", [
-    "{prompt: What?, images: [a.png], max_pixels: 50176, expected: red}",
-    "{messages: [{role: user, content: [{type: image, image: a.png}, {type: text, text: What?}]}]}",
-    "{prompt: What?, videos: [[a.png, b.png]]}"])
+    "{prompt: What, images: [a.png], max_pixels: 50176, expected: red}",
+    "{messages: [{role: user, content: [{type: image, image: a.png}, {type: text, text: What}]}]}",
+    "{prompt: What, videos: [[a.png, b.png]]}"])
 def test_a_request_survives_being_written_down(tmp_path, request_yaml):
     """As one line of a file that is in another directory, its expected answer aside."""
     (tmp_path / "c.yaml").write_text(f"model: {{path: .}}\nrequests: [{request_yaml}]\n")
@@ -239,9 +239,10 @@ def running(script: Path) -> list[int]:
 
 
 def test_the_driver_imports_neither_torch_nor_deepspeed():
-    """It waits while jobs run: what it had mapped would be shared with the ranks, and make their memory look smaller."""
+    """It waits while jobs run: what it had mapped, ranks would share, and their memory would look smaller."""
     code = ("import json, sys; from adapter import bench; from adapter.config import load_config;"
             f"from adapter.benchmark.request import first_request; first_request(load_config({DEMO!r}));"
             "print(json.dumps([name for name in ('torch', 'deepspeed') if name in sys.modules]))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                          check=True)
     assert json.loads(done.stdout) == []
