@@ -26,7 +26,8 @@ STATEMENT = (
     "sqrt(head_dim) * u32 where scores are rounded to the dtype (eager). Norms by 48 * sqrt(n) * u32 * (|y| + |b| + "
     "|w| mean|x| / std x) + 4 * u * (|y| + |b|), without the mean and b in RMSNorm. Gates and activations by 8 * u "
     "* |y| + 4 * u32 * the largest of the row. Residuals, masks, look-ups, positions, rotary tables and where "
-    "picture features go by nothing. u is the dtype's unit roundoff, u32 that of float32."
+    "picture features go by nothing. Where weights are codes of 8 or 4 bits, at most 16 rows of x are rounded to 8 "
+    "bits: sum over groups of 64 inputs of max|x| / 254 * sum|W_i|. u is the dtype's unit roundoff, u32 float32's."
 )
 
 
@@ -51,6 +52,13 @@ def linear(scale: Tensor, parts: Tensor, products: int, dtype: torch.dtype, rank
     """scale: no less than |W||x| + |b|; the product of norms is not, by Cauchy and Schwarz. parts: what is rounded to
     `dtype`, in magnitude: the sum over ranks of |W_r x_r|, + |b|."""
     return 2 * long_sum(products) * scale + (ranks + 1) * (unit_roundoff(dtype) * parts + underflow(dtype))
+
+
+def coded_input(x: Tensor, weight: Tensor, group: int) -> Tensor:
+    """What rounding x to signed 8 bits, with a scale of its own for each group of inputs, may do to W x: at most half a
+    step, max|x| / 254, at each of a group's elements. x [T, K], weight [N, K] float32 -> [T, N]."""
+    most = x.unflatten(-1, (-1, group)).abs().amax(-1)
+    return most / 254 @ weight.unflatten(-1, (-1, group)).abs().sum(-1).T
 
 
 def norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -87,17 +87,18 @@ class Checkpoint:
         """
         import torch
 
+        from adapter import memory, native
+
         info = self.tensors[name]
         assert info.shape == part.shape, (name, info.shape, part.shape)
-        out = torch.empty(part.local_shape, dtype=getattr(torch, TORCH_NAMES[info.dtype]))
-        target: memoryview = out.reshape(-1).view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
-        done = 0
+        out = memory.empty(part.local_shape, getattr(torch, TORCH_NAMES[info.dtype]))
+        raw = out.reshape(-1).view(torch.uint8)
         with _opened(info) as fd:
-            for start, length in _byte_runs(part, ITEM_BYTES[info.dtype]):
-                _pread_full(fd, target[done : done + length], info, info.offset + start)
-                done += length
-        assert done == len(target)
-        self.bytes_read += done
+            if part.dim == 1 and len(part.ranges) == 1 and out.numel() and native.unavailable() is None:
+                _read_columns(fd, raw.view(len(out), -1), info, part)
+            else:
+                _read_runs(fd, raw, info, part)
+        self.bytes_read += len(raw)
         return out
 
 
@@ -241,6 +242,36 @@ def _byte_runs(part: TensorSlice, item: int) -> Iterator[tuple[int, int]]:
         yield from ((r * row + start * item, (stop - start) * item) for start, stop in part.ranges if stop > start)
 
 
+def _read_runs(fd: int, raw: torch.Tensor, info: TensorInfo, part: TensorSlice) -> None:
+    target: memoryview = raw.numpy().data if raw.numel() else memoryview(b"")
+    done = 0
+    for start, length in _byte_runs(part, ITEM_BYTES[info.dtype]):
+        _pread_full(fd, target[done : done + length], info, info.offset + start)
+        done += length
+    assert done == len(target)
+
+
+def _read_columns(fd: int, raw: torch.Tensor, info: TensorInfo, part: TensorSlice) -> None:
+    """The same for one range of columns: a short read for each row, a hundred thousand in a model, which C++ does in a
+    tenth of the time."""
+    import torch
+
+    item = ITEM_BYTES[info.dtype]
+    row = item * part.shape[1]
+    start = info.offset + item * part.ranges[0][0]
+    got = torch.ops.qwenvl_tp.read_rows(fd, start, row, raw)
+    if got < 0:
+        raise UserError(f"{info.file}: cannot be read: {os.strerror(-got)}")
+    if got < raw.numel():
+        whole, rest = divmod(got, raw.shape[1])
+        raise _cut_off(info, start + whole * row + rest)
+
+
+def _cut_off(info: TensorInfo, at: int) -> UserError:
+    return UserError(f"{info.file}: ends at byte {at}, inside tensor {info.name!r}; it was truncated while it was "
+                     "being read")
+
+
 @contextmanager
 def _opened(info: TensorInfo) -> Iterator[int]:
     try:
@@ -262,6 +293,5 @@ def _pread_full(fd: int, target: memoryview, info: TensorInfo, offset: int) -> N
         except OSError as error:
             raise UserError(f"{info.file}: cannot be read: {error.strerror}") from None
         if not got:
-            raise UserError(f"{info.file}: ends at byte {offset + done}, inside tensor {info.name!r}; it was truncated "
-                            "while it was being read")
+            raise _cut_off(info, offset + done)
         done += got

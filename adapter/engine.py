@@ -16,8 +16,9 @@ from deepspeed.inference.config import DeepSpeedInferenceConfig
 from pydantic import ValidationError
 from torch import nn
 
-from adapter import topology
+from adapter import kernels, topology
 from adapter.config import load_config
+from adapter.decode import LeanGenerate
 from adapter.desync import checked_generate
 from adapter.inject import build_on_meta, checkpoint_source, inject, model_source
 from adapter.launchers import read_environment
@@ -164,10 +165,11 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     directory, dtype = config.model.path, config.model.torch_dtype
     _check_section(config.deepspeed)
     parallel = _sized(config.tensor_parallel, megatron)
-    plan, checkpoint = checked_plan(directory, parallel.tp_size, config.model.dtype)
+    plan, checkpoint = checked_plan(directory, parallel.tp_size, config.model.dtype, config.weights.format)
     if megatron is None:
         topology.check_world(read_environment().world_size, plan.tp_size)
     _check_dtype(dtype)
+    kernels.check(plan.form, dtype, get_accelerator().device_name())
     model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)
     mpu = topology.start(plan.tp_size, megatron)
     began, whole = time.perf_counter(), skeletons(model, plan)
@@ -183,7 +185,8 @@ def _ready(shard: _Shard, whole: Mapping[str, nn.Module]) -> _Shard:
     shard.model.eval().to(get_accelerator().current_device_name())
     if shard.parallel.self_test:
         self_test(shard.model, shard.plan, tp, whole)
-    generate = checked_generate(shard.model, shard.plan, tp, shard.parallel.desync_check)
+    generate = checked_generate(shard.model, shard.plan, tp, shard.parallel.desync_check) \
+        if shard.parallel.desync_check else LeanGenerate(shard.model, shard.plan)
 
     def same(*inputs: Any, **kwargs: Any) -> Any:
         with torch.inference_mode(), same_draw(tp):

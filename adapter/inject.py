@@ -16,9 +16,11 @@ import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from adapter import layers
-from adapter.attention import override_heads
+from adapter import kernels, layers, memory
+from adapter.attention import override_heads, use_fast_attention
 from adapter.checkpoint import Checkpoint
+from adapter.fused import fuse_activations
+from adapter.kernels import Quantised, Weight
 from adapter.plan import Plan
 from adapter.topology import Group
 from policies.errors import UserError
@@ -89,7 +91,8 @@ def model_source(model: nn.Module, policy: Policy) -> Source:
         whole = getattr(model.get_submodule(names[module]), suffix).detach()
         if part.dim is None:
             return whole.clone()
-        return torch.cat([whole.narrow(part.dim, a, b - a) for a, b in part.ranges], dim=part.dim)
+        out = memory.empty(part.local_shape, whole.dtype) if whole.device.type == "cpu" else None
+        return torch.cat([whole.narrow(part.dim, a, b - a) for a, b in part.ranges], dim=part.dim, out=out)
 
     return read
 
@@ -102,14 +105,15 @@ def inject(model: nn.Module, plan: Plan, tp: Group, source: Source, dtype: torch
     policy.check_claims((policy.published(name) for name in parameters), plan.geometry)
     for module_name, claim in plan.claims.items():
         module = model.get_submodule(names[module_name])
-        tensors: dict[str, Tensor]
+        tensors: dict[str, Any]
         if plan.geometry.tied and f"{module_name}.weight" == policy.tied[0]:
-            tensors = {"weight": model.get_parameter(names[policy.tied[1].rsplit(".", 1)[0]] + ".weight")}
+            tensors = {"weight": model.get_submodule(names[policy.tied[1].rsplit(".", 1)[0]]).weight}
         else:
             tensors = {
                 suffix: source(f"{module_name}.{suffix}", plan.slice(module_name, suffix, tp.rank)).to("cpu", dtype)
                 for suffix in claim.parameters()
             }
+            tensors["weight"] = kernels.make_weight(tensors["weight"], plan.format_of(module_name))
         if isinstance(claim.rule, Replicated):
             for suffix, tensor in tensors.items():
                 setattr(module, suffix, layers.frozen(tensor))
@@ -119,6 +123,8 @@ def inject(model: nn.Module, plan: Plan, tp: Group, source: Source, dtype: torch
             setattr(model.get_submodule(parent), child, layer)
         del module, tensors
     override_heads({policy.published(name): module for name, module in model.named_modules()}, plan, tp.rank)
+    use_fast_attention(model, plan)
+    fuse_activations(model)
     _keep_frequencies(model)
     _check_whole(model, plan, tp.rank)
 
@@ -136,20 +142,20 @@ def _slots(plan: Plan, claim: Claim, rank: int) -> tuple[Tensor | None, int]:
     return layers.slot_index(shard.q_slots, shard.head_dim, parts, shard.width), parts * shard.width
 
 
-def _column(plan: Plan, claim: Claim, tp: Group, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _column(plan: Plan, claim: Claim, tp: Group, weight: Weight, bias: Tensor | None) -> nn.Module:
     return layers.ColumnParallelLinear(weight, bias, *_slots(plan, claim, tp.rank))
 
 
-def _row(plan: Plan, claim: Claim, tp: Group, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _row(plan: Plan, claim: Claim, tp: Group, weight: Weight, bias: Tensor | None) -> nn.Module:
     return layers.RowParallelLinear(weight, bias, tp, _slots(plan, claim, tp.rank)[0])
 
 
-def _vocab(plan: Plan, claim: Claim, tp: Group, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _vocab(plan: Plan, claim: Claim, tp: Group, weight: Weight, bias: Tensor | None) -> nn.Module:
     split = plan.splits[claim.rule.axis(claim.weight)]
     return layers.VocabParallelEmbedding(weight, split.ranges[tp.rank], split.size, tp)
 
 
-def _head(plan: Plan, claim: Claim, tp: Group, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _head(plan: Plan, claim: Claim, tp: Group, weight: Weight, bias: Tensor | None) -> nn.Module:
     split = plan.splits[claim.rule.axis(claim.weight)]
     head = layers.VocabParallelHead(weight, bias, tuple(b - a for a, b in split.ranges), tp)
     if isinstance(weight, nn.Parameter):
@@ -157,7 +163,7 @@ def _head(plan: Plan, claim: Claim, tp: Group, weight: Tensor, bias: Tensor | No
     return head
 
 
-BUILDERS: dict[type[Rule], Callable[[Plan, Claim, Group, Tensor, Tensor | None], nn.Module]] = {
+BUILDERS: dict[type[Rule], Callable[[Plan, Claim, Group, Weight, Tensor | None], nn.Module]] = {
     Column: _column, FusedQKV: _column, Row: _row, Vocab: _vocab, Head: _head,
 }
 
@@ -190,5 +196,6 @@ def _check_whole(model: nn.Module, plan: Plan, rank: int) -> None:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     left = [name for name, tensor in tensors if tensor.is_meta]
     assert not left, f"never given a value: {left}"
-    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    quantised = {id(w): w.nbytes for m in model.modules() if isinstance(w := getattr(m, "weight", None), Quantised)}
+    held = sum(p.numel() * p.element_size() for p in model.parameters()) + sum(quantised.values())
     assert held == plan.weight_bytes(rank), (held, plan.weight_bytes(rank))

@@ -10,12 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapter import kernels
+from adapter.kernels import Weight
 from adapter.topology import Group
 from policies.rules import Range
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def held(weight: Weight) -> Weight:
+    """A weight as a layer holds it: a plain one is a parameter, a quantised one what it is, out of reach of casts."""
+    return frozen(weight) if isinstance(weight, Tensor) else weight
 
 
 class ColumnParallelLinear(nn.Module):
@@ -26,15 +33,15 @@ class ColumnParallelLinear(nn.Module):
 
     slots: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, slots: Tensor | None = None, width: int = 0) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None, slots: Tensor | None = None, width: int = 0) -> None:
         super().__init__()
-        self.weight = frozen(weight)
+        self.weight = held(weight)
         self.bias = None if bias is None else frozen(bias)
         self.width = width
         self.register_buffer("slots", slots, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.linear(x, self.weight, self.bias)
+        out = kernels.linear(x, self.weight, self.bias)
         if self.slots is None:
             return out
         return out.new_zeros(*out.shape[:-1], self.width).index_copy_(-1, self.slots, out)
@@ -45,9 +52,9 @@ class RowParallelLinear(nn.Module):
 
     slots: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, tp: Group, slots: Tensor | None = None) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None, tp: Group, slots: Tensor | None = None) -> None:
         super().__init__()
-        self.weight = frozen(weight)
+        self.weight = held(weight)
         self.bias = None if bias is None else frozen(bias)
         self.tp = tp
         self.register_buffer("slots", slots, persistent=False)
@@ -55,39 +62,44 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.slots is not None:
             x = x.index_select(-1, self.slots)
-        out = self.tp.all_reduce(F.linear(x, self.weight))
+        out = self.tp.all_reduce(kernels.linear(x, self.weight))
         return out if self.bias is None else out.add_(self.bias)
 
 
 class VocabParallelEmbedding(nn.Module):
     """int64 [B, S] -> [B, S, hidden]: rows `owned` of the vocabulary live here; the sum over the group has them all."""
 
-    def __init__(self, weight: Tensor, owned: Range, vocab: int, tp: Group) -> None:
+    def __init__(self, weight: Weight, owned: Range, vocab: int, tp: Group) -> None:
         super().__init__()
-        self.weight = frozen(weight)
+        self.weight = held(weight)
         self.owned, self.vocab, self.tp = owned, vocab, tp
 
     def forward(self, ids: Tensor) -> Tensor:
-        start, stop = self.owned
         if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab:
             # torch's own embedding raises too; here an id nobody owns would silently become a zero vector
             raise IndexError(f"token ids {int(ids.min())}..{int(ids.max())}: the vocabulary is [0, {self.vocab})")
+        return self.look_up(ids)
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """The same for ids that are known to be of the vocabulary."""
+        start, stop = self.owned
         mine = (ids >= start) & (ids < stop)
-        out = F.embedding((ids - start).masked_fill(~mine, 0), self.weight)
+        rows = (ids - start).masked_fill(~mine, 0)
+        out = F.embedding(rows, self.weight) if isinstance(self.weight, Tensor) else self.weight[rows]
         return self.tp.all_reduce(out.masked_fill_(~mine.unsqueeze(-1), 0))
 
 
 class VocabParallelHead(nn.Module):
     """[*, hidden] -> [*, vocab]: each rank computes its rows' logits, all ranks gather them, in vocabulary order."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...], tp: Group) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None, sizes: tuple[int, ...], tp: Group) -> None:
         super().__init__()
-        self.weight = frozen(weight)
+        self.weight = held(weight)
         self.bias = None if bias is None else frozen(bias)
         self.sizes, self.tp = sizes, tp
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.linear(x, self.weight, self.bias)
+        out = kernels.linear(x, self.weight, self.bias)
         return self.tp.all_gather_last(out, self.sizes)
 
 

@@ -7,6 +7,7 @@ Imports neither torch nor DeepSpeed: it answers for a 72B in well under a second
 
 prints what each rank would own, before anything is loaded: heads, slices, bytes, collectives and every violated
 constraint, from config.json and the headers of the safetensors files. Exit 2 where the plan has problems.
+With --hardware configs/hardware/X.yaml it also predicts first token, tokens/s and memory on that machine.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, NoReturn
 from adapter import command
 from adapter.checkpoint import ITEM_BYTES, TORCH_NAMES, Checkpoint, open_checkpoint, read_config
 from policies.errors import UserError, told
+from policies.formats import DENSE, FORMATS, GROUP, Format, format_of
 from policies.heads import HeadShard
 from policies.policy import Geometry, Policy
 from policies.registry import policy_for
@@ -33,12 +35,16 @@ DTYPE_BYTES = {name: ITEM_BYTES[code] for code, name in TORCH_NAMES.items()}
 
 @dataclass(frozen=True)
 class Plan:
-    """How one model is cut for one tp_size. `dtype` is the name of the dtype the shards are held in."""
+    """How one model is cut for one tp_size.
+
+    dtype: name of the dtype the shards are held in; form: the format of what `policies.formats` says takes one.
+    """
 
     policy: Policy
     geometry: Geometry
     tp_size: int
     dtype: str
+    form: Format = DENSE
 
     @cached_property
     def claims(self) -> Mapping[str, Claim]:
@@ -62,13 +68,43 @@ class Plan:
         """(module, suffix) of every parameter that takes memory of its own, in the table's order."""
         for module, claim in self.claims.items():
             for suffix in claim.parameters():
-                if not (self.geometry.tied and f"{module}.{suffix}" == self.policy.tied[0]):
+                if not self.is_tied_copy(module, suffix):
                     yield module, suffix
+
+    def is_tied_copy(self, module: str, suffix: str) -> bool:
+        """Whether this parameter is another one under a second name."""
+        return self.geometry.tied and f"{module}.{suffix}" == self.policy.tied[0]
 
     def weight_bytes(self, rank: int) -> int:
         """Bytes of `rank`'s shard, replicated tensors included, a tied head once."""
-        elements = sum(math.prod(self.slice(m, s, rank).local_shape) for m, s in self.parameters())
-        return elements * DTYPE_BYTES[self.dtype]
+        return sum(self.tensor_bytes(m, s, rank) for m, s in self.parameters())
+
+    def format_of(self, module: str) -> Format:
+        """What this module's weight is held in."""
+        return format_of(self.claims[module], self.form, self.geometry.text_stack)
+
+    def tensor_bytes(self, module: str, suffix: str, rank: int) -> int:
+        """Bytes of `rank`'s part of the parameter `module.suffix`."""
+        shape, form = self.slice(module, suffix, rank).local_shape, self.format_of(module)
+        if suffix == "weight" and form.bits:
+            return form.bytes(*shape)
+        return math.prod(shape) * DTYPE_BYTES[self.dtype]
+
+    def off_group(self) -> list[str]:
+        """Slices of quantised matrices that do not begin and end between two groups, in words."""
+        found = {}
+        for claim in self.policy.table:
+            module = claim.module.replace("*", "0", 1)  # every layer is cut alike
+            if not self.format_of(module).bits:
+                continue
+            for rank in range(self.tp_size):
+                part = self.slice(module, "weight", rank)
+                if part.shape[1] % GROUP:
+                    found[claim.module] = f"has {part.shape[1]} inputs"
+                elif part.dim == 1 and any(edge % GROUP for pair in part.ranges for edge in pair):
+                    found[claim.module] = f"of rank {rank} is inputs {part.ranges[0][0]} to {part.ranges[-1][1]}"
+        return [f"weights.format {self.form.name}: {module} {what}, and a scale is shared by {GROUP}; use "
+                "weights.format=dense or another tp_size" for module, what in found.items()]
 
     def kv_bytes_per_token(self, rank: int) -> int:
         """Keys and values of one token in every text layer, for the KV heads this rank holds."""
@@ -99,7 +135,8 @@ def valid_tp_sizes(policy: Policy, geometry: Geometry) -> list[int]:
     return [n for n in range(1, most + 1) if not policy.problems(geometry, n)]
 
 
-def make_plan(directory: Path, tp_size: int, dtype: str) -> tuple[Plan, Checkpoint | None, list[str]]:
+def make_plan(directory: Path, tp_size: int, dtype: str,
+              form: str = "dense") -> tuple[Plan, Checkpoint | None, list[str]]:
     """The plan for a model directory, its checkpoint (None where it holds no weights) and every problem found.
 
     Raises UserError only where there is nothing to plan (no config.json, unknown model type, impossible numbers in it).
@@ -111,12 +148,15 @@ def make_plan(directory: Path, tp_size: int, dtype: str) -> tuple[Plan, Checkpoi
     checkpoint = open_checkpoint(directory, policy)
     if checkpoint is not None:
         problems += checkpoint.check(policy, geometry)
-    return Plan(policy, geometry, tp_size, dtype), checkpoint, problems
+    plan = Plan(policy, geometry, tp_size, dtype, FORMATS[form])
+    if not problems:
+        problems += plan.off_group()
+    return plan, checkpoint, problems
 
 
-def checked_plan(directory: Path, tp_size: int, dtype: str) -> tuple[Plan, Checkpoint]:
+def checked_plan(directory: Path, tp_size: int, dtype: str, form: str = "dense") -> tuple[Plan, Checkpoint]:
     """The plan and the checkpoint, both sound. Raises one UserError with every problem and the tp sizes that work."""
-    plan, checkpoint, problems = make_plan(directory, tp_size, dtype)
+    plan, checkpoint, problems = make_plan(directory, tp_size, dtype, form)
     if checkpoint is None:
         problems.append("no safetensors file here (model.safetensors or model.safetensors.index.json); other formats "
                         "can run code when they are opened: convert with Transformers' save_pretrained")
@@ -140,6 +180,7 @@ def report(plan: Plan, problems: list[str]) -> dict[str, Any]:
         "model_type": plan.policy.model_type,
         "tp_size": plan.tp_size,
         "dtype": plan.dtype,
+        "format": plan.form.name,
         "valid_tp_sizes": valid_tp_sizes(plan.policy, plan.geometry),
         "problems": problems,
         "ranks": [_rank_report(plan, r) for r in ranks],
@@ -158,6 +199,8 @@ def _tensor_report(plan: Plan, module: str, suffix: str) -> dict[str, Any]:
     parts = [plan.slice(module, suffix, r) for r in range(plan.tp_size)]
     rule = plan.claims[module].rule
     row: dict[str, Any] = {"name": f"{module}.{suffix}", "rule": type(rule).__name__, "shape": list(parts[0].shape)}
+    if suffix == "weight" and (form := plan.format_of(module)).bits:
+        row["format"] = form.name
     if isinstance(rule, Replicated):
         row["why"] = rule.why
     return row | {"dim": parts[0].dim, "slices": [[list(r) for r in p.ranges] for p in parts]}
@@ -165,16 +208,19 @@ def _tensor_report(plan: Plan, module: str, suffix: str) -> dict[str, Any]:
 
 def main(args: argparse.Namespace, results: command.Results) -> int:
     from adapter.config import load_config
+    from adapter.forecast import forecast
 
     config = load_config(args.config, args.overrides)
-    plan, checkpoint, problems = make_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype)
+    plan, checkpoint, problems = make_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
+                                           config.weights.format)
     facts = report(plan, problems)
     if checkpoint is None:
         print(f"note: {config.model.path} holds no safetensors file; planned from config.json alone", file=sys.stderr)
+    foreseen = None if problems else forecast(plan, args)
     if args.json:
-        results.write(facts)
+        results.write(facts | ({"prediction": foreseen[0]} if foreseen else {}))
     else:
-        results.text(_table(facts))
+        results.text(_table(facts) + (f"\n\n{foreseen[1]}" if foreseen else ""))
     return command.BAD_INPUT if problems else command.DONE
 
 
@@ -183,7 +229,8 @@ def _table(facts: dict[str, Any]) -> str:
     def span(pair: list[int]) -> str:
         return f"{pair[0]}-{pair[1] - 1}" if pair[1] > pair[0] else "none"
 
-    lines = [f"{facts['model_type']}, tp_size {facts['tp_size']}, {facts['dtype']}"]
+    lines = [f"{facts['model_type']}, tp_size {facts['tp_size']}, {facts['dtype']}"
+             + (f", weights {facts['format']}" if facts["format"] != "dense" else "")]
     lines += [f"problem: {p}" for p in facts["problems"]]
     lines += [f"tp sizes that work: {facts['valid_tp_sizes']}"]
     lines += [f"rank {r['rank']}: query heads {span(r['q_heads'])}, KV heads {span(r['kv_heads'])}, vision heads "
@@ -199,8 +246,11 @@ def _table(facts: dict[str, Any]) -> str:
 
 
 def start() -> NoReturn:
+    from adapter.forecast import add_options
+
     arguments = command.parser(__doc__)
     arguments.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
+    add_options(arguments)
     command.run(main, arguments)
 
 

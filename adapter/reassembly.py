@@ -1,7 +1,8 @@
 """Do the shards, put together again, equal the checkpoint, bit for bit? Answered by hashes; nobody gathers the model.
 
 Every rank hashes what it holds in memory. The file's own bytes of the same slice are hashed by the next rank, which
-reads them through safetensors, so that no rank vouches for itself and no code is on both sides.
+reads them through safetensors, so that no rank vouches for itself and no code is on both sides (quantised weights are
+hashed as codes and scales: that both sides have the same quantiser is why the logits are held against the checkpoint).
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from adapter.checkpoint import Checkpoint
 from adapter.digest import digest
+from adapter.kernels import Quantised, Weight, make_weight
 from adapter.plan import Plan
 from adapter.reference import read_tensor, stored_name
 from adapter.topology import Group
@@ -45,7 +47,8 @@ def reassembly(model: nn.Module, plan: Plan, tp: Group, checkpoint: Checkpoint,
     for module, suffix in names:
         held.append(_digest(getattr(modules[module], suffix, None)))
         part = plan.slice(module, suffix, next_rank)
-        stored.append(_digest(read_tensor(checkpoint, stored_name(plan, f"{module}.{suffix}"), part).to(dtype)))
+        tensor = read_tensor(checkpoint, stored_name(plan, f"{module}.{suffix}"), part).to(dtype)
+        stored.append(_digest(make_weight(tensor, plan.format_of(module)) if suffix == "weight" else tensor))
     mine = torch.tensor([*held, *stored], device=get_accelerator().current_device_name())
     every = tp.all_gather_last(mine, (len(mine),) * tp.size)
     have, want = every.view(tp.size, 2, -1).cpu().unbind(1)
@@ -56,7 +59,9 @@ def reassembly(model: nn.Module, plan: Plan, tp: Group, checkpoint: Checkpoint,
     return Reassembly(len(names), sum(plan.weight_bytes(r) for r in range(tp.size)), tuple(differing))
 
 
-def _digest(tensor: Tensor | None) -> int:
+def _digest(tensor: Weight | None) -> int:
+    if isinstance(tensor, Quantised):
+        return digest([tensor.codes, tensor.scales])
     return 0 if tensor is None else digest(tensor)  # 0: the parameter is not there
 
 

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from adapter import bounds
 from adapter.checkpoint import Checkpoint
 from adapter.inject import build_on_meta
+from adapter.kernels import FEW_ROWS, Quantised, make_weight
 from adapter.plan import Plan
 from adapter.trace import Expected, take
+from policies.formats import GROUP
 from policies.rules import Claim, Column, FusedQKV, Row, TensorSlice
 
 CHUNK = 1 << 24  # elements of an output that are looked at together: 64 MB in float32
@@ -64,22 +66,25 @@ class Reference:
                     module._parameters[name] = nn.Parameter(zero.expand(weight.shape), False)
         return {self.plan.policy.published(name): module for name, module in model.named_modules()}
 
-    def weights(self, name: str) -> dict[str, Tensor]:
-        """The whole parameters of one claimed module: as the shards hold them, in float32."""
-        return {
-            suffix: read_tensor(self.checkpoint, stored_name(self.plan, f"{name}.{suffix}"))
-            .to(self.dtype).to(self.device, torch.float32)
-            for suffix in self.plan.claims[name].parameters()
-        }
+    def weights(self, name: str, held: bool = False) -> dict[str, Tensor]:
+        """The whole parameters of one claimed module in the shards' dtype, given in float32. held: as the shards hold
+        them, quantised or not; else as the checkpoint has them."""
+        found = {suffix: read_tensor(self.checkpoint, stored_name(self.plan, f"{name}.{suffix}")).to(self.dtype)
+                 for suffix in self.plan.claims[name].parameters()}
+        if held and isinstance(coded := make_weight(found["weight"], self.plan.format_of(name)), Quantised):
+            found["weight"] = coded.dense()
+        return {suffix: tensor.to(self.device, torch.float32) for suffix, tensor in found.items()}
 
     def expected(self, name: str, claim: Claim, layer: nn.Module, x: Tensor) -> Iterator[Expected]:
         """What layer `name` must return for the whole input x: an adapter.trace.Oracle."""
-        weights, ids = self.weights(name), not x.is_floating_point()
+        weights, ids = self.weights(name, held=True), not x.is_floating_point()
         rows = x.reshape(-1) if ids else x.reshape(-1, x.shape[-1]) if len(claim.weight) < 3 else x
         step = max(1, CHUNK // weights["weight"].shape[1 if ids else 0])
         parts = [self.plan.slice(name, "weight", r) for r in range(self.plan.tp_size)]
         for start in range(0, len(rows), step):
             values, bound = self._part(name, claim, weights, rows[start:start + step], parts)
+            if self.plan.format_of(name).bits and not ids and len(rows) <= FEW_ROWS:
+                bound = bound + bounds.coded_input(rows[start:start + step].float(), weights["weight"], GROUP)
             if isinstance(claim.rule, Column | FusedQKV):
                 values, bound = (torch.cat([take(t, p) for p in parts], -1) for t in (values, bound))
             yield Expected(slice(start, start + step), None, values, bound)

@@ -202,7 +202,7 @@ class TensorParallelSection(Section):
 
 
 class Weights(Section):
-    format: Literal["dense"] = "dense"
+    format: Literal["dense", "int8", "int4"] = "dense"  # of the text tower; policies/formats.py says of what
 
 
 class Processor(Pixels):

@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter import bounds
+from adapter.kernels import FEW_ROWS, Quantised
 from adapter.plan import Plan
 from adapter.topology import Group, to_device
 from adapter.trace import Check, Expected, Trace
 from policies.errors import CheckFailed
+from policies.formats import GROUP
 from policies.rules import Claim, Row
 
 log = logging.getLogger("adapter")
@@ -149,4 +151,7 @@ def _expected(plan: Plan, tp: Group, name: str, claim: Claim, layer: Any, x: Ten
         parts, ranks = sum((F.linear(a, w).abs() for a, w in pieces), torch.zeros_like(y)), tp.size
     parts = parts if bias is None else parts + bias.abs()
     columns = rows if dim == 1 else rows + sum(widths[: tp.rank])
-    yield Expected(slice(None), columns, y, bounds.linear(scale, parts, weight.shape[1], layer.weight.dtype, ranks))
+    bound = bounds.linear(scale, parts, weight.shape[1], layer.weight.dtype, ranks)
+    if isinstance(layer.weight, Quantised) and len(x) <= FEW_ROWS:
+        bound = bound + bounds.coded_input(x, weight, GROUP)
+    yield Expected(slice(None), columns, y, bound)

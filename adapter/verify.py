@@ -27,7 +27,8 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
     if config.model.attn_implementation == "flash_attention_2" and config.model.dtype == "float32":
         raise UserError("model.attn_implementation = flash_attention_2 computes in half precision only: verify it with "
                         "--dtype bfloat16, or in float32 with model.attn_implementation=sdpa")
-    plan, checkpoint = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype)
+    plan, checkpoint = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
+                          config.weights.format)
     first = command.environment_rank("RANK") == 0
     if args.report and first:
         _check_report(Path(args.report))

@@ -1,0 +1,363 @@
+// y = x W^T + b for few rows of x, as decoding has them: bound by reading W, so W is read once, in order, in the format
+// in which it lies in memory: bfloat16, or codes of 8 or 4 bits with a float16 scale for each group of 64 along the inputs.
+//
+// A quantised weight is scale * (code - zero), zero 128 or 8. x is quantised on the way, per row and group, to signed 8
+// bits, so that VNNI multiplies codes as they are: sum((c - z) q) = sum(c q) - z sum(q).
+// 4-bit codes of a group: byte i holds element i in its low half and element i + 32 in its high half.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define HAVE_KERNELS 1
+#include <immintrin.h>
+#else
+#define HAVE_KERNELS 0
+#endif
+
+namespace {
+
+using at::Tensor;
+constexpr int64_t GROUP = 64;   // weights that share a scale; adapter/kernels.py has the same number
+constexpr int64_t MOST_ROWS = 16;  // of x; above, a matrix product over unpacked weights is faster
+constexpr int64_t AHEAD = 4096;  // bytes of W asked for before they are needed
+
+bool supported() { return HAVE_KERNELS; }
+
+#if HAVE_KERNELS
+
+inline uint16_t to_bf16(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0;  // NaN
+  return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+}
+inline float from_bf16(uint16_t h) {
+  uint32_t u = uint32_t(h) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+inline void put(uint16_t* y, float v) { *y = to_bf16(v); }
+inline void put(float* y, float v) { *y = v; }
+inline float get(const uint16_t* x) { return from_bf16(*x); }
+inline float get(const float* x) { return *x; }
+
+inline __m512bh load(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+inline __m512bh load(const uint16_t* p, __mmask32 mask) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, p); }
+
+// out[M][R]: R rows of W times M rows of x, U steps of 32 inputs unrolled; `far`: bytes to prefetch ahead of each load
+template <int R, int M, int U>
+inline void block(const uint16_t* w, const uint16_t* x, int64_t K, int64_t far, float* out) {
+  __m512 acc[M][R][U];
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++)
+      for (int u = 0; u < U; u++) acc[m][r][u] = _mm512_setzero_ps();
+  int64_t k = 0;
+  for (; k + 32 * U <= K; k += 32 * U)
+    for (int u = 0; u < U; u++) {
+      __m512bh ws[R];
+      for (int r = 0; r < R; r++) {
+        const uint16_t* p = w + r * K + k + 32 * u;
+        _mm_prefetch(reinterpret_cast<const char*>(p) + far, _MM_HINT_T0);
+        ws[r] = load(p);
+      }
+      for (int m = 0; m < M; m++) {
+        __m512bh xs = load(x + m * K + k + 32 * u);
+        for (int r = 0; r < R; r++) acc[m][r][u] = _mm512_dpbf16_ps(acc[m][r][u], ws[r], xs);
+      }
+    }
+  for (; k < K; k += 32) {
+    __mmask32 mask = K - k >= 32 ? ~0u : (1u << (K - k)) - 1;
+    for (int r = 0; r < R; r++) {
+      __m512bh ws = load(w + r * K + k, mask);
+      for (int m = 0; m < M; m++) acc[m][r][0] = _mm512_dpbf16_ps(acc[m][r][0], ws, load(x + m * K + k, mask));
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++) {
+      __m512 sum = acc[m][r][0];
+      for (int u = 1; u < U; u++) sum = _mm512_add_ps(sum, acc[m][r][u]);
+      out[m * R + r] = _mm512_reduce_add_ps(sum);
+    }
+}
+
+struct Dense {
+  const uint16_t *w, *x;
+  const uint16_t* bias;
+  uint16_t* y;
+  int64_t K, N;
+
+  void store(int64_t m, int64_t n, float v) const { put(y + m * N + n, bias ? v + from_bf16(bias[n]) : v); }
+
+  template <int M>
+  void one(int64_t m0, int64_t n0, int64_t n1) const {  // row after row of W, a single stream of memory
+    float out[M];
+    for (int64_t n = n0; n < n1; n++) {
+      block<1, M, M == 1 ? 8 : 4>(w + n * K, x + m0 * K, K, AHEAD, out);
+      for (int m = 0; m < M; m++) store(m0 + m, n, out[m]);
+    }
+  }
+
+  template <int M>
+  void four(int64_t m0, int64_t n) const {  // four rows of W share the loads of x
+    float out[M * 4];
+    block<4, M, 1>(w + n * K, x + m0 * K, K, 8 * K, out);
+    for (int m = 0; m < M; m++)
+      for (int r = 0; r < 4; r++) store(m0 + m, n + r, out[m * 4 + r]);
+  }
+
+  void run(int64_t rows, int64_t n0, int64_t n1) const {
+    if (rows == 1) return one<1>(0, n0, n1);
+    if (rows == 2) return one<2>(0, n0, n1);
+    int64_t n = n0;
+    for (; n + 4 <= n1; n += 4)  // those four stay in the cache for the next rows of x
+      for (int64_t m = 0; m < rows; m += 4) switch (std::min<int64_t>(rows - m, 4)) {
+          case 4: four<4>(m, n); break;
+          case 3: four<3>(m, n); break;
+          case 2: four<2>(m, n); break;
+          default: four<1>(m, n);
+        }
+    for (int64_t m = 0; m < rows; m++) one<1>(m, n, n1);
+  }
+};
+
+// x quantised: codes [rows][groups * 64], for each group its scale and scale * zero * sum of its codes
+struct Quantised {
+  std::vector<int8_t> codes;
+  std::vector<float> scale, shift;
+  int64_t groups, stride, padded;
+};
+
+template <typename T>
+Quantised quantise(const T* x, int64_t rows, int64_t K, int bits) {
+  Quantised q;
+  q.groups = K / GROUP;
+  q.padded = (q.groups + 15) / 16 * 16;
+  q.stride = q.padded * GROUP;
+  q.codes.assign(rows * q.stride, 0);
+  q.scale.assign(rows * q.padded, 0.f);
+  q.shift.assign(rows * q.padded, 0.f);
+  const float zero = bits == 8 ? 128.f : 8.f;
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t g = 0; g < q.groups; g++) {
+      const T* from = x + m * K + g * GROUP;
+      float v[GROUP], most = 0.f;
+      for (int i = 0; i < GROUP; i++) v[i] = get(from + i);
+      for (int i = 0; i < GROUP; i++) most = std::max(most, std::fabs(v[i]));
+      const float inverse = most > 0.f ? 127.f / most : 0.f;
+      int8_t c[GROUP];
+      int sum = 0;
+      for (int i = 0; i < GROUP; i++) c[i] = int8_t(std::nearbyint(v[i] * inverse));
+      for (int i = 0; i < GROUP; i++) sum += c[i];
+      q.scale[m * q.padded + g] = most / 127.f;
+      q.shift[m * q.padded + g] = most / 127.f * zero * sum;
+      int8_t* to = q.codes.data() + m * q.stride;
+      if (bits == 8) {
+        std::memcpy(to + g * GROUP, c, GROUP);
+      } else {  // two groups make 128: their first halves, then their second halves
+        std::memcpy(to + g / 2 * 128 + g % 2 * 32, c, 32);
+        std::memcpy(to + g / 2 * 128 + 64 + g % 2 * 32, c + 32, 32);
+      }
+    }
+  return q;
+}
+
+template <int BITS, int M>
+inline void row(const uint8_t* w, const at::Half* scales, const Quantised& q, int64_t m0, float* out) {
+  __m512 acc[M], less[M];
+  for (int m = 0; m < M; m++) acc[m] = less[m] = _mm512_setzero_ps();
+  const __m512i low = _mm512_set1_epi8(15), lanes = _mm512_srli_epi32(
+      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 3);  // 8 times 0, 8 times 1
+  for (int64_t g0 = 0; g0 < q.groups; g0 += 16) {
+    const int count = int(std::min<int64_t>(16, q.groups - g0));
+    __m512 ws = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), scales + g0));
+    alignas(64) float both[M][16];
+    for (int m = 0; m < M; m++) {
+      const int64_t at = (m0 + m) * q.padded + g0;
+      _mm512_store_ps(both[m], _mm512_mul_ps(ws, _mm512_loadu_ps(&q.scale[at])));
+      less[m] = _mm512_fmadd_ps(ws, _mm512_loadu_ps(&q.shift[at]), less[m]);
+    }
+    if (BITS == 8) {
+      for (int g = 0; g < count; g++) {
+        const uint8_t* p = w + (g0 + g) * GROUP;
+        _mm_prefetch(reinterpret_cast<const char*>(p) + AHEAD, _MM_HINT_T0);
+        const __m512i c = _mm512_loadu_si512(p);
+        for (int m = 0; m < M; m++) {
+          const int8_t* x = q.codes.data() + (m0 + m) * q.stride + (g0 + g) * GROUP;
+          const __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), c, _mm512_loadu_si512(x));
+          acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(both[m][g]), acc[m]);
+        }
+      }
+    } else {
+      for (int g = 0; g < count; g += 2) {
+        const uint8_t* p = w + (g0 + g) * (GROUP / 2);
+        _mm_prefetch(reinterpret_cast<const char*>(p) + AHEAD, _MM_HINT_T0);
+        const __m512i c = g + 2 <= count ? _mm512_loadu_si512(p)
+                                         : _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+        const __m512i first = _mm512_and_si512(c, low), second = _mm512_and_si512(_mm512_srli_epi16(c, 4), low);
+        const __m512i pick = _mm512_add_epi32(lanes, _mm512_set1_epi32(g));
+        for (int m = 0; m < M; m++) {
+          const int8_t* x = q.codes.data() + (m0 + m) * q.stride + (g0 + g) * GROUP;
+          __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, _mm512_loadu_si512(x));
+          dot = _mm512_dpbusd_epi32(dot, second, _mm512_loadu_si512(x + 64));
+          const __m512 s = _mm512_permutexvar_ps(pick, _mm512_load_ps(both[m]));
+          acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), s, acc[m]);
+        }
+      }
+    }
+  }
+  for (int m = 0; m < M; m++) out[m] = _mm512_reduce_add_ps(_mm512_sub_ps(acc[m], less[m]));
+}
+
+template <int BITS, typename T>
+void few_rows(const Tensor& x, const Tensor& codes, const Tensor& scales, const T* bias, Tensor& y) {
+  const int64_t rows = x.size(0), K = x.size(1), N = codes.size(0), bytes = codes.size(1);
+  const Quantised q = quantise(static_cast<const T*>(x.data_ptr()), rows, K, BITS);
+  const auto* w = codes.data_ptr<uint8_t>();
+  const auto* s = scales.data_ptr<at::Half>();
+  T* out = static_cast<T*>(y.data_ptr());
+  at::parallel_for(0, N, 64, [&](int64_t n0, int64_t n1) {
+    float v[4];
+    for (int64_t n = n0; n < n1; n++)
+      for (int64_t m = 0; m < rows; m += 4) {
+        const int count = int(std::min<int64_t>(rows - m, 4));
+        switch (count) {
+          case 4: row<BITS, 4>(w + n * bytes, s + n * q.groups, q, m, v); break;
+          case 3: row<BITS, 3>(w + n * bytes, s + n * q.groups, q, m, v); break;
+          case 2: row<BITS, 2>(w + n * bytes, s + n * q.groups, q, m, v); break;
+          default: row<BITS, 1>(w + n * bytes, s + n * q.groups, q, m, v);
+        }
+        for (int i = 0; i < count; i++) put(out + (m + i) * N + n, bias ? v[i] + get(bias + n) : v[i]);
+      }
+  });
+}
+
+template <int BITS, typename T>
+void unpack(const uint8_t* w, const at::Half* scales, int64_t groups, T* out) {
+  constexpr float zero = BITS == 8 ? 128.f : 8.f;
+  for (int64_t g = 0; g < groups; g++) {
+    const float s = float(scales[g]);
+    const uint8_t* p = w + g * GROUP * BITS / 8;
+    T* to = out + g * GROUP;
+    for (int i = 0; i < 32; i++) {
+      put(to + i, s * (float(BITS == 8 ? p[i] : p[i] & 15) - zero));
+      put(to + 32 + i, s * (float(BITS == 8 ? p[32 + i] : p[i] >> 4) - zero));
+    }
+  }
+}
+
+#endif  // HAVE_KERNELS
+
+// x [rows, K], weight [N, K], bias [N], all bfloat16 and contiguous; rows <= MOST_ROWS -> [rows, N]
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+#if HAVE_KERNELS
+  TORCH_CHECK(x.dim() == 2 && x.size(0) <= MOST_ROWS && x.size(1) == weight.size(1), "x ", x.sizes(), ", weight ",
+              weight.sizes(), "; at most ", MOST_ROWS, " rows");
+  TORCH_CHECK(x.is_contiguous() && weight.is_contiguous(), "x and weight must be contiguous");
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16, "bfloat16 is needed");
+  TORCH_CHECK(!bias || (bias->scalar_type() == at::kBFloat16 && bias->is_contiguous()), "a bfloat16 bias is needed");
+  Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
+  auto raw = [](const Tensor& t) { return static_cast<uint16_t*>(t.data_ptr()); };
+  const Dense d{raw(weight), raw(x), bias ? raw(*bias) : nullptr, raw(y), x.size(1), weight.size(0)};
+  at::parallel_for(0, d.N, 64, [&](int64_t n0, int64_t n1) { d.run(x.size(0), n0, n1); });
+  return y;
+#else
+  TORCH_CHECK(false, "this processor lacks AVX-512 BF16 and VNNI");
+#endif
+}
+
+// codes uint8 [N, K * bits / 8], scales float16 [N, K / 64] -> [N, K] of `dtype` (bfloat16 or float32)
+Tensor dequantise(const Tensor& codes, const Tensor& scales, int64_t bits, at::ScalarType dtype) {
+#if HAVE_KERNELS
+  const int64_t N = codes.size(0), groups = scales.size(1);
+  TORCH_CHECK(codes.is_contiguous() && scales.is_contiguous() && codes.size(1) * 8 == groups * GROUP * bits,
+              "codes ", codes.sizes(), " and scales ", scales.sizes(), " are not of one matrix of ", bits, " bits");
+  TORCH_CHECK(dtype == at::kBFloat16 || dtype == at::kFloat, "bfloat16 or float32 is needed");
+  Tensor out = at::empty({N, groups * GROUP}, codes.options().dtype(dtype));
+  const auto* w = codes.data_ptr<uint8_t>();
+  const auto* s = scales.data_ptr<at::Half>();
+  at::parallel_for(0, N, 8, [&](int64_t a, int64_t b) {
+    for (int64_t n = a; n < b; n++) {
+      const uint8_t* p = w + n * codes.size(1);
+      auto go = [&](auto* to) {
+        to += n * groups * GROUP;
+        if (bits == 8) unpack<8>(p, s + n * groups, groups, to);
+        else unpack<4>(p, s + n * groups, groups, to);
+      };
+      if (dtype == at::kFloat) go(out.data_ptr<float>());
+      else go(static_cast<uint16_t*>(out.data_ptr()));
+    }
+  });
+  return out;
+#else
+  TORCH_CHECK(false, "this processor lacks AVX-512 BF16 and VNNI");
+#endif
+}
+
+// The same as `linear` for a quantised weight; x bfloat16 or float32, any number of rows: many are multiplied with
+// pieces of the weight that are unpacked while they are in the cache.
+Tensor linear_quantised(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& bias,
+                        int64_t bits) {
+#if HAVE_KERNELS
+  const int64_t rows = x.size(0), K = x.size(1), N = codes.size(0);
+  TORCH_CHECK(x.dim() == 2 && K == scales.size(1) * GROUP, "x ", x.sizes(), " does not fit ", scales.size(1),
+              " groups of ", GROUP);
+  TORCH_CHECK(bits == 8 || bits == 4, "8 or 4 bits");
+  TORCH_CHECK(codes.size(1) * 8 == K * bits && codes.is_contiguous() && scales.is_contiguous() && x.is_contiguous(),
+              "codes ", codes.sizes(), ": contiguous tensors of ", K, " inputs are needed");
+  const bool half = x.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(half || x.scalar_type() == at::kFloat, "bfloat16 or float32 is needed");
+  TORCH_CHECK(!bias || (bias->scalar_type() == x.scalar_type() && bias->is_contiguous()), "a bias like x is needed");
+  Tensor y = at::empty({rows, N}, x.options());
+  if (rows > MOST_ROWS) {
+    const int64_t step = std::max<int64_t>(64, (int64_t(1) << 20) / K / 64 * 64);  // 2 MB of bfloat16
+    for (int64_t n = 0; n < N; n += step) {
+      const int64_t count = std::min(step, N - n);
+      const Tensor piece = dequantise(codes.narrow(0, n, count), scales.narrow(0, n, count), bits, x.scalar_type());
+      y.narrow(1, n, count).copy_(at::linear(x, piece, bias ? std::optional<Tensor>(bias->narrow(0, n, count))
+                                                            : std::nullopt));
+    }
+    return y;
+  }
+  auto go = [&](auto* b) {
+    if (bits == 8) few_rows<8>(x, codes, scales, b, y);
+    else few_rows<4>(x, codes, scales, b, y);
+  };
+  if (half) go(bias ? static_cast<const uint16_t*>(bias->data_ptr()) : nullptr);
+  else go(bias ? bias->data_ptr<float>() : static_cast<const float*>(nullptr));
+  return y;
+#else
+  TORCH_CHECK(false, "this processor lacks AVX-512 BF16 and VNNI");
+#endif
+}
+
+Tensor linear_meta(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&) {
+  return at::empty_symint({x.sym_size(0), weight.sym_size(0)}, x.options());
+}
+Tensor linear_quantised_meta(const Tensor& x, const Tensor& codes, const Tensor&, const std::optional<Tensor>&, int64_t) {
+  return at::empty_symint({x.sym_size(0), codes.sym_size(0)}, x.options());
+}
+
+TORCH_LIBRARY_FRAGMENT(qwenvl_tp, m) {
+  m.def("linear_supported() -> bool", supported);
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("dequantise(Tensor codes, Tensor scales, int bits, ScalarType dtype) -> Tensor");
+  m.def("linear_quantised(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int bits) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(qwenvl_tp, CPU, m) {
+  m.impl("linear", linear);
+  m.impl("dequantise", dequantise);
+  m.impl("linear_quantised", linear_quantised);
+}
+TORCH_LIBRARY_IMPL(qwenvl_tp, Meta, m) {
+  m.impl("linear", linear_meta);
+  m.impl("linear_quantised", linear_quantised_meta);
+}
+
+}  // namespace

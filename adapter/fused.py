@@ -1,0 +1,76 @@
+"""What a decode step does between its matrix products: one C++ operator each on CPU, the same in torch elsewhere.
+
+Signatures and shapes are those of adapter/csrc/fused.cpp; results round where Transformers' do, rotations but once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import QuickGELUActivation
+
+from adapter import native
+
+
+def operators(device: str) -> Any:
+    """What has `rms_norm`, `add_rms_norm`, `silu_mul` and `attend` for tensors of this kind of device."""
+    return torch.ops.qwenvl_tp if device == "cpu" and native.unavailable() is None else Plain
+
+
+class QuickGelu(nn.Module):
+    """Transformers' QuickGELUActivation, x * sigmoid(1.702 x), in one pass over memory on CPU and rounded once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not x.is_contiguous():
+            return x * torch.sigmoid(1.702 * x)
+        out: Tensor = torch.ops.qwenvl_tp.quick_gelu(x)
+        return out
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Put `QuickGelu` where Transformers has its own, if the machine has the operator."""
+    if native.unavailable() is None:
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if type(child) is QuickGELUActivation:
+                    setattr(module, name, QuickGelu())
+
+
+class Plain:
+    """In torch, with tensors that never change their shapes: what a graph can capture."""
+
+    @staticmethod
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    @staticmethod
+    def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return Plain.rms_norm(x.add_(delta), weight, eps)
+
+    @staticmethod
+    def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: Tensor,
+               position: Tensor, scale: float) -> Tensor:
+        batch, _, length, dim = keys.shape
+        q, k, v = (x.view(batch, -1, 1, dim) for x in (q, k, v))
+        keys.index_copy_(2, position, _rotated(k, cos, sin))
+        values.index_copy_(2, position, v)
+        place = torch.arange(length, device=q.device)
+        seen = (place >= start[:, None]) & (place <= position)
+        out = F.scaled_dot_product_attention(_rotated(q, cos, sin), keys, values, seen[:, None, None], scale=scale,
+                                             enable_gqa=True)
+        return out.reshape(batch, -1)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, heads, 1, D] turned by cos, sin [B, D]."""
+    a, b = x.float().chunk(2, -1)
+    c, s = cos.float()[:, None, None], sin.float()[:, None, None]
+    return (x.float() * c + torch.cat([-b, a], -1) * s).to(x.dtype)
