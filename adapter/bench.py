@@ -17,13 +17,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from adapter import command
 from adapter.benchmark.driver import PEERS, check, drive
 from adapter.benchmark.summary import summary
 from adapter.launchers import launcher_of
 from policies.errors import UserError
+
+if TYPE_CHECKING:
+    from adapter.plan import Plan
 
 
 def main(args: argparse.Namespace, results: command.Results) -> int:
@@ -32,7 +35,8 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
 
     greedy = (f"generation={{max_new_tokens: {args.new}, min_new_tokens: {args.new}, do_sample: false, num_beams: 1}}")
     config = load_config(args.config, [*args.overrides, greedy])
-    plan, _ = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype)
+    plan, _ = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
+                           config.weights.format)
     rank, ranked, rows = command.environment_rank("RANK"), bool(launcher_of().mark), list[dict[str, Any]]()
 
     def write(row: dict[str, Any]) -> None:
@@ -44,7 +48,7 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
                         f"start `python launch/bench.py --against {','.join(args.against)} ...`, without a launcher")
     if rank == 0:
         check(args, plan)
-        _check_png(args.png)
+        _check_files(args)
     if ranked:
         from adapter.benchmark.ranks import measure
 
@@ -57,20 +61,32 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
             from adapter.benchmark.picture import draw
 
             draw(found, args.png)
+        if args.write_hardware:
+            _write_hardware(plan, found, args.write_hardware)
     return code
 
 
-def _check_png(file: Path | None) -> None:
-    """Before a long run: can the picture be made at its end? Raises UserError."""
-    if file is None:
-        return
-    from adapter.report import require_matplotlib
+def _check_files(args: argparse.Namespace) -> None:
+    """Before a long run: can its files be made at its end? Raises UserError."""
+    if args.png:
+        from adapter.report import require_matplotlib
 
-    require_matplotlib()
-    try:
-        file.open("ab").close()
-    except OSError as error:
-        raise UserError(f"--png {file}: cannot be written: {error.strerror}") from None
+        require_matplotlib()
+    for option, file in (("--png", args.png), ("--write-hardware", args.write_hardware)):
+        try:
+            if file:
+                file.open("ab").close()
+        except OSError as error:
+            raise UserError(f"{option} {file}: cannot be written: {error.strerror}") from None
+
+
+def _write_hardware(plan: Plan, found: dict[str, Any], file: Path) -> None:
+    import yaml
+
+    from adapter.benchmark.calibrate import calibrated
+
+    facts = calibrated(plan, found).model_dump(mode="json", exclude_none=True)
+    file.write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _peers(stated: str) -> list[str]:
@@ -98,6 +114,8 @@ def start() -> NoReturn:
                            help=f"time others on the same request too, of {','.join(PEERS)}")
     arguments.add_argument("--vllm-python", metavar="PATH", help="interpreter of an environment with vLLM")
     arguments.add_argument("--png", type=Path, metavar="FILE", help="draw first token and tokens/s of all")
+    arguments.add_argument("--write-hardware", type=Path, metavar="FILE",
+                           help="write this machine, as measured, for launch/plan.py --hardware")
     arguments.add_argument("--limit", type=_count(1, 10**6), default=1800, metavar="SECONDS",
                            help="that one job may take before it is ended, default 1800")
     command.run(main, arguments)

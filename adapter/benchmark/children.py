@@ -43,7 +43,8 @@ class Ended:
     @property
     def failure(self) -> str | None:
         """Why it did not end well, in words."""
-        last = next((line for line in reversed(self.said) if line.strip()), "it said nothing")
+        lines = [line for line in self.said if line.strip()] or ["it said nothing"]
+        last = next((line for line in reversed(lines) if re.search(r"(Error|Exception): ", line)), lines[-1])
         if self.code is None:
             return f"no end after {self.limit_s:.0f} s ({last})"
         if self.code < 0:
@@ -60,7 +61,7 @@ def run(argv: Sequence[str], env: Mapping[str, str], limit_s: float, told: bool)
         argv, env={**_environment(), **env, MARK: mark}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True, preexec_fn=_end_with_parent)
     assert process.stdout is not None and process.stderr is not None
-    said, late = deque[str](maxlen=40), threading.Event()
+    said, late = deque[str](maxlen=200), threading.Event()
     reader = threading.Thread(target=_follow, args=(process.stderr, said, told), daemon=True)
     timer = threading.Timer(limit_s, _too_late, (late, process.pid, mark))
     reader.start()

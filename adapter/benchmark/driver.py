@@ -68,7 +68,7 @@ def drive(config: Config, plan: Plan, args: argparse.Namespace, write: Callable[
                 elif task.own:
                     return _failed(ended)
                 else:
-                    log.warning("%s: %s", task.engine, ended.failure)
+                    log.warning("%s: %s; the last it said:\n%s", task.name, ended.failure, "\n".join(ended.said[-20:]))
                     write({"engine": task.engine, "repeat": repeat, "error": ended.failure})
                     tasks.remove(task)
                     code = command.CHECK_FAILED

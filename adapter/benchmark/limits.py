@@ -1,15 +1,15 @@
 """What the machine allows at the moment, and how much of it a model must take at least.
 
-A step of decoding reads every text weight once, a prompt multiplies by every weight once a row: tokens/s cannot be more
-than read_gb_s / decode_bytes, the first token cannot come before prefill_flop / matmul_gflop_s. Both leave out the
-attention itself, the KV cache and the collectives, so that they are limits and no predictions.
+A step of decoding reads every text weight once: tokens/s cannot be more than read_gb_s / decode_bytes, and the first
+token cannot come before prefill_flop / matmul_gflop_s. The KV cache, collectives and all that is no matrix product are
+left out: these are limits, and adapter.predict's are predictions.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean
 
@@ -17,9 +17,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from adapter.plan import DTYPE_BYTES, Plan
+from adapter import memory
+from adapter.plan import Plan
+from adapter.predict import Workload, text_work, vision_work
 from adapter.topology import Group, to_device
-from policies.rules import Head, Vocab
 
 READ_BYTES = 512 << 20  # a rank; beyond any cache
 MATMUL = (1024, 1280, 5120)  # rows, in, out: the vision tower's MLP on a picture of 448 x 448
@@ -47,12 +48,13 @@ class Moment:
 class Machine:
     """Measures the moment. Every rank must make one, and call `now` together with the others."""
 
-    def __init__(self, world: Group) -> None:
+    def __init__(self, world: Group, dtype: torch.dtype) -> None:
+        """dtype: of the matrix product's operands."""
         rows, inner, outer = MATMUL
         self._world = world
-        self._buffer = to_device(torch.ones(READ_BYTES // 8, dtype=torch.int64))
-        self._left = to_device(torch.ones(rows, inner, dtype=torch.bfloat16))
-        self._right = to_device(torch.ones(outer, inner, dtype=torch.bfloat16))
+        self._buffer = to_device(memory.empty((READ_BYTES // 8,), torch.int64).fill_(1))  # on pages as the weights are
+        self._left = to_device(torch.ones(rows, inner, dtype=dtype))
+        self._right = to_device(torch.ones(outer, inner, dtype=dtype))
 
     def now(self) -> Moment:
         """A sum of 64-bit integers does as little beside reading as anything can: on one core it is as fast as a plain
@@ -84,45 +86,11 @@ def everyone(world: Group, values: list[float]) -> list[list[float]]:
 
 
 def decode_bytes(plan: Plan, rank: int) -> int:
-    """Weights that `rank` reads for a token: the text tower and the head. Of an embedding one row is read, unless it is
-    the head too."""
-    return sum(elements for module, elements in _weights(plan, rank, all_shapes=True)
-               if not _is_vision(plan, module) and (plan.geometry.tied or not _is(plan, module, Vocab))
-               ) * DTYPE_BYTES[plan.dtype]
+    """Weights that `rank` reads for a token: the text tower and the head, as they are held."""
+    return text_work(plan, batch=1, tokens=1, cached=0, rank=rank).weight_bytes
 
 
-def prefill_flop(plan: Plan, rank: int, tokens: int, patches: int) -> int:
-    """Multiplications and additions of `rank`'s linears for a prompt of so many tokens, with pictures of so many
-    patches. Of the head only one row is needed."""
-    merged = patches // plan.geometry.picture[1] ** 2
-    total = 0
-    for module, elements in _weights(plan, rank, all_shapes=False):
-        tied_head = plan.geometry.tied and _is(plan, module, Vocab)
-        if _is(plan, module, Head) or tied_head:
-            rows = 1
-        elif _is(plan, module, Vocab):
-            rows = 0
-        elif _is_vision(plan, module):
-            rows = merged if "merger" in plan.claims[module].weight else patches
-        else:
-            rows = tokens
-        total += 2 * rows * elements
-    return total
-
-
-def _weights(plan: Plan, rank: int, all_shapes: bool) -> Iterator[tuple[str, int]]:
-    """(module, elements that `rank` holds) of every parameter, or only of those that are multiplied by."""
-    for module, suffix in plan.parameters():
-        shape = plan.slice(module, suffix, rank).local_shape
-        if all_shapes or len(shape) > 1:
-            yield module, math.prod(shape)
-
-
-def _is(plan: Plan, module: str, rule: type) -> bool:
-    return isinstance(plan.claims[module].rule, rule)
-
-
-def _is_vision(plan: Plan, module: str) -> bool:
-    """The text stack is the first of the geometry; what shares its beginning with another stack is of that tower."""
-    roots = {stack.split(".")[0] for stack in plan.geometry.layers if stack != plan.geometry.text_stack}
-    return module.split(".")[0] in roots
+def prefill_flop(plan: Plan, load: Workload, rank: int) -> int:
+    """Multiplications and additions of `rank` before the first token, those of attention included."""
+    work = text_work(plan, load.batch, load.prompt_tokens, 0, rank) + vision_work(plan, load, rank)
+    return work.linear_flop + work.attention_flop

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import deepspeed
+import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
@@ -19,10 +20,12 @@ from adapter import command
 from adapter.benchmark.limits import Machine, Moment, decode_bytes, everyone, prefill_flop
 from adapter.benchmark.peers.peer import WARM_UP_TOKENS, memory, speed
 from adapter.benchmark.request import first_request, make_processor
+from adapter.doctor.machine import cpu
 from adapter.engine import init_inference
 from adapter.generation import Clock, Limits, generate, rank_facts, share
-from adapter.launchers import read_environment
+from adapter.launchers import read_environment, usable_cores
 from adapter.plan import Plan
+from adapter.predict import Workload
 from adapter.processing import collate
 from adapter.schema import Config
 from adapter.topology import to_device
@@ -55,9 +58,11 @@ class Job:
         return self.one["input_ids"].shape[1]
 
     @property
-    def patches(self) -> int:
-        """Of the request's pictures and films."""
-        return sum(int(grid.prod(-1).sum()) for name, grid in self.one.items() if name.endswith("_grid_thw"))
+    def load(self) -> Workload:
+        """The request, as adapter.predict counts: a film is a picture for every two of its frames."""
+        grids = [row for name, grid in self.one.items() if name.endswith("_grid_thw") for row in grid.tolist()]
+        patches = tuple(height * width for times, height, width in grids for _ in range(times))
+        return Workload(self.tokens, patches)
 
     def run(self, inputs: Inputs, new: int) -> dict[str, float]:
         """Generate `new` tokens, greedily, and say how fast; the figures are those of rank 0."""
@@ -86,7 +91,7 @@ def measure(config: Config, plan: Plan, args: argparse.Namespace, write: Callabl
         if first:
             log.info("loaded in %.2f s", row["load_s"])
             write({"engine": "ours", "repeat": 0, **row})
-        machine = Machine(engine.mpu.world)
+        machine = Machine(engine.mpu.world, config.model.torch_dtype)
         job.run(job.many, WARM_UP_TOKENS)
         for repeat in range(args.repeats):
             row = _repeated(job, machine, args)
@@ -124,14 +129,27 @@ def _case(job: Job, args: argparse.Namespace) -> Row:
     """What is the same in every repeat."""
     ranks = range(job.plan.tp_size)
     return {
-        "tp_size": job.plan.tp_size, "dtype": job.plan.dtype, "prompt_tokens": job.tokens, "patches": job.patches,
+        "tp_size": job.plan.tp_size, "dtype": job.plan.dtype, "format": job.plan.form.name,
+        "prompt_tokens": job.tokens, "patches": list(job.load.patches),
         "new_tokens": args.new, "requests_at_once": args.requests_at_once, "threads": torch.get_num_threads(),
-        "device": get_accelerator().device_name(), "shared_memory_all_reduce": job.engine.mpu.tp.fast,
+        "device": get_accelerator().device_name(), **_machine(job.plan),
+        "shared_memory_all_reduce": job.engine.mpu.tp.fast,
         "weight_bytes": [job.plan.weight_bytes(rank) for rank in ranks],
         "decode_bytes": [decode_bytes(job.plan, rank) for rank in ranks],
-        "prefill_flop": [prefill_flop(job.plan, rank, job.tokens, job.patches) for rank in ranks],
+        "prefill_flop": [prefill_flop(job.plan, job.load, rank) for rank in ranks],
         "collective_bytes": {name: x.nbytes for name, (_, x) in _collectives(job).items()},
     }
+
+
+def _machine(plan: Plan) -> Row:
+    """Devices as adapter.hardware counts them, and bytes of one of their memories."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        cores = usable_cores()
+        return {"machine": f"{cpu()['model']}, {cores} cores", "devices": cores,
+                "memory_bytes": psutil.virtual_memory().total}
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else accelerator.device_name()
+    return {"machine": f"{name} x {plan.tp_size}", "devices": plan.tp_size, "memory_bytes": accelerator.total_memory()}
 
 
 def _repeated(job: Job, machine: Machine, args: argparse.Namespace) -> Row:
@@ -153,7 +171,7 @@ def _against_limits(plan: Plan, moment: Moment, tok_s: float, job: Job) -> Row:
     """The machine while it ran, what it allowed, and each rank's part of the reading that decode came to."""
     ranks = range(plan.tp_size)
     reading = [decode_bytes(plan, rank) / (moment.read_gb_s[rank] * 1e9) for rank in ranks]
-    products = [prefill_flop(plan, rank, job.tokens, job.patches) / (moment.matmul_gflop_s[rank] * 1e9)
+    products = [prefill_flop(plan, job.load, rank) / (moment.matmul_gflop_s[rank] * 1e9)
                 for rank in ranks]
     return {**moment.facts(), "read_share": [round(seconds * tok_s, 4) for seconds in reading],
             "limit_ttft_s": round(max(products), 4), "limit_decode_tok_s": round(1 / max(reading), 4)}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -46,14 +47,18 @@ def check_ours(found: dict) -> None:
                                          "all_gather_logits": 256 * 4}
 
 
-def test_ranks_measure_themselves():
-    outcome = launch(2, BENCH, *SMALL, "--repeats", "2")
+def test_ranks_measure_themselves(tmp_path):
+    outcome = launch(2, BENCH, *SMALL, "--repeats", "2", "--write-hardware", str(tmp_path / "machine.yaml"))
     assert outcome.code == 0, outcome.err[-3000:]
     found, total = rows(outcome)
     assert [row["repeat"] for row in found] == [0, 0, 1] and all(row["engine"] == "ours" for row in found)
     check_ours(total)
     assert "command_to_first_answer_s" not in total and "peers" not in total
     assert 2 * total["bytes_read"]["min"] == sum(total["weight_bytes"])  # the files hold bfloat16
+    done = subprocess.run([sys.executable, "launch/plan.py", *SMALL[:2], SMALL[-1], "--hardware",
+                           str(tmp_path / "machine.yaml"), "--json"], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60, check=False)
+    assert done.returncode == 0 and json.loads(done.stdout)["prediction"]["decode_tok_s"] > 0, done.stderr
 
 
 def test_the_driver_times_ours_and_a_peer_and_draws_them(tmp_path):

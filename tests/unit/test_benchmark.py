@@ -14,6 +14,7 @@ import pytest
 from launching import ROOT, Running
 from published import FILES, PUBLISHED, write_sparse
 
+from adapter.bench import _write_hardware
 from adapter.benchmark import children
 from adapter.benchmark.children import memory_file
 from adapter.benchmark.driver import binding, merged
@@ -23,8 +24,10 @@ from adapter.benchmark.picture import draw
 from adapter.benchmark.request import PROMPT, as_line, first_request
 from adapter.benchmark.summary import spread, summary
 from adapter.config import load_config
+from adapter.hardware import load_hardware
 from adapter.media import load_image
 from adapter.plan import checked_plan
+from adapter.predict import Workload, predict
 
 DEMO = str(ROOT / "configs" / "demo_tp4.yaml")
 
@@ -57,11 +60,13 @@ def test_a_token_reads_the_text_tower_and_the_head_once(plans, name):
 
 @pytest.mark.parametrize("name", ["2b", "7b"])
 def test_a_prompt_multiplies_by_every_weight_once_a_row(plans, name):
-    """A picture of 448 x 448 is 1,024 patches, 256 of the prompt's 283 tokens."""
-    text, head, vision, merger = products(name)
+    """A picture of 448 x 448 is 1,024 patches, 256 of the prompt's 283 tokens. Attention is causal in the text."""
+    s, (text, head, vision, merger) = PUBLISHED[name], products(name)
     expected = 2 * (283 * text + head + 1024 * vision + 256 * merger)
-    assert prefill_flop(plans(name, 1), 0, 283, 1024) == expected
-    halves = [prefill_flop(plans(name, 2), rank, 283, 1024) for rank in range(2)]
+    expected += 4 * (s.v_layers * 1280 * 1024**2 + s.layers * s.hidden * 283 * 284 // 2)
+    load = Workload(283, (1024,))
+    assert prefill_flop(plans(name, 1), load, 0) == expected
+    halves = [prefill_flop(plans(name, 2), load, rank) for rank in range(2)]
     patches = 2 * 1024 * 1280 * 3 * 2 * 14 * 14  # each rank embeds them
     assert sum(halves) == expected + patches
 
@@ -146,6 +151,35 @@ def test_the_picture_is_a_png_with_every_engine_that_ran(tmp_path):
     assert heights[0] < heights[1] == heights[2], "an engine that failed has no bar"
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_prediction_with_the_written_machine_repeats_the_measurement(plans, tp, tmp_path):
+    """Figures of about the size of two cores'. Attention and linears are not told apart, the sum of both is."""
+    def of_ranks(value: float) -> list[dict[str, float]]:
+        return [{"median": value}] * tp
+
+    plan, load = plans("2b", tp), Workload(283, (1024,), 32)
+    found = {
+        "machine": "a machine", "device": "cpu", "devices": 2, "threads": 2 // tp, "memory_bytes": 24 << 30,
+        "prompt_tokens": 283, "patches": [1024], "new_tokens": 32, "dtype": "bfloat16", "format": "dense",
+        "tp_size": tp, "repeats": 3, "decode_tok_s": {"median": 9.5}, "ttft_s": {"median": 7.9},
+        "read_gb_s": of_ranks(38.0 / tp), "matmul_gflop_s": of_ranks(820.0 / tp), "pss_bytes": of_ranks(5e9),
+        "weight_bytes": [plan.weight_bytes(rank) for rank in range(tp)],
+        "collective_us": {"all_reduce_decode": {"median": 3.0}, "all_reduce_prefill": {"median": 230.0}},
+        "collective_bytes": {"all_reduce_decode": 3072, "all_reduce_prefill": 869376},
+    }
+    _write_hardware(plan, found, tmp_path / "machine.yaml")
+    machine = load_hardware(tmp_path / "machine.yaml")
+    foreseen = predict(plan, machine, load)
+    assert foreseen.decode_tok_s == pytest.approx(9.5, rel=1e-3)
+    assert foreseen.ttft_s == pytest.approx(7.9, rel=1e-3)
+    assert machine.memory_read_gb_s == 38 and machine.matmul_tflop_s.bfloat16 == 0.41
+    assert 0 < machine.efficiency.matmul < 1
+    if tp == 2:
+        one = machine.collective(2)
+        assert one.latency_us == pytest.approx(2.2, abs=0.05)
+        assert one.seconds(1, one.per_reduced_byte * 869376) == pytest.approx(230e-6, rel=1e-3)
+
+
 def bench(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "launch/bench.py", *args], cwd=ROOT, capture_output=True, text=True,
                           timeout=60, env={**os.environ, **(env or {})}, check=False)
@@ -158,6 +192,7 @@ def bench(*args: str, env: dict[str, str] | None = None) -> subprocess.Completed
     (["--against", "deepspeed", "tensor_parallel.tp_size=7"], ["injection_policy", "4"]),
     (["--new", "1"], ["--new", "'1'", "from 2"]), (["--repeats", "0"], ["--repeats", "'0'"]),
     (["--requests-at-once", "many"], ["--requests-at-once", "'many'"]),
+    (["--write-hardware", "/no/such/place/a.yaml"], ["--write-hardware", "/no/such/place/a.yaml", "cannot be written"]),
     (["--png", "/no/such/place/a.png"], ["--png", "/no/such/place/a.png", "cannot be written"]),
     (["tensor_parallel.tp_size=29"], ["tp_size 29", "28"]), (["batchsize=3"], ["batchsize", "batch_size"]),
 ])
