@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from launching import ROOT, Running
 from published import FILES, PUBLISHED, write_sparse
 
@@ -18,7 +19,7 @@ from adapter.bench import _write_hardware
 from adapter.benchmark import children
 from adapter.benchmark.children import memory_file
 from adapter.benchmark.driver import binding, merged
-from adapter.benchmark.limits import decode_bytes, prefill_flop
+from adapter.benchmark.limits import decode_bytes, prefill_flop, product
 from adapter.benchmark.peers.peer import memory, speed
 from adapter.benchmark.picture import draw
 from adapter.benchmark.request import PROMPT, as_line, first_request
@@ -69,6 +70,12 @@ def test_a_prompt_multiplies_by_every_weight_once_a_row(plans, name):
     halves = [prefill_flop(plans(name, 2), load, rank) for rank in range(2)]
     patches = 2 * 1024 * 1280 * 3 * 2 * 14 * 14  # each rank embeds them
     assert sum(halves) == expected + patches
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_product_that_is_timed_is_one(dtype):
+    out = product(dtype)()
+    assert out.shape == (1024, 5120) and out.dtype is dtype and bool((out == 1280).all())
 
 
 def test_spread_of_numbers_lists_and_mappings():
