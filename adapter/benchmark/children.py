@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]  # a checkout, or the site-packages o
 MARK = "QWENVL_TP_BENCH"  # in the environment of every process of a job
 PATIENCE_S = 5.0  # for a process to end when it is asked to, before it is killed
 SHM = Path("/dev/shm")
-SEGMENTS = re.compile(r"deepspeed_allreduce_buffer_|vllm_dist_|__KMP_REGISTERED_LIB_")  # names that peers leave there
+SEGMENTS = r"vllm_dist_|__KMP_REGISTERED_LIB_|deepspeed_allreduce_buffer_\d+_[\w.]+_{port}_"  # what jobs leave there
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -53,10 +53,10 @@ class Ended:
         return f"exit code {self.code} ({last})" if self.code else None
 
 
-def run(argv: Sequence[str], env: Mapping[str, str], limit_s: float, told: bool) -> Ended:
+def run(argv: Sequence[str], env: Mapping[str, str], limit_s: float, told: bool, port: str = "none") -> Ended:
     """Run argv to its end, or for limit_s seconds; then end every process that it started. told: whether its stderr is
-    this process's too."""
-    mark, began, before = uuid.uuid4().hex, time.perf_counter(), _segments()
+    this process's too. port: where the job's ranks meet, which is in the names of its shared memory."""
+    mark, began, before = uuid.uuid4().hex, time.perf_counter(), _segments(port)
     process = subprocess.Popen(
         argv, env={**_environment(), **env, MARK: mark}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True, preexec_fn=_end_with_parent)
@@ -75,7 +75,7 @@ def run(argv: Sequence[str], env: Mapping[str, str], limit_s: float, told: bool)
         timer.cancel()
         _end(process.pid, mark)
         process.wait()
-        _unlink(before)
+        _unlink(_segments(port) - before)
     reader.join(PATIENCE_S)
     return Ended(None if late.is_set() else process.returncode, rows, list(said), limit_s)
 
@@ -131,13 +131,13 @@ def _family(session: int, mark: str) -> Iterator[psutil.Process]:
                 yield process
 
 
-def _segments() -> set[str]:
-    return {name for name in os.listdir(SHM) if SEGMENTS.match(name)} if SHM.exists() else set()
+def _segments(port: str) -> set[str]:
+    pattern = re.compile(SEGMENTS.format(port=port))
+    return {name for name in os.listdir(SHM) if pattern.match(name)} if SHM.exists() else set()
 
 
-def _unlink(before: set[str]) -> None:
-    """Names in shared memory that came during the job and that no process has mapped, or waits to."""
-    new = _segments() - before
+def _unlink(new: set[str]) -> None:
+    """Names in shared memory that came during the job, but for what a process has mapped: another's job."""
     for name in new - _mapped(new):
         (SHM / name).unlink(missing_ok=True)
 

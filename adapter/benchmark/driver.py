@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ def check(args: argparse.Namespace, plan: Plan) -> None:
 
 def _run(task: Task, args: argparse.Namespace) -> Ended:
     threads = max(1, usable_cores() // task.ranks)
-    return run(task.argv(), {"OMP_NUM_THREADS": str(threads)}, args.limit, told=task.own)
+    argv = task.argv()
+    port = next((value for option, value in pairwise(argv) if option == "--master_port"), "none")
+    return run(argv, {"OMP_NUM_THREADS": str(threads)}, args.limit, task.own, port)
 
 
 def _failed(ended: Ended) -> int:

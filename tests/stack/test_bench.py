@@ -64,7 +64,7 @@ def test_ranks_measure_themselves(tmp_path):
 def test_the_driver_times_ours_and_a_peer_and_draws_them(tmp_path):
     job = Running([sys.executable, str(BENCH), *SMALL, "--repeats", "1", "--against", "hf", "--png",
                    str(tmp_path / "a.png")])
-    outcome = job.finish()
+    outcome = job.finish(480)
     assert not job.leftovers()
     assert outcome.code == 0, outcome.err[-3000:]
     found, total = rows(outcome)
@@ -82,7 +82,7 @@ def test_a_peer_that_fails_is_a_row_and_costs_the_others_nothing(tmp_path):
     """An interpreter that has no vLLM."""
     job = Running([sys.executable, str(BENCH), *SMALL, "--repeats", "1", "--against", "vllm", "--vllm-python",
                    "/bin/false"])
-    outcome = job.finish()
+    outcome = job.finish(480)
     assert not job.leftovers()
     assert outcome.code == 1, outcome.err[-3000:]
     found, total = rows(outcome)
@@ -94,7 +94,7 @@ def test_a_peer_that_fails_is_a_row_and_costs_the_others_nothing(tmp_path):
 def test_a_request_that_cannot_be_prepared_is_said_once(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"not a picture")
     job = Running([sys.executable, str(BENCH), *SMALL, f"requests=[{{prompt: What?, images: [{tmp_path}/bad.png]}}]"])
-    outcome = job.finish()
+    outcome = job.finish(480)
     assert not job.leftovers()
     assert outcome.code == 2 and not outcome.out, outcome.err[-3000:]
     assert outcome.err.count("bad.png") == 1 and "Traceback" not in outcome.err, outcome.err[-3000:]

@@ -246,10 +246,16 @@ def test_a_job_that_crashes_is_told(tmp_path):
     assert ended.code == -signal.SIGKILL and "SIGKILL" in ended.failure
 
 
-def test_segments_that_a_job_leaves_are_removed(tmp_path):
-    name = f"deepspeed_allreduce_buffer_test_{os.getpid()}"
-    children.run([sys.executable, "-c", f"open('/dev/shm/{name}', 'w')"], {}, 60.0, told=False)
-    assert not Path("/dev/shm", name).exists()
+def test_segments_that_a_job_leaves_are_removed():
+    """Those of its own port; another's job may be starting."""
+    names = [f"deepspeed_allreduce_buffer_0_127.0.0.1_{port}_{os.getpid()}" for port in (101, 1010, 202)]
+    code = f"[open('/dev/shm/' + name, 'w') for name in {names}]"
+    try:
+        children.run([sys.executable, "-c", code], {}, 60.0, told=False, port="101")
+        assert [Path("/dev/shm", name).exists() for name in names] == [False, True, True]
+    finally:
+        for name in names:
+            Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def test_a_job_ends_with_the_process_that_started_it(tmp_path):
