@@ -28,7 +28,7 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
         raise UserError("model.attn_implementation = flash_attention_2 computes in half precision only: verify it with "
                         "--dtype bfloat16, or in float32 with model.attn_implementation=sdpa")
     plan, checkpoint = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
-                          config.weights.format)
+                                    config.tensor_parallel.vision, config.weights.format)
     first = command.environment_rank("RANK") == 0
     if args.report and first:
         _check_report(Path(args.report))
