@@ -1,0 +1,1 @@
+"""What `adapter.bench` measures: ranks.py inside a job; driver.py jobs and peers in turn, peers/ what those run."""

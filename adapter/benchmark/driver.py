@@ -1,0 +1,176 @@
+"""Jobs in turn, each alone on the machine: this project's, its command to the first answer, and the peers'.
+
+Every repeat starts each of them once more, one after the other, so that whatever else the machine does hits all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from adapter import command, network
+from adapter.benchmark.children import Ended, memory_file, run
+from adapter.benchmark.request import as_line, first_request
+from adapter.benchmark.summary import OURS
+from adapter.launchers import usable_cores
+from adapter.plan import Plan
+from adapter.schema import Config
+from policies.errors import UserError
+
+log = logging.getLogger("adapter")
+Row = dict[str, Any]
+PEERS = ("hf", "hf-tp", "deepspeed", "vllm")
+SCRIPTS = Path(__file__).parent / "peers"
+
+
+@dataclass(frozen=True)
+class Task:
+    """name: for people. argv: made anew for each start, since each needs a free port. ranks: among which the cores are
+    shared. rows: what the process told -> rows of the results. own: part of this project, whose failure ends all."""
+
+    name: str
+    engine: str
+    argv: Callable[[], list[str]]
+    ranks: int
+    rows: Callable[[Ended], list[Row]]
+    own: bool = False
+
+
+def drive(config: Config, plan: Plan, args: argparse.Namespace, write: Callable[[Row], None]) -> int:
+    """Every task, `args.repeats` times. The exit code: that of a job of ours which failed, or 1 where a peer did."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are ended on the way out
+    code = command.DONE
+    with ExitStack() as files:
+        inputs = files.enter_context(memory_file()) if args.against else ""
+        requests = files.enter_context(memory_file(as_line(first_request(config))))
+        if args.against:
+            prepared = _run(Task("inputs", OURS, lambda: _inputs(args, inputs), 1, lambda _: [], own=True), args)
+            if prepared.code != command.DONE:
+                return _failed(prepared)
+        tasks = [_ours(plan, args), _first_answer(plan, args, requests),
+                 *(_peer(name, config, plan, args, inputs) for name in args.against)]
+        for repeat in range(args.repeats):
+            for task in list(tasks):
+                log.info("repeat %d of %d: %s", repeat + 1, args.repeats, task.name)
+                ended = _run(task, args)
+                if ended.code == command.DONE:
+                    for row in task.rows(ended):
+                        write({"engine": task.engine, **row, "repeat": repeat})
+                elif task.own:
+                    return _failed(ended)
+                else:
+                    log.warning("%s: %s; the last it said:\n%s", task.name, ended.failure, "\n".join(ended.said[-20:]))
+                    write({"engine": task.engine, "repeat": repeat, "error": ended.failure})
+                    tasks.remove(task)
+                    code = command.CHECK_FAILED
+    return code
+
+
+def check(args: argparse.Namespace, plan: Plan) -> None:
+    """Before anything is started: can the peers that are asked for run? Raises UserError."""
+    if "vllm" in args.against and not args.vllm_python:
+        raise UserError("--against vllm needs --vllm-python PATH, the interpreter of an environment that has vLLM")
+    if args.vllm_python and not os.access(args.vllm_python, os.X_OK):
+        raise UserError(f"--vllm-python {args.vllm_python}: no such program; the interpreter of an environment that "
+                        "has vLLM is needed, such as venv/bin/python")
+    if "deepspeed" in args.against:
+        from policies.dialects import injection_policy
+
+        injection_policy(plan.policy, plan.geometry, plan.tp_size)  # raises where stock DeepSpeed cannot
+
+
+def _run(task: Task, args: argparse.Namespace) -> Ended:
+    threads = max(1, usable_cores() // task.ranks)
+    argv = task.argv()
+    port = next((value for option, value in pairwise(argv) if option == "--master_port"), "none")
+    return run(argv, {"OMP_NUM_THREADS": str(threads)}, args.limit, task.own, port)
+
+
+def _failed(ended: Ended) -> int:
+    """A job of ours has said why on stderr, which is ours too; a launcher that was killed has not."""
+    if ended.code in (command.CHECK_FAILED, command.BAD_INPUT):
+        return ended.code
+    print(f"error: the job ended without a result: {ended.failure}", file=sys.stderr, flush=True)
+    return command.CRASHED if ended.code is None or ended.code < 0 else ended.code
+
+
+def _launcher(ranks: int) -> list[str]:
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", os.devnull,
+            "--num_accelerators", str(ranks), "--master_addr", "127.0.0.1", "--master_port", str(network.free_port())]
+
+
+def _ours(plan: Plan, args: argparse.Namespace) -> Task:
+    """`bench` itself as ranks. Its row of the start and the one of its only repeat."""
+    own = ["--module", "adapter.bench", "--config", args.config, "--repeats", "1", "--new", str(args.new),
+           "--requests-at-once", str(args.requests_at_once), *args.overrides]
+    return Task("this project", OURS, lambda: [*_launcher(plan.tp_size), *own], plan.tp_size,
+                lambda ended: [row for _, row in ended.rows if "summary" not in row], own=True)
+
+
+def _first_answer(plan: Plan, args: argparse.Namespace, requests: str) -> Task:
+    """From the start of the command until the answer of one token is on its stdout."""
+    own = ["--module", "adapter.generate", "--config", args.config, *args.overrides, f"requests={requests}",
+           "generation={max_new_tokens: 1, do_sample: false, num_beams: 1}", "output=null"]
+
+    def rows(ended: Ended) -> list[Row]:
+        return [{"command_to_first_answer_s": round(ended.rows[0][0], 4)}]
+
+    return Task("command to first answer", OURS, lambda: [*_launcher(plan.tp_size), *own], plan.tp_size, rows, own=True)
+
+
+def _inputs(args: argparse.Namespace, file: str) -> list[str]:
+    return [sys.executable, "-m", "adapter.benchmark.request", "--config", args.config, "--into", file,
+            "--new", str(args.new), *args.overrides]
+
+
+def _peer(name: str, config: Config, plan: Plan, args: argparse.Namespace, inputs: str) -> Task:
+    ranks = 1 if name == "hf" else plan.tp_size
+    script = str(SCRIPTS / ("vllm_peer.py" if name == "vllm" else "transformers_peer.py"))
+    own = ["--model", str(config.model.path), "--dtype", config.model.dtype, "--inputs", inputs, "--new", str(args.new)]
+    if name == "vllm":
+        cores, pixels = binding(ranks, usable_cores()), json.dumps(_pixels(config))
+        own += ["--tp", str(ranks), "--binding", cores, "--limits", pixels]
+    else:
+        own += ["--engine", name]
+
+    def argv() -> list[str]:
+        start: Mapping[str, list[str]] = {
+            "hf": [sys.executable], "deepspeed": _launcher(ranks), "vllm": [str(args.vllm_python)],
+            "hf-tp": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr",
+                      "127.0.0.1", "--master-port", str(network.free_port())],
+        }
+        return [*start[name], script, *own]
+
+    return Task(name, name, argv, ranks, merged)
+
+
+def merged(ended: Ended) -> list[Row]:
+    """A peer's rows, one of each rank, as one: what rank 0 timed, and of every rank the memory, in their order."""
+    rows = sorted((row for _, row in ended.rows if "rank" in row), key=lambda row: int(row["rank"]))
+    each = [name for name in rows[0] if name.endswith("_bytes") and not isinstance(rows[0][name], list)]
+    return [rows[0] | {name: [row[name] for row in rows] for name in each}]
+
+
+def binding(ranks: int, cores: int) -> str:
+    """Cores of each rank in vLLM's words, "0-1|2-3"; ranks beyond the cores share them."""
+    each = max(1, cores // ranks)
+    spans = [(rank * each % cores, rank * each % cores + each - 1) for rank in range(ranks)]
+    return "|".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
+
+
+def _pixels(config: Config) -> dict[str, int]:
+    """What the request, or else the config, says of a picture's pixels."""
+    request, section = first_request(config), config.processor
+    limits: Iterator[tuple[str, int | None]] = (
+        (name, getattr(request, name) or getattr(section, name)) for name in ("min_pixels", "max_pixels"))
+    return {name: value for name, value in limits if value is not None}

@@ -1,0 +1,105 @@
+"""What the machine allows at the moment, and how much of it a model must take at least.
+
+A step of decoding reads every text weight once: tokens/s cannot be more than read_gb_s / decode_bytes, and the first
+token cannot come before prefill_flop / matmul_gflop_s. The KV cache, collectives and all that is no matrix product are
+left out: these are limits, and adapter.predict's are predictions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import mean
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from adapter import memory
+from adapter.plan import Plan
+from adapter.predict import Workload, text_work, vision_work
+from adapter.topology import Group, to_device
+
+READ_BYTES = 512 << 20  # a rank; beyond any cache
+MATMUL = (1024, 1280, 5120)  # rows, in, out: the vision tower's MLP on a picture of 448 x 448
+AT_LEAST_S = 0.25  # that each figure is measured for
+
+
+@dataclass(frozen=True)
+class Moment:
+    """GB/s and GFLOP/s of every rank, all of them at it at once; powers of ten."""
+
+    read_gb_s: list[float]
+    matmul_gflop_s: list[float]
+
+    def between(self, other: Moment) -> Moment:
+        """The mean of two moments, for what ran between them."""
+        reads, products = zip(self.read_gb_s, other.read_gb_s, strict=True), zip(
+            self.matmul_gflop_s, other.matmul_gflop_s, strict=True)
+        return Moment([mean(pair) for pair in reads], [mean(pair) for pair in products])
+
+    def facts(self) -> dict[str, float | list[float]]:
+        return {"read_gb_s": [round(x, 3) for x in self.read_gb_s], "read_total_gb_s": round(sum(self.read_gb_s), 3),
+                "matmul_gflop_s": [round(x, 2) for x in self.matmul_gflop_s]}
+
+
+class Machine:
+    """Measures the moment. Every rank must make one, and call `now` together with the others."""
+
+    def __init__(self, world: Group, dtype: torch.dtype) -> None:
+        """dtype: of the matrix product's operands."""
+        self._world = world
+        self._buffer = to_device(memory.empty((READ_BYTES // 8,), torch.int64).fill_(1))  # on pages as the weights are
+        self._product = product(dtype)
+
+    def now(self) -> Moment:
+        """A sum of 64-bit integers does as little beside reading as anything can: on one core it is as fast as a plain
+        C loop over the same memory."""
+        read = self._rate(lambda: self._buffer.sum(), READ_BYTES)
+        multiplied = self._rate(self._product, 2 * math.prod(MATMUL))
+        rows = everyone(self._world, [read / 1e9, multiplied / 1e9])
+        return Moment([row[0] for row in rows], [row[1] for row in rows])
+
+    def _rate(self, work: Callable[[], Tensor], amount: int) -> float:
+        """amount of each call, per second of wall time."""
+        work()
+        get_accelerator().synchronize()
+        self._world.barrier()
+        calls, began = 0, time.perf_counter()
+        while (took := time.perf_counter() - began) < AT_LEAST_S:
+            for _ in range(4):
+                work()
+            get_accelerator().synchronize()
+            calls += 4
+        return calls * amount / took
+
+
+def product(dtype: torch.dtype) -> Callable[[], Tensor]:
+    """MATMUL at its fastest: on a CPU with a weight that oneDNN has packed for so many rows before."""
+    rows, inner, outer = MATMUL
+    left, right = (to_device(torch.ones(n, inner, dtype=dtype)) for n in (rows, outer))
+    if left.device.type == "cpu" and dtype is torch.bfloat16 and torch.backends.mkldnn.is_available():
+        ops = torch.ops.mkldnn
+        packed = ops._reorder_linear_weight(right, rows)
+        return lambda: ops._linear_pointwise(left, packed, None, "none", [], "")
+    return lambda: torch.nn.functional.linear(left, right)
+
+
+def everyone(world: Group, values: list[float]) -> list[list[float]]:
+    """Every rank's values, on every rank."""
+    mine = to_device(torch.tensor(values, dtype=torch.float64))
+    rows: list[list[float]] = world.all_gather_last(mine, (len(values),) * world.size).view(world.size, -1).tolist()
+    return rows
+
+
+def decode_bytes(plan: Plan, rank: int) -> int:
+    """Weights that `rank` reads for a token: the text tower and the head, as they are held."""
+    return text_work(plan, batch=1, tokens=1, cached=0, rank=rank).weight_bytes
+
+
+def prefill_flop(plan: Plan, load: Workload, rank: int) -> int:
+    """Multiplications and additions of `rank` before the first token, those of attention included."""
+    work = text_work(plan, load.batch, load.prompt_tokens, 0, rank) + vision_work(plan, load, rank)
+    return work.linear_flop + work.attention_flop

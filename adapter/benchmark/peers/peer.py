@@ -1,0 +1,59 @@
+"""What is timed and counted alike in this project's ranks and in every peer. Imports the standard library alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+WARM_UP_TOKENS = 2  # the request before the first that counts: buffers, kernels chosen, pages of mapped files
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What the driver tells every peer."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", required=True, help="directory of the checkpoint")
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--inputs", required=True, help="safetensors: the request as adapter.benchmark.request has it")
+    parser.add_argument("--new", type=int, required=True, help="tokens to generate")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def json_lines() -> Callable[[dict[str, Any]], None]:
+    """A writer of JSON lines on the real stdout; what libraries print there goes to stderr from now on."""
+    sys.stdout.flush()
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def tell(row: dict[str, Any]) -> None:
+        out.write(json.dumps(row) + "\n")
+        out.flush()
+
+    return tell
+
+
+def speed(began: float, times: Sequence[float]) -> dict[str, float]:
+    """From when generation began and when each new token came, in seconds of one clock, at least two of them."""
+    return {"ttft_s": round(times[0] - began, 4),
+            "decode_tok_s": round((len(times) - 1) / (times[-1] - times[0]), 4)}
+
+
+def memory(pid: int | str = "self") -> dict[str, int]:
+    """Bytes of one process, 0 where the kernel does not tell: pss_bytes (pages shared with others by their share),
+    anonymous_bytes (of those, what no file stands behind) and peak_rss_bytes (the most so far, shared pages whole)."""
+    lines = [*_lines(f"/proc/{pid}/smaps_rollup"), *_lines(f"/proc/{pid}/status")]
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+    names = {"pss_bytes": "Pss", "anonymous_bytes": "Pss_Anon", "peak_rss_bytes": "VmHWM"}
+    return {ours: found.get(theirs, 0) for ours, theirs in names.items()}
+
+
+def _lines(file: str) -> list[str]:
+    try:
+        return Path(file).read_text().splitlines()
+    except OSError:
+        return []

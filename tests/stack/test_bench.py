@@ -1,0 +1,115 @@
+"""The benchmark runs, on the demo over two ranks: as ranks of a launcher, and as the process that starts jobs in turn.
+No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from launching import ROOT, Running, launch
+
+BENCH = ROOT / "launch" / "bench.py"
+SMALL = ["--config", str(ROOT / "configs" / "demo_tp4.yaml"), "--new", "4", "--requests-at-once", "2",
+         "tensor_parallel.tp_size=2"]
+OF_RANKS = {"peak_rss_bytes", "pss_bytes", "anonymous_bytes", "pss_per_weight_byte", "read_gb_s", "matmul_gflop_s",
+            "read_share"}
+FIGURES = {"load_s", "read_s", "bytes_read", "cold_ttft_s", "ttft_s", "decode_tok_s", "read_total_gb_s",
+           "limit_ttft_s", "limit_decode_tok_s"}
+COLLECTIVES = {"all_reduce_decode", "all_reduce_prefill", "all_gather_logits"}
+pytestmark = pytest.mark.ranks
+
+
+def rows(outcome) -> tuple[list[dict], dict]:
+    found = [json.loads(line) for line in outcome.out.splitlines() if line.startswith("{")]
+    assert found and found[-1]["summary"] is True, outcome.err[-3000:]
+    return found[:-1], found[-1]
+
+
+def ordered(figure: dict) -> bool:
+    return set(figure) == {"min", "median", "max"} and 0 < figure["min"] <= figure["median"] <= figure["max"]
+
+
+def check_ours(found: dict) -> None:
+    assert (found["tp_size"], found["prompt_tokens"], found["new_tokens"]) == (2, 43, 4)
+    assert all(ordered(found[name]) for name in FIGURES), found
+    for name in OF_RANKS:
+        assert len(found[name]) == 2 and all(map(ordered, found[name])), (name, found[name])
+    assert set(found["collective_us"]) == COLLECTIVES == set(found["collective_bytes"])
+    assert all(map(ordered, found["collective_us"].values()))
+    at_once = found["at_once"]
+    assert all(ordered(at_once[name]) for name in ("ttft_s", "decode_tok_s", "times_one", "read_total_gb_s"))
+    assert found["collective_bytes"] == {"all_reduce_decode": 224 * 4, "all_reduce_prefill": 43 * 224 * 4,
+                                         "all_gather_logits": 256 * 4}
+
+
+def test_ranks_measure_themselves(tmp_path):
+    outcome = launch(2, BENCH, *SMALL, "--repeats", "2", "--write-hardware", str(tmp_path / "machine.yaml"))
+    assert outcome.code == 0, outcome.err[-3000:]
+    found, total = rows(outcome)
+    assert [row["repeat"] for row in found] == [0, 0, 1] and all(row["engine"] == "ours" for row in found)
+    check_ours(total)
+    assert "command_to_first_answer_s" not in total and "peers" not in total
+    assert 2 * total["bytes_read"]["min"] == sum(total["weight_bytes"])  # the files hold bfloat16
+    done = subprocess.run([sys.executable, "launch/plan.py", *SMALL[:2], SMALL[-1], "--hardware",
+                           str(tmp_path / "machine.yaml"), "--json"], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60, check=False)
+    assert done.returncode == 0 and json.loads(done.stdout)["prediction"]["decode_tok_s"] > 0, done.stderr
+
+
+def test_the_driver_times_ours_and_a_peer_and_draws_them(tmp_path):
+    job = Running([sys.executable, str(BENCH), *SMALL, "--repeats", "1", "--against", "hf", "--png",
+                   str(tmp_path / "a.png")])
+    outcome = job.finish(480)
+    assert not job.leftovers()
+    assert outcome.code == 0, outcome.err[-3000:]
+    found, total = rows(outcome)
+    assert [row["engine"] for row in found] == ["ours", "ours", "ours", "hf"]
+    check_ours(total)
+    assert ordered(total["command_to_first_answer_s"])
+    peer = total["peers"]["hf"]
+    assert peer["prompt_tokens"] == 43
+    assert all(ordered(peer[name]) for name in ("load_s", "cold_ttft_s", "ttft_s", "decode_tok_s"))
+    assert all(len(peer[name]) == 1 and ordered(peer[name][0]) for name in ("peak_rss_bytes", "pss_bytes"))
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_peer_that_fails_is_a_row_and_costs_the_others_nothing(tmp_path):
+    """An interpreter that has no vLLM."""
+    job = Running([sys.executable, str(BENCH), *SMALL, "--repeats", "1", "--against", "vllm", "--vllm-python",
+                   "/bin/false"])
+    outcome = job.finish(480)
+    assert not job.leftovers()
+    assert outcome.code == 1, outcome.err[-3000:]
+    found, total = rows(outcome)
+    assert found[-1]["engine"] == "vllm" and "exit code 1" in found[-1]["error"]
+    check_ours(total)
+    assert total["peers"]["vllm"]["error"] == found[-1]["error"]
+
+
+def test_a_request_that_cannot_be_prepared_is_said_once(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    job = Running([sys.executable, str(BENCH), *SMALL, f"requests=[{{prompt: What?, images: [{tmp_path}/bad.png]}}]"])
+    outcome = job.finish(480)
+    assert not job.leftovers()
+    assert outcome.code == 2 and not outcome.out, outcome.err[-3000:]
+    assert outcome.err.count("bad.png") == 1 and "Traceback" not in outcome.err, outcome.err[-3000:]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_nothing_is_left_of_a_benchmark_that_is_ended(number, code):
+    """While its ranks run; they are in sessions of their own, so that Ctrl-C reaches the driver alone."""
+    job = Running([sys.executable, str(BENCH), *SMALL, "--repeats", "1000", "--new", "64"])
+    deadline = time.monotonic() + 120
+    while "loaded in" not in job.said():
+        assert time.monotonic() < deadline and job.process.poll() is None, job.said()[-3000:]
+        time.sleep(0.2)
+    os.killpg(job.process.pid, number)
+    outcome = job.finish(30)
+    left = job.leftovers(30)
+    assert not left, left
+    assert outcome.code == code and "Traceback" not in outcome.err, outcome.err[-3000:]
