@@ -40,14 +40,14 @@ FAST = "qwenvl_tp"  # an attn_implementation by this name, for the towers beside
 
 def use_fast_attention(model: nn.Module, plan: Plan) -> None:
     """Let the vision tower attend with adapter/csrc/attention.cpp where Transformers would with torch's sdpa, on CPU in
-    bfloat16: there torch's takes twice the time. Where the release or the machine lacks what it takes nothing changes."""
+    bfloat16, where that takes twice the time. Where the release or the machine lacks what it takes nothing changes."""
     interface = getattr(transformers, "AttentionInterface", None)
     if interface is None or native.unavailable() or not torch.ops.qwenvl_tp.attend_all_supported():
         return
     interface.register(FAST, _attend_all)
-    modules = {plan.policy.published(name): module for name, module in model.named_modules()}
+    names = {plan.policy.published(name): name for name, _ in model.named_modules()}
     for stack in plan.geometry.layers:
-        config: Any = getattr(modules[stack.rpartition(".")[0]], "config", None)
+        config: Any = getattr(model.get_submodule(names[stack].rpartition(".")[0]), "config", None)
         if stack != plan.geometry.text_stack and getattr(config, "_attn_implementation", None) == "sdpa":
             config._attn_implementation = FAST
 

@@ -59,6 +59,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _build(tree, bases, str(path), problems)
 
 
+def load_section(kind: type[T], path: str | Path, least: str) -> T:
+    """A YAML file that holds one section, such as a hardware file; `least` is the least it must say, for the message
+    where it says nothing. Raises UserError with every problem."""
+    problems: list[str] = []
+    return _or_raise(_validate(kind, _read_yaml(Path(path), least), {}, {}, problems), str(path), problems)
+
+
 def from_dict(mapping: Mapping[str, Any], base_dir: str | Path = ".", name: str = "config") -> Config:
     """The same for a mapping; relative paths are relative to `base_dir`. Raises UserError with every problem."""
     base = Path(base_dir).absolute()
@@ -257,7 +264,7 @@ def _unreadable(path: Path, error: OSError | ValueError) -> str:
     return f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, least: str = "model: {path: ...}") -> dict[str, Any]:
     try:
         text = read_text(path, MOST_BYTES, "utf-8-sig")
     except (OSError, ValueError) as error:
@@ -268,7 +275,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(tree, dict):
         found = "is empty" if tree is None else f"holds {_kind(tree)}"
-        raise UserError(f"{path}: {found}; a mapping with at least `model: {{path: ...}}` is needed")
+        raise UserError(f"{path}: {found}; a mapping with at least `{least}` is needed")
     return tree
 
 

@@ -96,7 +96,7 @@ class Decoder:
         """ids int64 [B]: each row's newest token -> logits [B, vocab] of the next. Fills `state` at its place."""
         ops, step = self.ops, state.place - (state.keys[0].shape[2] - state.cos.shape[0])
         cos, sin = state.cos[step][0], state.sin[step][0]
-        x = self.embedding.forward(ids)
+        x = self.embedding.look_up(ids)
         layer = self.layers[0]
         h = ops.rms_norm(x, layer.attention_norm.weight, self.eps)
         for i, layer in enumerate(self.layers):

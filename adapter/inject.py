@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from adapter import kernels, layers, memory
 from adapter.attention import override_heads, use_fast_attention
 from adapter.checkpoint import Checkpoint
+from adapter.fused import fuse_activations
 from adapter.kernels import Quantised, Weight
 from adapter.plan import Plan
 from adapter.presharded import Shards
@@ -133,6 +134,7 @@ def inject(model: nn.Module, plan: Plan, tp: Group, source: Source, dtype: torch
         del module, tensors
     override_heads({policy.published(name): module for name, module in model.named_modules()}, plan, tp.rank)
     use_fast_attention(model, plan)
+    fuse_activations(model)
     _keep_frequencies(model)
     _check_whole(model, plan, tp.rank)
 

@@ -100,13 +100,13 @@ def make_weight(weight: Weight, form: Format) -> Weight:
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [*, K], weight [N, K], bias [N] -> [*, N]."""
     if isinstance(weight, Quantised):
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
         ops = torch.ops.qwenvl_tp
-        return ops.linear_quantised(flat, weight.codes, weight.scales, bias, weight.bits).unflatten(0, x.shape[:-1])
+        return ops.linear_quantised(flat, weight.codes, weight.scales, bias, weight.bits).view(*x.shape[:-1], -1)
     if x.device.type == "cpu" and x.dtype is torch.bfloat16 and weight.dtype is torch.bfloat16 \
             and x.numel() <= FEW_ROWS * x.shape[-1] and missing() is None:
-        flat = x.reshape(-1, x.shape[-1])
-        return torch.ops.qwenvl_tp.linear(flat, weight, bias).unflatten(0, x.shape[:-1])
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        return torch.ops.qwenvl_tp.linear(flat, weight, bias).view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
 
 

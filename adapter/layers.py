@@ -75,10 +75,14 @@ class VocabParallelEmbedding(nn.Module):
         self.owned, self.vocab, self.tp = owned, vocab, tp
 
     def forward(self, ids: Tensor) -> Tensor:
-        start, stop = self.owned
         if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab:
             # torch's own embedding raises too; here an id nobody owns would silently become a zero vector
             raise IndexError(f"token ids {int(ids.min())}..{int(ids.max())}: the vocabulary is [0, {self.vocab})")
+        return self.look_up(ids)
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """The same for ids that are known to be of the vocabulary."""
+        start, stop = self.owned
         mine = (ids >= start) & (ids < stop)
         rows = (ids - start).masked_fill(~mine, 0)
         out = F.embedding(rows, self.weight) if isinstance(self.weight, Tensor) else self.weight[rows]

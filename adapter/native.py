@@ -23,7 +23,7 @@ import torch
 
 log = logging.getLogger("adapter")
 SOURCES = tuple(sorted(Path(__file__).with_name("csrc").glob("*.cpp")))
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-unknown-pragmas")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas")
 
 
 @cache

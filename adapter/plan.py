@@ -7,6 +7,7 @@ Imports neither torch nor DeepSpeed: it answers for a 72B in well under a second
 
 prints what each rank would own, before anything is loaded: heads, slices, bytes, collectives and every violated
 constraint, from config.json and the headers of the safetensors files. Exit 2 where the plan has problems.
+With --hardware configs/hardware/X.yaml it also predicts first token, tokens/s and memory on that machine.
 """
 
 from __future__ import annotations
@@ -68,8 +69,12 @@ class Plan:
         """(module, suffix) of every parameter that takes memory of its own, in the table's order."""
         for module, claim in self.claims.items():
             for suffix in claim.parameters():
-                if not (self.geometry.tied and f"{module}.{suffix}" == self.policy.tied[0]):
+                if not self.is_tied_copy(module, suffix):
                     yield module, suffix
+
+    def is_tied_copy(self, module: str, suffix: str) -> bool:
+        """Whether this parameter is another one under a second name."""
+        return self.geometry.tied and f"{module}.{suffix}" == self.policy.tied[0]
 
     def weight_bytes(self, rank: int) -> int:
         """Bytes of `rank`'s shard, replicated tensors included, a tied head once."""
@@ -89,7 +94,8 @@ class Plan:
     def off_group(self) -> list[str]:
         """Slices of quantised matrices that do not begin and end between two groups, in words."""
         found = {}
-        for module, claim in self.claims.items():
+        for claim in self.policy.table:
+            module = claim.module.replace("*", "0", 1)  # every layer is cut alike
             if not self.format_of(module).bits:
                 continue
             for rank in range(self.tp_size):
@@ -207,6 +213,7 @@ def _tensor_report(plan: Plan, module: str, suffix: str) -> dict[str, Any]:
 
 def main(args: argparse.Namespace, results: command.Results) -> int:
     from adapter.config import load_config
+    from adapter.forecast import forecast
 
     config = load_config(args.config, args.overrides)
     plan, checkpoint, problems = make_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
@@ -214,10 +221,11 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
     facts = report(plan, problems)
     if checkpoint is None:
         print(f"note: {config.model.path} holds no safetensors file; planned from config.json alone", file=sys.stderr)
+    foreseen = None if problems else forecast(plan, args)
     if args.json:
-        results.write(facts)
+        results.write(facts | ({"prediction": foreseen[0]} if foreseen else {}))
     else:
-        results.text(_table(facts))
+        results.text(_table(facts) + (f"\n\n{foreseen[1]}" if foreseen else ""))
     return command.BAD_INPUT if problems else command.DONE
 
 
@@ -243,8 +251,11 @@ def _table(facts: dict[str, Any]) -> str:
 
 
 def start() -> NoReturn:
+    from adapter.forecast import add_options
+
     arguments = command.parser(__doc__)
     arguments.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
+    add_options(arguments)
     command.run(main, arguments)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from policies.errors import UserError
 from policies.heads import HeadShard, split_grains, split_heads
 from policies.rules import Claim, HeadNumbers, Replicated, Split, expand
+
+Rows = Literal["patch", "merged", "token", "last"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Policy:
     ignored: tensors old releases saved that are computed, not loaded (name endings).
     tied: (parameter, the parameter it is tied to) where the config ties them.
     decoder: the text tower's parts, for the decode loop.
+    rows: (start of a module's name, what one row of its input is), the first that fits: "patch", "merged" (the patches
+        that make one token), "token", or "last" (a sequence's last position). The first two are the vision tower.
     """
 
     model_type: str
@@ -82,6 +86,7 @@ class Policy:
     ignored: tuple[str, ...]
     tied: tuple[str, str]
     decoder: Decoder
+    rows: tuple[tuple[str, Rows], ...]
     geometry: Callable[[Mapping[str, Any]], Geometry]
     problems: Callable[[Geometry, int], list[str]]
 
@@ -91,6 +96,13 @@ class Policy:
             if name.startswith(new):
                 return old + name[len(new) :]
         return name
+
+    def rows_of(self, module: str) -> Rows:
+        """What one row of a module's input is. Raises UserError where the page does not say."""
+        for start, unit in self.rows:
+            if module.startswith(start):
+                return unit
+        raise UserError(f"policy {self.model_type}: no entry of rows says what {module!r} computes on; add one")
 
     def claims(self, geometry: Geometry) -> dict[str, Claim]:
         """Module name -> its claim, every layer spelled out. Raises UserError where two rows claim one module."""

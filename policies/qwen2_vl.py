@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from policies.errors import UserError
-from policies.policy import Attention, Decoder, Geometry, Policy
+from policies.policy import Attention, Decoder, Geometry, Policy, Rows
 from policies.rules import Claim, Column, FusedQKV, Head, HeadNumbers, Replicated, Row, Vocab
 
 NORM = Replicated("norms act on whole hidden states, which every rank holds; a few KB")
@@ -50,6 +50,8 @@ HEAD_NUMBERS = (
     HeadNumbers("visual.blocks.*.attn", "vision", {"num_heads": "slots", "dim": "width"}),
 )
 
+ROWS: tuple[tuple[str, Rows], ...] = (
+    ("visual.merger.mlp.", "merged"), ("visual.", "patch"), ("model.", "token"), ("lm_head", "last"))
 RENAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 MOST_SIZE, MOST_LAYERS, MOST_HEADS = 2**31 - 1, 1024, 1024  # what is beyond is a mistake, and would take for ever
 
@@ -166,6 +168,7 @@ POLICY = Policy(
     ignored=("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq"),
     tied=("lm_head.weight", "model.embed_tokens.weight"),
     decoder=Decoder("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"),
+    rows=ROWS,
     geometry=geometry,
     problems=problems,
 )

@@ -229,10 +229,10 @@ def no_causal_mask(modules, plan, tp):
 
 
 def late_positions_when_decoding(modules, plan, tp):
-    """Only with a cache, so that no single forward shows it."""
+    """Only after the prompt, so that no single forward shows it."""
     rotary = modules["model.rotary_emb"]
     forward = rotary.forward
-    rotary.forward = lambda x, position_ids: forward(x, position_ids + (x.shape[1] == 1))
+    rotary.forward = lambda x, position_ids: forward(x, position_ids + int(position_ids.min() > 0))
 
 
 def patch_embedding_of_one_rank(modules, plan, tp):

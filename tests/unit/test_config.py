@@ -128,7 +128,7 @@ def test_requests_in_both_forms(home):
         ("tensor_parallel: {tp_size: 0}", ["tensor_parallel.tp_size = 0", "greater than or equal to 1"]),
         ("tensor_parallel: {tpsize: 2}", ["tensor_parallel.tpsize", "did you mean 'tp_size'", "tp_size, vision"]),
         ("tensor_parallel:", ["tensor_parallel = None", "null", "a mapping"]),
-        ("weights: {format: int4}", ["weights.format = 'int4'", "'dense'"]),
+        ("weights: {format: int5}", ["weights.format = 'int5'", "'dense'"]),
         ("batch_size: 0", ["batch_size = 0", "greater than or equal to 1"]),
         ("batch_size: yes", ["batch_size = True", "a boolean"]),
         ("procesor: {}", ["procesor", "did you mean 'processor'"]),

@@ -1,0 +1,174 @@
+"""The decode loop in one process: Transformers' tokens, whatever is asked; what goes to their own; one graph."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import transformers
+from checkpoints import Shape, cases, make_checkpoint
+from transformers.generation.streamers import BaseStreamer
+
+import adapter
+from adapter.config import from_dict
+from adapter.decode import Decoder, LeanGenerate
+from adapter.fused import Plain
+
+SHAPE = Shape(heads=6, kv_heads=2, head_dim=8, layers=2, mlp=96, vocab=203, v_heads=4, v_head_dim=8, v_layers=1)
+TWELVE = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+TAKES_A_LOOP = "custom_generate" in inspect.signature(transformers.GenerationMixin.generate).parameters
+lean = pytest.mark.skipif(not TAKES_A_LOOP, reason="this release takes no loop of a caller's")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("decode") / "m", SHAPE)
+
+
+@pytest.fixture(scope="module")
+def engine(directory):
+    config = {"model": {"path": str(directory), "dtype": "float32"}, "tensor_parallel": {"tp_size": 1}}
+    return adapter.init_inference(from_dict(config, directory))
+
+
+@pytest.fixture(scope="module")
+def plain(directory):
+    model = transformers.Qwen2VLForConditionalGeneration
+    return model.from_pretrained(directory, torch_dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def steps(engine, monkeypatch) -> list[int]:
+    """A number for each lean step that a test makes."""
+    seen: list[int] = []
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, ids, state: (seen.append(len(ids)), step(self, ids, state))[1])
+    return seen
+
+
+@lean
+@pytest.mark.parametrize("case", ["text", "image", "two_images", "video", "batch"])
+def test_greedy_tokens_are_transformers_own(engine, plain, steps, case):
+    ours, theirs = (model.generate(**cases()[case], **TWELVE) for model in (engine, plain))
+    assert torch.equal(ours, theirs)
+    assert len(steps) == 11, "the prompt gives the first token, each step one more"
+
+
+@lean
+@pytest.mark.parametrize("more", [
+    {"do_sample": True, "temperature": 1.3, "top_k": 20}, {"do_sample": True, "top_p": 0.8, "num_return_sequences": 2},
+    {"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}, {"suppress_tokens": [10, 11, 12]},
+    {"bad_words_ids": [[20], [30, 40]]}, {"min_new_tokens": 3, "eos_token_id": [100, 101, 102, 103, 104, 105, 106]},
+    {"renormalize_logits": True, "do_sample": True, "min_p": 0.05},
+], ids=lambda more: "-".join(more))
+def test_processors_samples_and_ends_are_transformers_own(engine, steps, monkeypatch, more):
+    """The same model in both loops, since an engine draws its seed from torch's, for all ranks alike."""
+    results, made = [], []
+    for other in (False, True):
+        if other:
+            monkeypatch.setattr(LeanGenerate, "why_not", lambda *_: "asked for")
+        torch.manual_seed(11)
+        results.append(engine.module.generate(**cases()["batch"], **{**TWELVE, **more}))
+        made.append(len(steps))
+    assert made[0] > 0 and made[1] == made[0] and torch.equal(*results)
+
+
+@lean
+def test_a_row_that_ended_is_padded_while_others_go_on(engine, plain):
+    inputs = cases()["batch"]
+    first = plain.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    ends = {"eos_token_id": int(first[1, -2]), "pad_token_id": 0, "max_new_tokens": 9, "do_sample": False}
+    ours, theirs = (model.generate(**inputs, **ends) for model in (engine, plain))
+    assert torch.equal(ours, theirs) and int(ours[1, -1]) == 0, "the case must have a row that ends before another"
+
+
+@lean
+def test_logits_and_scores_are_given_as_asked(engine, plain, steps):
+    asked = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True, "repetition_penalty": 1.2}
+    ours, theirs = (model.generate(**cases()["image"], **TWELVE, **asked) for model in (engine, plain))
+    assert steps and torch.equal(ours.sequences, theirs.sequences)
+    for name in ("logits", "scores"):
+        assert len(ours[name]) == 12
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-4)
+    assert not torch.equal(ours.logits[3], ours.scores[3])
+
+
+@lean
+def test_tokens_are_streamed_as_they_come(engine):
+    seen: list[torch.Tensor] = []
+    put = {"put": lambda self, value: seen.append(value.reshape(-1)),
+           "end": lambda self: seen.append(torch.tensor([-1]))}
+    out = engine.generate(**cases()["text"], **TWELVE, streamer=type("Streamer", (BaseStreamer,), put)())
+    assert torch.equal(torch.cat(seen), torch.cat([out.reshape(-1), torch.tensor([-1])])) and len(seen) == 14
+
+
+@lean
+def test_a_stopping_criterion_stops(engine, steps):
+    stop = transformers.StoppingCriteriaList([lambda ids, scores: torch.full((len(ids),), ids.shape[1] >= 40)])
+    out = engine.generate(**cases()["text"], **TWELVE, stopping_criteria=stop)
+    assert out.shape[1] == 40 and len(steps) == 2
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    ({"num_beams": 3}, "num_beams is 3"), ({"use_cache": False}, "use_cache"),
+    ({"cache_implementation": "static"}, "cache_implementation"), ({"prompt_lookup_num_tokens": 3}, "prompt_lookup"),
+    ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+])
+def test_what_it_does_not_cover_goes_to_transformers_own_loop(engine, steps, more, words):
+    generate = LeanGenerate(engine.module, engine.plan)
+    assert words in generate.why_not((), {**cases()["text"], **TWELVE, **more})
+    if "use_cache" not in more and "cache_implementation" not in more:
+        engine.generate(**cases()["text"], **TWELVE, **more)
+        assert not steps
+
+
+def test_padding_on_the_right_goes_to_transformers_own_loop(engine, steps):
+    inputs = cases()["text"]
+    inputs["attention_mask"][0, -2:] = 0
+    engine.generate(**inputs, **TWELVE)
+    assert not steps
+
+
+def test_another_activation_is_seen(engine):
+    mlp = engine.module.model.language_model.layers[1].mlp
+    own, mlp.act_fn = mlp.act_fn, torch.nn.GELU()
+    try:
+        with pytest.raises(LookupError, match="SiLU"):
+            Decoder(engine.module, engine.plan)
+    finally:
+        mlp.act_fn = own
+
+
+def started(engine, ops=None):
+    """A decoder after the prompt of a padded batch, with room for 8 tokens."""
+    decoder, inputs = Decoder(engine.module, engine.plan), cases()["batch"]
+    decoder.ops = ops or decoder.ops
+    prompt = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        logits, state = decoder.prefill(lambda: engine.module(**inputs, use_cache=True), inputs["attention_mask"],
+                                        prompt + 8)
+    return decoder, logits.argmax(-1), state
+
+
+@lean
+def test_torch_operators_and_ours_make_the_same_step(engine):
+    """What runs where there is no C++ is the same formula."""
+    results = []
+    for ops in (None, Plain):
+        decoder, ids, state = started(engine, ops)
+        with torch.no_grad():
+            results.append([decoder.step(ids, state) for _ in range(3)])
+    for ours, plain in zip(*results, strict=True):
+        assert float((ours - plain).abs().max()) < 1e-4
+
+
+@lean
+@pytest.mark.parametrize("ops", [None, Plain], ids=["ours", "torch"])
+def test_a_step_is_one_graph(engine, ops):
+    """torch.compile(fullgraph=True) takes it whole, and the compiled step, run thrice, gives the same logits."""
+    eager, graph = started(engine, ops), started(engine, ops)
+    compiled = torch.compile(graph[0].step, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(3):
+            assert float((eager[0].step(eager[1], eager[2]) - compiled(graph[1], graph[2])).abs().max()) < 1e-4

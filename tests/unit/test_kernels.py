@@ -1,0 +1,204 @@
+"""Every weight format against float64, with bounds that follow from how it rounds; what is refused; what is lean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from transformers.activations import QuickGELUActivation
+
+from adapter import bounds, kernels, memory, native
+from adapter.fused import Plain
+from adapter.kernels import FEW_ROWS, Quantised, linear, quantise
+from policies.errors import UserError
+from policies.formats import DENSE, GROUP, INT4, INT8
+
+needs_kernels = pytest.mark.skipif(kernels.missing() is not None, reason=f"no kernels: {kernels.missing()}")
+ROWS = (1, 2, 3, 4, 5, 8, 15, 16, 17, 40)
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    out = x.double() @ weight.double().T
+    return out if bias is None else out + bias.double()
+
+
+def rounding(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    scale = x.float().norm(dim=-1)[:, None] * weight.float().norm(dim=-1)
+    scale = scale if bias is None else scale + bias.float().abs()
+    return bounds.linear(scale, exact(x, weight, bias).float().abs() + scale / 256, x.shape[-1], x.dtype, 1)
+
+
+def test_machine_of_these_tests_has_the_kernels_or_says_why():
+    """Here a silent fallback would leave every other test of this file without a subject."""
+    with open("/proc/cpuinfo") as info:
+        able = {"avx512_bf16", "avx512_vnni", "avx512bw", "avx512vl"} <= set(info.read().split())
+    assert (kernels.missing() is None) == able, kernels.missing()
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 1), (1536, 40), (4480, 7), (100, 33), (30, 5)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_bfloat16_linear(rows, inputs, outputs, with_bias):
+    x, w = drawn(rows, inputs, dtype=torch.bfloat16), drawn(outputs, inputs, seed=1, dtype=torch.bfloat16, scale=0.05)
+    bias = drawn(outputs, seed=2, dtype=torch.bfloat16) if with_bias else None
+    y = linear(x, w, bias)
+    assert y.shape == (rows, outputs) and y.dtype is torch.bfloat16
+    assert ((y.double() - exact(x, w, bias)).abs() <= rounding(x, w, bias)).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 3), (192, 40), (1536, 17), (1088, 5)])  # 1, 3, 24, 17 groups
+def test_quantised_linear(rows, bits, dtype, inputs, outputs):
+    """Against the weights the codes stand for: few rows of x are rounded to 8 bits, more are not."""
+    x, bias = drawn(rows, inputs, dtype=dtype), drawn(outputs, seed=2, dtype=dtype)
+    weight = quantise(drawn(outputs, inputs, seed=1, dtype=dtype, scale=0.05), bits)
+    stands_for = kernels.unpack(weight.codes, weight.scales, bits, torch.float32)
+    bound = rounding(x, stands_for, bias)
+    if rows <= FEW_ROWS:
+        bound = bound + bounds.coded_input(x.float(), stands_for, GROUP)
+    else:
+        bound = bound + 2 * bounds.unit_roundoff(dtype) * (x.float().abs() @ stands_for.abs().T)  # unpacked in dtype
+    error = (linear(x, weight, bias).double() - exact(x, stands_for, bias)).abs()
+    assert (error <= bound).all()
+    assert linear(x[0], weight, bias).shape == (outputs,)
+
+
+@needs_kernels
+def test_the_bound_of_coded_inputs_is_no_formality():
+    """The error of few rows is a good part of it, and past what the same product has without the codes."""
+    x, weight = drawn(1, 1536), quantise(drawn(64, 1536, seed=1, scale=0.05), 8)
+    dense = kernels.unpack(weight.codes, weight.scales, 8, torch.float32)
+    error = (linear(x, weight).double() - exact(x, dense, None)).abs().max()
+    assert error > 10 * (linear(x.expand(40, -1), weight).double() - exact(x.expand(40, -1), dense, None)).abs().max()
+    assert error > bounds.coded_input(x, dense, GROUP).max() / 100
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 5), st.sampled_from([8, 4]), st.integers(0, 99))
+def test_codes_are_nearest_and_slices_on_groups_are_slices_of_the_whole(rows, groups, bits, seed):
+    weight = drawn(rows, groups * GROUP, seed=seed)
+    whole = quantise(weight, bits)
+    step = whole.scales.float().repeat_interleave(GROUP, 1)
+    assert ((whole.dense() - weight).abs() <= step * 0.5005 + 1e-6).all()
+    for start in range(groups):
+        part = quantise(weight[:, start * GROUP:(start + 1) * GROUP], bits)
+        assert torch.equal(part.dense(), whole.dense()[:, start * GROUP:(start + 1) * GROUP])
+    assert whole.nbytes == (INT8 if bits == 8 else INT4).bytes(rows, groups * GROUP)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_extreme_weights(bits):
+    """A group of zeros, one outlier, values too small for float16 scales."""
+    weight = torch.zeros(3, 128)
+    weight[1, 5], weight[2] = 1000.0, 1e-9
+    coded = quantise(weight, bits)
+    assert torch.isfinite(coded.dense()).all() and (coded.dense()[0] == 0).all()
+    assert abs(float(coded.dense()[1, 5]) - 1000) < 1 and (coded.dense()[2].abs() < 1e-4).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [8, 4])
+def test_unpacking_in_cpp_and_in_torch_are_the_same_bits(bits):
+    weight = quantise(drawn(33, 192), bits)
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = torch.ops.qwenvl_tp.dequantise(weight.codes, weight.scales, bits, dtype)
+        assert torch.equal(ours, kernels.unpack(weight.codes, weight.scales, bits, dtype))
+
+
+@needs_kernels
+def test_not_a_number_stays_one():
+    x = torch.full((1, 64), float("nan"), dtype=torch.bfloat16)
+    assert linear(x, drawn(4, 64, dtype=torch.bfloat16)).isnan().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda o: o.linear(torch.ones(17, 64).bfloat16(), torch.ones(2, 64).bfloat16(), None), "16 rows"),
+    (lambda o: o.linear(torch.ones(1, 64), torch.ones(2, 64), None), "bfloat16"),
+    (lambda o: o.linear(torch.ones(1, 32).bfloat16(), torch.ones(2, 64).bfloat16(), None), "weight"),
+    (lambda o: o.linear(torch.ones(64, 2).bfloat16().T, torch.ones(2, 64).bfloat16(), None), "contiguous"),
+    (lambda o: o.attend_all(*[torch.ones(1, 3, 130).bfloat16()] * 3, 1.0), "head_dim 130"),
+    (lambda o: o.silu_mul(torch.ones(2), torch.ones(3)), "not like"),
+])
+def test_operators_refuse_what_they_cannot_take(call, words):
+    with pytest.raises(RuntimeError, match=words):
+        call(torch.ops.qwenvl_tp)
+
+
+def test_formats_that_cannot_be_computed_here_are_refused_with_the_way_out(monkeypatch):
+    with pytest.raises(UserError, match=r"int8.*this is cuda.*weights\.format=dense"):
+        kernels.check(INT8, torch.bfloat16, "cuda")
+    monkeypatch.setattr(kernels, "missing", lambda: "no compiler")
+    with pytest.raises(UserError, match=r"int4.*no compiler.*weights\.format=dense"):
+        kernels.check(INT4, torch.bfloat16, "cpu")
+
+
+def test_a_plain_weight_without_kernels_is_multiplied_by_torch_and_said(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "missing", lambda: "no compiler")
+    kernels.check(DENSE, torch.bfloat16, "cpu")
+    assert "no compiler" in caplog.text
+    x, w = drawn(1, 64, dtype=torch.bfloat16), drawn(3, 64, seed=1, dtype=torch.bfloat16)
+    assert torch.equal(linear(x, w), F.linear(x, w))
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason="no C++ operators")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fused_operators_equal_their_formulas(dtype):
+    ops, u = torch.ops.qwenvl_tp, torch.finfo(dtype).eps
+    x, delta, w = drawn(3, 96, dtype=dtype), drawn(3, 96, seed=1, dtype=dtype), drawn(96, seed=2, dtype=dtype)
+    torch.testing.assert_close(ops.rms_norm(x, w, 1e-6), Plain.rms_norm(x, w, 1e-6), rtol=2 * u, atol=2 * u)
+    one, two = x.clone(), x.clone()
+    a, b = ops.add_rms_norm(one, delta, w, 1e-6), Plain.add_rms_norm(two, delta, w, 1e-6)
+    assert torch.equal(one, two)
+    torch.testing.assert_close(a, b, rtol=2 * u, atol=2 * u)
+    torch.testing.assert_close(ops.silu_mul(x, delta), Plain.silu_mul(x, delta), rtol=2 * u, atol=2 * u)
+    wide = torch.linspace(-100, 100, 9999).to(dtype)
+    torch.testing.assert_close(ops.silu_mul(wide, wide), Plain.silu_mul(wide, wide), rtol=2 * u, atol=1e-6)
+    torch.testing.assert_close(ops.quick_gelu(wide), QuickGELUActivation()(wide), rtol=4 * u, atol=1e-6)
+    batch, kv, groups, length, dim = 3, 2, 3, 11, 16
+    q, k, v = (drawn(batch, n * dim, seed=i, dtype=dtype) for i, n in enumerate((kv * groups, kv, kv)))
+    cos, sin = drawn(batch, dim, seed=5, dtype=dtype), drawn(batch, dim, seed=6, dtype=dtype)
+    caches = [drawn(batch, kv, length, dim, seed=7 + i, dtype=dtype) for i in range(2)]
+    start, place = torch.tensor([0, 4, 7]), torch.tensor([8])
+    theirs = [c.clone() for c in caches]
+    ours = ops.attend(q, k, v, cos, sin, *caches, start, place, dim ** -0.5)
+    plain = Plain.attend(q, k, v, cos, sin, *theirs, start, place, dim ** -0.5)
+    torch.testing.assert_close(ours, plain, rtol=8 * u, atol=8 * u)
+    torch.testing.assert_close(caches, theirs, rtol=2 * u, atol=2 * u)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("heads", "tokens", "dim"), [(1, 1, 80), (2, 7, 80), (3, 63, 16), (2, 65, 128), (1, 130, 4),
+                                                      (2, 64, 64), (1, 6, 30)])
+def test_attention_of_a_picture(heads, tokens, dim):
+    """Within what rounding probabilities and results to bfloat16 may do; strided as the fused qkv gives it."""
+    q, k, v = (t.transpose(0, 1) for t in drawn(tokens, 3, heads, dim, dtype=torch.bfloat16, scale=2.0).unbind(1))
+    ours = torch.ops.qwenvl_tp.attend_all(q, k, v, dim ** -0.5).transpose(0, 1).double()
+    true = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    spread = F.scaled_dot_product_attention(q.double(), k.double(), v.double().abs())
+    score = float(q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max()) / dim ** 0.5
+    assert ((ours - true).abs() <= bounds.attention(spread.float(), score, dim, tokens, torch.bfloat16, False)).all()
+
+
+def test_memory_of_weights_is_writable_and_of_the_shape_asked_for():
+    for shape in ((3, 5), (1024, 1024), (0, 4)):
+        tensor = memory.empty(shape, torch.bfloat16)
+        tensor.fill_(2)
+        assert tuple(tensor.shape) == shape and bool((tensor == 2).all())
+
+
+@needs_kernels
+def test_a_quantised_weight_gives_rows_as_a_matrix_does():
+    weight = quantise(drawn(9, 128), 4)
+    assert isinstance(weight, Quantised) and weight.shape == (9, 128)
+    assert torch.equal(weight[torch.tensor([3, 1])], weight.dense()[[3, 1]])
