@@ -162,6 +162,8 @@ def checked_plan(directory: Path, tp_size: int, dtype: str,
                  form: str = "dense") -> tuple[Plan, Checkpoint | Shards]:
     """The plan and the weights, both sound. Raises one UserError with every problem and the tp sizes that work."""
     plan, checkpoint, problems = make_plan(directory, tp_size, dtype, form)
+    if isinstance(checkpoint, Shards) and problems:
+        raise UserError("\n  ".join([f"{directory}: these shards cannot be loaded:", *told(problems)]))
     if checkpoint is None:
         problems.append("no safetensors file here (model.safetensors or model.safetensors.index.json); other formats "
                         "can run code when they are opened: convert with Transformers' save_pretrained")

@@ -191,9 +191,9 @@ def open_shards(directory: Path, wanted: Plan) -> Shards:
         problems.append(f"{MANIFEST}: these shards were cut by another policy or config.json than there is now; run "
                         "launch/shard.py again")
     names = [file_name(rank, plan.tp_size) for rank in range(plan.tp_size)]
-    if [f.name for f in manifest.files] != names:
-        listed = reprlib.repr([f.name for f in manifest.files])
-        problems.append(f"{MANIFEST}: files {listed}; for tp_size {plan.tp_size} they are {names[0]} to {names[-1]}")
+    if (listed := [f.name for f in manifest.files]) != names:
+        odd = sorted(set(listed) ^ set(names)) or "their order"
+        problems.append(f"{MANIFEST}: its files must be {names[0]} to {names[-1]}, each once; what differs: {odd}")
         return Shards(directory, plan, manifest, problems=problems)
     files = tuple(_file(directory / f.name, f.bytes, list(entries(plan, rank)), problems)
                   for rank, f in enumerate(manifest.files))
