@@ -6,6 +6,7 @@ Releases 4.45-4.51 end attention with `view(bsz, q_len, self.hidden_size)`, othe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,18 +16,20 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from adapter import native
 from adapter.plan import Plan
+from policies.heads import HeadShard
 from policies.rules import expand
 
 
-def override_heads(modules: dict[str, nn.Module], plan: Plan, rank: int) -> None:
-    """Set each attention module's numbers to this rank's. `modules` maps published names to modules.
+def override_heads(modules: Mapping[str, nn.Module], plan: Plan, heads: Mapping[str, HeadShard]) -> None:
+    """Set the numbers of each attention of the towers in `heads` to those given, this rank's. `modules` maps published
+    names to modules.
 
     An attribute a release does not have is left out; an attention module that is not there is a bug in the policy.
     `replaced` is DeepSpeed's own mark on modules whose numbers are already true, which keeps it from dividing them.
     """
     for row in plan.policy.head_numbers:
-        shard = plan.heads[row.tower][rank]
-        for name in expand(row.module, plan.geometry.layers):
+        for name in expand(row.module, plan.geometry.layers) if row.tower in heads else ():
+            shard = heads[row.tower]
             module = modules[name]
             known = [attribute for attribute in row.numbers if hasattr(module, attribute)]
             assert known, f"{name}: none of {list(row.numbers)}; this Transformers release calls its heads otherwise"

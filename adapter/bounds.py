@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LAMBDA = 8.0
@@ -57,8 +58,8 @@ def linear(scale: Tensor, parts: Tensor, products: int, dtype: torch.dtype, rank
 def coded_input(x: Tensor, weight: Tensor, group: int) -> Tensor:
     """What rounding x to signed 8 bits, with a scale of its own for each group of inputs, may do to W x: at most half a
     step, max|x| / 254, at each of a group's elements. x [T, K], weight [N, K] float32 -> [T, N]."""
-    most = x.unflatten(-1, (-1, group)).abs().amax(-1)
-    return most / 254 @ weight.unflatten(-1, (-1, group)).abs().sum(-1).T
+    x, weight = (F.pad(t, (0, -t.shape[-1] % group)).unflatten(-1, (-1, group)).abs() for t in (x, weight))
+    return x.amax(-1) / 254 @ weight.sum(-1).T
 
 
 def norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

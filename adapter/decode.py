@@ -129,7 +129,9 @@ class Decoder:
         keys, values = list[Tensor](), list[Tensor]()
         for i in range(len(self.layers)):
             for to, old in zip((keys, values), _cached(output.past_key_values, i), strict=True):
-                new = old.new_empty(batch, old.shape[1], length, old.shape[3])
+                # torch multiplies what it masks by zero: nothing there may be no number
+                make = old.new_zeros if self.ops is fused.Plain else old.new_empty
+                new = make(batch, old.shape[1], length, old.shape[3])
                 new[:, :, :prompt] = old
                 to.append(new)
         # the next position is one after the largest of the prompt, whose pictures take fewer positions than tokens

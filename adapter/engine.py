@@ -151,10 +151,10 @@ def _shard_loaded(model: nn.Module, parallel: TensorParallelSection, megatron: A
     geometry = policy.geometry(mapping)
     check_loaded(model, policy, geometry)
     dtype: torch.dtype = model.dtype  # type: ignore[assignment]
-    plan = Plan(policy, geometry, tp_size, str(dtype).removeprefix("torch."))
+    plan = Plan(policy, geometry, tp_size, str(dtype).removeprefix("torch."), parallel.vision)
     require(policy.problems(geometry, tp_size), plan, type(model).__name__)
     _check_dtype(dtype)
-    mpu = topology.start(tp_size, megatron)
+    mpu = topology.start(tp_size, megatron, _token_bytes(plan, dtype))
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, model_source(model, policy), dtype)
     report = LoadReport(0, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
@@ -165,17 +165,23 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     directory, dtype = config.model.path, config.model.torch_dtype
     _check_section(config.deepspeed)
     parallel = _sized(config.tensor_parallel, megatron)
-    plan, checkpoint = checked_plan(directory, parallel.tp_size, config.model.dtype, config.weights.format)
+    plan, checkpoint = checked_plan(directory, parallel.tp_size, config.model.dtype, parallel.vision,
+                                    config.weights.format)
     if megatron is None:
         topology.check_world(read_environment().world_size, plan.tp_size)
     _check_dtype(dtype)
     kernels.check(plan.form, dtype, get_accelerator().device_name())
     model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)
-    mpu = topology.start(plan.tp_size, megatron)
+    mpu = topology.start(plan.tp_size, megatron, _token_bytes(plan, dtype))
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), dtype)
     report = LoadReport(checkpoint.bytes_read, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
     return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole)
+
+
+def _token_bytes(plan: Plan, dtype: torch.dtype) -> int:
+    """Of what the ranks sum twice a layer for one token."""
+    return plan.geometry.sizes["hidden"] * dtype.itemsize
 
 
 def _ready(shard: _Shard, whole: Mapping[str, nn.Module]) -> _Shard:

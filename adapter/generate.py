@@ -20,7 +20,7 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
 
     config = load_config(args.config, args.overrides)
     plan, _ = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
-                          config.weights.format)  # before slow imports
+                           config.tensor_parallel.vision, config.weights.format)  # before slow imports
     rank, answers = command.environment_rank("RANK"), None
     if rank == 0:
         from adapter.answers import open_answers

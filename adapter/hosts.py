@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import json
 import logging
 import os
 import secrets
@@ -19,33 +18,21 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from adapter import network
+from adapter.cards import exchange
 from adapter.progress import Standing
-from adapter.topology import Group, to_device
+from adapter.topology import Group
 from policies.errors import UserError
 
 log = logging.getLogger("adapter")
 PULSE_S = 0.5
 SILENT_S = 8.0  # a host of which no rank has been heard for so long is gone
 UNHEARD_S = 20.0  # a host that was never heard is not judged (UDP may be blocked), but named after so long
-CARD_BYTES = 512
 SECRET_BYTES = 16
 PULSE = struct.Struct(">i?3q")  # rank, and its Standing
 MOST_HEARD = 10_000  # datagrams in one look, so that no flood and no broken socket keeps it for ever
 LONGEST = 1000  # bytes of a farewell: one datagram, whole
-
-
-def exchange(world: Group, card: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every rank's card, by rank; every rank must call it."""
-    text = json.dumps(card).encode()
-    assert len(text) <= CARD_BYTES, text
-    mine = torch.frombuffer(bytearray(text.ljust(CARD_BYTES)), dtype=torch.uint8)
-    rows = world.all_gather_last(to_device(mine), (CARD_BYTES,) * world.size)
-    return [json.loads(bytes(row.tolist())) for row in rows.cpu().view(world.size, CARD_BYTES)]
 
 
 @dataclass

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from adapter import kernels, layers, memory
+from adapter import dealt, kernels, layers, memory
 from adapter.attention import override_heads, use_fast_attention
 from adapter.checkpoint import Checkpoint
 from adapter.fused import fuse_activations
@@ -113,6 +113,7 @@ def inject(model: nn.Module, plan: Plan, tp: Group, source: Source, dtype: torch
     names = {policy.published(name): name for name, _ in model.named_modules()}
     parameters = (name for name, _ in model.named_parameters(remove_duplicate=False))
     policy.check_claims((policy.published(name) for name in parameters), plan.geometry)
+    switch = dealt.attention_switch(model, plan, tp.rank) if plan.whole_tower else None
     for module_name, claim in plan.claims.items():
         module = model.get_submodule(names[module_name])
         tensors: dict[str, Any]
@@ -129,12 +130,21 @@ def inject(model: nn.Module, plan: Plan, tp: Group, source: Source, dtype: torch
                 setattr(module, suffix, layers.frozen(tensor))
         else:
             parent, _, child = names[module_name].rpartition(".")
-            layer = BUILDERS[type(claim.rule)](plan, claim, tp, tensors["weight"], tensors.get("bias"))
+            weight, bias = tensors["weight"], tensors.get("bias")
+            if switch and plan.in_tower(module_name):
+                part = plan.divided.slice(module_name, "weight", tp.rank)
+                layer = dealt.either(claim, part, tp, weight, bias, switch, _slots(plan.divided, claim, tp.rank))
+            else:
+                layer = BUILDERS[type(claim.rule)](plan, claim, tp, weight, bias)
             setattr(model.get_submodule(parent), child, layer)
+            del weight, bias
         del module, tensors
-    override_heads({policy.published(name): module for name, module in model.named_modules()}, plan, tp.rank)
+    override_heads({policy.published(name): module for name, module in model.named_modules()}, plan,
+                   {tower: shards[tp.rank] for tower, shards in plan.heads.items()})
     use_fast_attention(model, plan)
     fuse_activations(model)
+    if switch:
+        dealt.install(model, plan, tp, switch)
     _keep_frequencies(model)
     _check_whole(model, plan, tp.rank)
 

@@ -28,7 +28,8 @@ FEW_ROWS = 16  # of x; the C++ kernel takes no more
 
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix [N, K] as codes uint8 [N, K * bits / 8] and scales float16 [N, K / 64]; `dtype` is what it stands for.
+    """A matrix [N, inputs] as codes uint8 [N, groups * 8 * bits] and scales float16 [N, groups]; `dtype` is what it
+    stands for. A group is 64 inputs or, at the end of a row, fewer.
 
     4 bits: byte i of a group's 32 holds element i in its low half and element i + 32 in its high half.
     """
@@ -36,11 +37,12 @@ class Quantised:
     codes: Tensor
     scales: Tensor
     bits: int
+    inputs: int
     dtype: torch.dtype
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((self.codes.shape[0], self.scales.shape[1] * GROUP))
+        return torch.Size((self.codes.shape[0], self.inputs))
 
     @property
     def device(self) -> torch.device:
@@ -52,7 +54,7 @@ class Quantised:
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
         """These rows, unpacked."""
-        return unpack(self.codes[rows], self.scales[rows], self.bits, self.dtype)
+        return unpack(self.codes[rows], self.scales[rows], self.bits, self.dtype)[..., :self.inputs]
 
     def dense(self) -> Tensor:
         return self[:]
@@ -64,27 +66,27 @@ Weight = Tensor | Quantised
 def quantise(weight: Tensor, bits: int) -> Quantised:
     """Nearest codes, symmetric in each group of 64 along the last dimension: scale = largest |w| / (2^(bits-1) - 1).
 
-    weight [N, K], K a multiple of 64. A group is quantised by itself, so that a slice on group boundaries quantises to
-    the slice of the quantised whole.
+    weight [N, K]. A group is quantised by itself, so that a slice on group boundaries quantises to the slice of the
+    quantised whole.
     """
     rows, inputs = weight.shape
-    assert inputs % GROUP == 0, weight.shape
+    groups = -(-inputs // GROUP)
     zero = 1 << (bits - 1)
-    codes = memory.empty((rows, inputs * bits // 8), torch.uint8)
-    scales = memory.empty((rows, inputs // GROUP), torch.float16)
+    codes = memory.empty((rows, groups * GROUP * bits // 8), torch.uint8)
+    scales = memory.empty((rows, groups), torch.float16)
     step = max(1, (1 << 22) // inputs)
     for start in range(0, rows, step):  # in pieces, so that the float32 of a large matrix never exists whole
-        group = weight[start:start + step].float().unflatten(-1, (-1, GROUP))
+        group = F.pad(weight[start:start + step].float(), (0, groups * GROUP - inputs)).unflatten(-1, (-1, GROUP))
         scale = (group.abs().amax(-1) / (zero - 1)).half().clamp_min(torch.finfo(torch.float16).tiny)
         code = (group / scale.float().unsqueeze(-1)).round_().clamp_(-zero, zero - 1).add_(zero).to(torch.uint8)
         if bits == 4:
             code = code[..., :GROUP // 2] | (code[..., GROUP // 2:] << 4)
         codes[start:start + step], scales[start:start + step] = code.flatten(-2), scale
-    return Quantised(codes, scales, bits, weight.dtype)
+    return Quantised(codes, scales, bits, inputs, weight.dtype)
 
 
 def unpack(codes: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """codes [*, K * bits / 8], scales [*, K / 64] -> [*, K] of dtype."""
+    """codes [*, groups * 8 * bits], scales [*, groups] -> [*, groups * 64] of dtype."""
     code = codes.unflatten(-1, (scales.shape[-1], GROUP * bits // 8))
     if bits == 4:
         code = torch.cat([code & 15, code >> 4], -1)

@@ -41,10 +41,14 @@ class ColumnParallelLinear(nn.Module):
         self.register_buffer("slots", slots, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = kernels.linear(x, self.weight, self.bias)
+        out = self.own(x)
         if self.slots is None:
             return out
         return out.new_zeros(*out.shape[:-1], self.width).index_copy_(-1, self.slots, out)
+
+    def own(self, x: Tensor) -> Tensor:
+        """The outputs whose weights are this rank's."""
+        return kernels.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -62,8 +66,12 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.slots is not None:
             x = x.index_select(-1, self.slots)
-        out = self.tp.all_reduce(kernels.linear(x, self.weight))
+        out = self.tp.all_reduce(self.own(x))
         return out if self.bias is None else out.add_(self.bias)
+
+    def own(self, x: Tensor) -> Tensor:
+        """What this rank's inputs add to the sum."""
+        return kernels.linear(x, self.weight)
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -16,12 +16,12 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from adapter import command
+from adapter import command, towers
 from adapter.checkpoint import ITEM_BYTES, TORCH_NAMES, Checkpoint, open_checkpoint, read_config
 from adapter.presharded import Shards, is_sharded, open_shards
 from policies.errors import UserError, told
@@ -38,14 +38,35 @@ DTYPE_BYTES = {name: ITEM_BYTES[code] for code, name in TORCH_NAMES.items()}
 class Plan:
     """How one model is cut for one tp_size.
 
-    dtype: name of the dtype the shards are held in; form: the format of what `policies.formats` says takes one.
+    dtype: name of the dtype the shards are held in; vision: tensor_parallel.vision; form: the format of what
+    `policies.formats` says takes one.
     """
 
     policy: Policy
     geometry: Geometry
     tp_size: int
     dtype: str
+    vision: str = "tensor"
     form: Format = DENSE
+
+    @property
+    def whole_tower(self) -> bool:
+        """Whether every rank holds the whole tower that reads pictures."""
+        return self.vision != "tensor" and self.tp_size > 1
+
+    def in_tower(self, module: str) -> bool:
+        """Whether a module (published name, or a row of the table) is part of the tower that reads pictures."""
+        return module.startswith(f"{self.policy.tower.module}.")
+
+    @cached_property
+    def divided(self) -> Plan:
+        """What each rank computes with where every tower is split."""
+        return replace(self, vision="tensor")
+
+    @cached_property
+    def alone(self) -> Plan:
+        """What a rank computes with that runs a tower by itself."""
+        return replace(self, tp_size=1, vision="tensor")
 
     @cached_property
     def claims(self) -> Mapping[str, Claim]:
@@ -58,11 +79,14 @@ class Plan:
 
     @cached_property
     def heads(self) -> Mapping[str, tuple[HeadShard, ...]]:
-        """Tower -> heads of every rank."""
-        return self.policy.heads(self.geometry, self.tp_size)
+        """Tower -> heads of every rank: those it computes where ranks compute together."""
+        tower, heads = self.policy.tower.heads, self.policy.heads(self.geometry, self.tp_size)
+        return heads | {tower: self.alone.heads[tower] * self.tp_size} if self.vision == "data" else heads
 
     def slice(self, module: str, suffix: str, rank: int) -> TensorSlice:
-        """What `rank` owns of the parameter `module.suffix`."""
+        """What `rank` holds of the parameter `module.suffix`."""
+        if self.whole_tower and self.in_tower(module):
+            return self.alone.slice(module, suffix, 0).whole
         return slice_of(self.claims[module], suffix, self.geometry.sizes, self.splits, rank)
 
     def parameters(self) -> Iterator[tuple[str, str]]:
@@ -100,9 +124,8 @@ class Plan:
                 continue
             for rank in range(self.tp_size):
                 part = self.slice(module, "weight", rank)
-                if part.shape[1] % GROUP:
-                    found[claim.module] = f"has {part.shape[1]} inputs"
-                elif part.dim == 1 and any(edge % GROUP for pair in part.ranges for edge in pair):
+                edges = [edge for pair in part.ranges for edge in pair if edge < part.shape[-1]]
+                if part.dim == 1 and any(edge % GROUP for edge in edges):
                     found[claim.module] = f"of rank {rank} is inputs {part.ranges[0][0]} to {part.ranges[-1][1]}"
         return [f"weights.format {self.form.name}: {module} {what}, and a scale is shared by {GROUP}; use "
                 "weights.format=dense or another tp_size" for module, what in found.items()]
@@ -124,6 +147,8 @@ class Plan:
         embeds = sum(isinstance(c.rule, Vocab) for c in self.policy.table)
         reduces = per_layer[text] * self.geometry.layers[text] + embeds
         reduced, gathered = reduces * sizes["hidden"] * item, sizes["vocab"] * item
+        if self.vision == "data":
+            per_layer[self.policy.tower.stack] = 0  # one gather of the features, whatever the number of layers
         if self.tp_size == 1:
             reduces = reduced = gathered = 0
         return {"per_layer": per_layer, "per_token": reduces + bool(gathered), "per_token_bytes": reduced + gathered,
@@ -137,7 +162,7 @@ def valid_tp_sizes(policy: Policy, geometry: Geometry) -> list[int]:
 
 
 def make_plan(directory: Path, tp_size: int, dtype: str,
-              form: str = "dense") -> tuple[Plan, Checkpoint | Shards | None, list[str]]:
+              vision: str = "tensor", form: str = "dense") -> tuple[Plan, Checkpoint | Shards | None, list[str]]:
     """The plan for a model directory, its weights (None where it holds none) and every problem found.
 
     Raises UserError only where there is nothing to plan (no config.json, unknown model type, impossible numbers in it).
@@ -146,7 +171,7 @@ def make_plan(directory: Path, tp_size: int, dtype: str,
     policy = policy_for(config, str(directory / "config.json"))
     geometry = policy.geometry(config)
     problems = policy.problems(geometry, tp_size)
-    plan = Plan(policy, geometry, tp_size, dtype, FORMATS[form])
+    plan = Plan(policy, geometry, tp_size, dtype, vision, FORMATS[form])
     if is_sharded(directory):
         shards = open_shards(directory, plan)
         return plan, shards, problems + shards.problems
@@ -158,10 +183,10 @@ def make_plan(directory: Path, tp_size: int, dtype: str,
     return plan, checkpoint, problems
 
 
-def checked_plan(directory: Path, tp_size: int, dtype: str,
+def checked_plan(directory: Path, tp_size: int, dtype: str, vision: str = "tensor",
                  form: str = "dense") -> tuple[Plan, Checkpoint | Shards]:
     """The plan and the weights, both sound. Raises one UserError with every problem and the tp sizes that work."""
-    plan, checkpoint, problems = make_plan(directory, tp_size, dtype, form)
+    plan, checkpoint, problems = make_plan(directory, tp_size, dtype, vision, form)
     if isinstance(checkpoint, Shards) and problems:
         raise UserError("\n  ".join([f"{directory}: these shards cannot be loaded:", *told(problems)]))
     if checkpoint is None:
@@ -193,6 +218,7 @@ def report(plan: Plan, problems: list[str]) -> dict[str, Any]:
         "ranks": [_rank_report(plan, r) for r in ranks],
         "tensors": [_tensor_report(plan, m, s) for m, s in plan.parameters()] if known else [],
         "collectives": plan.collectives(),
+        "vision": towers.report(plan, DTYPE_BYTES[plan.dtype]) if known else {"mode": plan.vision},
     }
 
 
@@ -210,6 +236,8 @@ def _tensor_report(plan: Plan, module: str, suffix: str) -> dict[str, Any]:
         row["format"] = form.name
     if isinstance(rule, Replicated):
         row["why"] = rule.why
+    elif plan.whole_tower and plan.in_tower(module):
+        row |= {"rule": Replicated.__name__, "why": f"tensor_parallel.vision: {plan.vision}"}
     return row | {"dim": parts[0].dim, "slices": [[list(r) for r in p.ranges] for p in parts]}
 
 
@@ -219,7 +247,7 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
 
     config = load_config(args.config, args.overrides)
     plan, checkpoint, problems = make_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
-                                           config.weights.format)
+                                           config.tensor_parallel.vision, config.weights.format)
     facts = report(plan, problems)
     if checkpoint is None:
         print(f"note: {config.model.path} holds no safetensors file; planned from config.json alone", file=sys.stderr)
@@ -245,6 +273,7 @@ def _table(facts: dict[str, Any]) -> str:
               f"{r['kv_bytes_per_token']} bytes a token" for r in facts["ranks"]]
     reduce, c = facts["collectives"]["per_layer"], facts["collectives"]
     lines += [f"all-reduces per layer: {reduce}; a token: {c['per_token']} collectives, {c['per_token_bytes']} bytes"]
+    lines += towers.lines(facts["vision"]) if facts["ranks"] else []
     shown = [t for t in facts["tensors"] if not any(
         t["name"].startswith(f"{stack}.") and not t["name"].startswith(f"{stack}.0.") for stack in reduce)]
     lines += [f"  {t['name']} {t['shape']} {t['rule']}" + (f" dim {t['dim']}: {t['slices'][0]} .. {t['slices'][-1]}"

@@ -1,6 +1,6 @@
 """Pre-sharded checkpoints: a directory of one safetensors file per rank, which holds exactly what that rank holds.
 
-`adapter.shard` writes them, for one tp_size, dtype and weights.format:
+`adapter.shard` writes them, for one tensor_parallel section, dtype and weights.format:
 
     shards.json                  what they are for, and a digest of each file (Manifest)
     rank-00-of-04.safetensors    parameters by published name in loading order, a quantised one as `.codes`, `.scales`
@@ -62,6 +62,7 @@ class Manifest(Section):
     version: Literal[1] = 1  # of all that is not said here: names, order, how codes are packed (kernels.quantise)
     model_type: Annotated[str, Field(max_length=100)]
     tp_size: Annotated[int, Field(ge=1, le=1024)]
+    whole_tower: bool  # tensor_parallel.vision: data and auto
     dtype: Literal["float32", "bfloat16", "float16"]
     format: Literal["dense", "int8", "int4"]
     group: Annotated[int, Field(ge=1)] = GROUP
@@ -115,8 +116,12 @@ class Shards:
                 held[info.name] = region[at : at + info.nbytes].view(getattr(torch, TORCH[info.dtype])).view(info.shape)
                 self.bytes_read += info.nbytes
         dtype = getattr(torch, self.plan.dtype)
-        return {name: Quantised(held[f"{name}.codes"], held[f"{name}.scales"], bits, dtype) if bits else held[name]
-                for name, bits in parameters(self.plan)}
+        return {name: Quantised(held[f"{name}.codes"], held[f"{name}.scales"], bits, self.inputs(name, rank), dtype)
+                if bits else held[name] for name, bits in parameters(self.plan)}
+
+    def inputs(self, name: str, rank: int) -> int:
+        """Of a quantised weight, whose last group may be filled up."""
+        return self.plan.slice(*_split(name), rank).local_shape[1]
 
     def file(self, rank: int) -> Path:
         return self.directory / file_name(rank, self.plan.tp_size)
@@ -142,8 +147,9 @@ def entries(plan: Plan, rank: int) -> Iterator[Entry]:
     for name, bits in parameters(plan):
         shape = plan.slice(*_split(name), rank).local_shape
         if bits:
-            yield Entry(f"{name}.codes", "U8", (shape[0], shape[1] * bits // 8))
-            yield Entry(f"{name}.scales", "F16", (shape[0], shape[1] // GROUP))
+            groups = -(-shape[1] // GROUP)
+            yield Entry(f"{name}.codes", "U8", (shape[0], groups * GROUP * bits // 8))
+            yield Entry(f"{name}.scales", "F16", (shape[0], groups))
         else:
             yield Entry(name, CODES[plan.dtype], shape)
 
@@ -158,7 +164,8 @@ def slicing(plan: Plan) -> str:
     rows = [[c.module, type(c.rule).__name__, c.rule.dim, c.rule.parts, c.rule.cuts_bias, c.rule.axis(c.weight),
              c.weight, c.bias, format_of(c, plan.form, plan.geometry.text_stack).name] for c in plan.policy.table]
     facts = [rows, dict(plan.geometry.sizes), dict(plan.geometry.layers), plan.geometry.tied, plan.policy.tied,
-             {axis: split.ranges for axis, split in plan.splits.items()}, plan.dtype, GROUP]
+             plan.whole_tower, plan.policy.tower.module, plan.dtype, GROUP,
+             {axis: split.ranges for axis, split in plan.splits.items()}]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -182,8 +189,10 @@ def open_shards(directory: Path, wanted: Plan) -> Shards:
         manifest = read_manifest(directory)
     except UserError as error:
         return Shards(directory, wanted, problems=[str(error)])
-    plan = replace(wanted, tp_size=manifest.tp_size, dtype=manifest.dtype, form=FORMATS[manifest.format])
-    problems = list(_misfits(manifest, wanted))
+    whole, alike = manifest.whole_tower, manifest.tp_size == 1  # one rank holds all in any case
+    vision = wanted.vision if alike or whole == (wanted.vision != "tensor") else "data" if whole else "tensor"
+    plan = replace(wanted, tp_size=manifest.tp_size, dtype=manifest.dtype, vision=vision, form=FORMATS[manifest.format])
+    problems = list(_misfits(manifest, plan, wanted))
     impossible = plan.policy.problems(plan.geometry, plan.tp_size) or plan.off_group()
     if impossible:
         return Shards(directory, plan, manifest, problems=problems + [f"{MANIFEST}: {p}" for p in impossible])
@@ -200,11 +209,13 @@ def open_shards(directory: Path, wanted: Plan) -> Shards:
     return Shards(directory, plan, manifest, files, problems)
 
 
-def _misfits(manifest: Manifest, wanted: Plan) -> Iterator[str]:
+def _misfits(manifest: Manifest, plan: Plan, wanted: Plan) -> Iterator[str]:
     """What the config wants otherwise than the shards are, each with what to do."""
-    facts = (("tensor_parallel.tp_size", manifest.tp_size, wanted.tp_size, TensorParallelSection().tp_size),
-             ("model.dtype", manifest.dtype, wanted.dtype, Model.model_fields["dtype"].default),
-             ("weights.format", manifest.format, wanted.form.name, Weights().format))
+    parallel = TensorParallelSection()
+    facts = (("tensor_parallel.tp_size", plan.tp_size, wanted.tp_size, parallel.tp_size),
+             ("tensor_parallel.vision", plan.vision, wanted.vision, parallel.vision),
+             ("model.dtype", plan.dtype, wanted.dtype, Model.model_fields["dtype"].default),
+             ("weights.format", plan.form.name, wanted.form.name, Weights().format))
     for key, have, want, default in facts:
         if have != want:
             where = ", its default where the config states none" if want == default else ""
@@ -251,7 +262,7 @@ def read_held(shards: Shards, rank: int, name: str) -> Weight:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
         codes, scales = (file.get_tensor(f"{name}.{part}") for part in ("codes", "scales"))
-        return Quantised(codes, scales, bits, getattr(torch, shards.plan.dtype))
+        return Quantised(codes, scales, bits, shards.inputs(name, rank), getattr(torch, shards.plan.dtype))
 
 
 def read_whole(shards: Shards, name: str) -> Tensor:

@@ -53,6 +53,12 @@ class Progress:
         return standing(self._words)
 
 
+def hash_of_boot() -> int:
+    """A number that only processes of the same running host and pid namespace share."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return (int(file.read().replace("-", "")[:8], 16) << 31) ^ os.stat("/proc/self/ns/pid").st_ino
+
+
 def open_progress(pid: int, fd: int) -> memoryview:
     """Another process's Progress, read-only. Raises OSError where this process may not look at it."""
     with open(f"/proc/{pid}/fd/{fd}", "rb") as file:

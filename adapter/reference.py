@@ -21,6 +21,7 @@ from adapter.inject import build_on_meta
 from adapter.kernels import FEW_ROWS, Quantised, make_weight
 from adapter.plan import Plan
 from adapter.presharded import Shards, read_whole
+from adapter.topology import Group
 from adapter.trace import Expected, take
 from policies.formats import GROUP
 from policies.rules import Claim, Column, FusedQKV, Row, TensorSlice
@@ -80,12 +81,13 @@ class Reference:
             found["weight"] = coded.dense() if isinstance(coded, Quantised) else coded
         return {suffix: tensor.to(self.device, torch.float32) for suffix, tensor in found.items()}
 
-    def expected(self, name: str, claim: Claim, layer: nn.Module, x: Tensor) -> Iterator[Expected]:
+    def expected(self, plan: Plan, tp: Group, name: str, claim: Claim, layer: nn.Module,
+                 x: Tensor) -> Iterator[Expected]:
         """What layer `name` must return for the whole input x: an adapter.trace.Oracle."""
         weights, ids = self.weights(name, held=True), not x.is_floating_point()
         rows = x.reshape(-1) if ids else x.reshape(-1, x.shape[-1]) if len(claim.weight) < 3 else x
         step = max(1, CHUNK // weights["weight"].shape[1 if ids else 0])
-        parts = [self.plan.slice(name, "weight", r) for r in range(self.plan.tp_size)]
+        parts = [plan.slice(name, "weight", r) for r in range(plan.tp_size)]
         for start in range(0, len(rows), step):
             values, bound = self._part(name, claim, weights, rows[start:start + step], parts)
             if self.plan.format_of(name).bits and not ids and len(rows) <= FEW_ROWS:

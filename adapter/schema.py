@@ -200,7 +200,7 @@ class Model(Section):
 
 class TensorParallelSection(Section):
     tp_size: Count = 4
-    vision: Literal["tensor"] = "tensor"
+    vision: Literal["tensor", "data", "auto"] = "tensor"  # split; pictures dealt to whole towers; the cheaper (towers)
     desync_check: Annotated[int, Field(ge=0)] = 0  # compare the ranks every that many steps of generate; 0: never
     self_test: bool = True  # one attention and one MLP of each tower against the formula before anything is served
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter import bounds
+from adapter.dealt import dealt_of, tower_of
 from adapter.kernels import FEW_ROWS, Quantised
 from adapter.plan import Plan
 from adapter.topology import Group, to_device
@@ -47,17 +48,24 @@ def self_test(model: nn.Module, plan: Plan, tp: Group, skeleton: Mapping[str, nn
     began, worst, wrong = time.perf_counter(), 0.0, list[Check]()
     eager = getattr(model.config, "_attn_implementation", "eager") == "eager"
     with torch.inference_mode():
-        for stack in plan.geometry.layers:
+        for stack, split in _ways(model, plan):
             tops = [top for top in _tested(plan) if top.startswith(f"{stack}.")]
-            trace = Trace(model, plan, tp, skeleton, lambda *a: _expected(plan, tp, *a), eager, only=tops)
+            trace = Trace(model, plan, tp, skeleton, _expected, eager, only=tops)
             with trace.watching():
-                _run(model, plan, stack, tops)
+                _run(model, plan, stack, tops, split)
             assert trace.checks, f"no module of {tops} ran"
             worst = max(worst, *(c.share for c in trace.checks))
             wrong += [first] if (first := trace.first_wrong()) else []
     _agree(tp, wrong)
     log.info("self-test: attention and MLP of both towers hold on %d rank%s, largest error %.2g of its bound, %.0f ms",
              tp.size, "s" * (tp.size > 1), worst, (time.perf_counter() - began) * 1e3)
+
+
+def _ways(model: nn.Module, plan: Plan) -> list[tuple[str, bool]]:
+    """(stack, whether its tower is to be split) of all that is tested: a whole tower in each way it may run."""
+    ways = {"tensor": (True,), "data": (False,), "auto": (False, True)}[plan.vision]
+    return [(stack, split) for stack in plan.geometry.layers
+            for split in (ways if plan.whole_tower and stack == plan.policy.tower.stack else (True,))]
 
 
 def _agree(tp: Group, wrong: list[Check]) -> None:
@@ -96,7 +104,7 @@ class _Enough(Exception):
     pass
 
 
-def _run(model: nn.Module, plan: Plan, stack: str, tops: list[str]) -> None:
+def _run(model: nn.Module, plan: Plan, stack: str, tops: list[str], split: bool) -> None:
     """A forward of one tower up to its first layer, whose tested modules get a random input."""
     real = {plan.policy.published(name): name for name, _ in model.named_modules()}
     seeded = torch.Generator().manual_seed(1)
@@ -123,10 +131,13 @@ def _run(model: nn.Module, plan: Plan, stack: str, tops: list[str]) -> None:
                 model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
             else:
                 values, merge = plan.geometry.picture
-                tower = real[tops[0]].removesuffix(tops[0].removeprefix(stack)).rpartition(".")[0]
                 side = 2 * merge
                 pixels = torch.ones(side * side, values, device=device, dtype=model.dtype)  # type: ignore[call-overload]
-                model.get_submodule(tower)(pixels, grid_thw=torch.tensor([[1, side, side]], device=device))
+                grid = torch.tensor([[1, side, side]], device=device)
+                if dealt := dealt_of(model, plan):
+                    dealt.run(split, pixels, grid, {})
+                else:
+                    tower_of(model, plan)(pixels, **{plan.policy.tower.grid: grid})
     finally:
         for handle in handles:
             handle.remove()
@@ -134,12 +145,13 @@ def _run(model: nn.Module, plan: Plan, stack: str, tops: list[str]) -> None:
 
 def _expected(plan: Plan, tp: Group, name: str, claim: Claim, layer: Any, x: Tensor) -> Iterator[Expected]:
     """Some outputs of a layer from its gathered weights: an adapter.trace.Oracle. Own columns need no gather."""
+    weight, bias = _own_part(plan, tp, name, layer)
     dim = 1 if isinstance(claim.rule, Row) else 0
     widths = tuple(plan.slice(name, "weight", r).local_shape[dim] for r in range(tp.size))
     x = x.reshape(-1, x.shape[-1]).float()
-    count = layer.weight.shape[0]
+    count = weight.shape[0]
     rows = torch.randperm(count, generator=torch.Generator().manual_seed(2))[:ROWS].to(x.device)
-    weight, bias = layer.weight[rows], None if layer.bias is None else layer.bias[rows].float()
+    weight, bias = weight[rows], None if bias is None else bias[rows].float()
     if dim == 1:
         weight = tp.all_gather_last(weight, widths)
     weight = weight.float()
@@ -155,3 +167,14 @@ def _expected(plan: Plan, tp: Group, name: str, claim: Claim, layer: Any, x: Ten
     if isinstance(layer.weight, Quantised) and len(x) <= FEW_ROWS:
         bound = bound + bounds.coded_input(x, weight, GROUP)
     yield Expected(slice(None), columns, y, bound)
+
+
+def _own_part(plan: Plan, tp: Group, name: str, layer: Any) -> tuple[Tensor, Tensor | None]:
+    """What of a layer's weight and bias this rank computes with: all of it but in a whole tower that runs split."""
+    def own(suffix: str, held: Any) -> Any:
+        part = plan.slice(name, suffix, tp.rank)
+        if part.dim is None or held.shape == part.local_shape:
+            return held
+        return torch.cat([held.narrow(part.dim, a, b - a) for a, b in part.ranges], part.dim)
+
+    return own("weight", layer.weight), None if layer.bias is None else own("bias", layer.bias)

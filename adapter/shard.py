@@ -4,7 +4,7 @@
     python -m adapter.shard --config C --out DIR ...    where it is installed
     deepspeed --num_accelerators N launch/generate.py --config C model.path=DIR    loads them
 
-For the config's tp_size, weights.format and model.dtype, by one process that holds one tensor at a time
+For the config's tensor_parallel, weights.format and model.dtype, by one process that holds one tensor at a time
 (adapter.presharded says what is in DIR). DIR appears when all of it is written, or not at all; one that exists must be
 empty. stdout: a summary. Exit 2: bad input.
 """
@@ -55,7 +55,8 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
     if is_sharded(source):
         raise UserError(f"{source}: holds shards already; shards are made from the model's own files: set model.path "
                         "or weights.original to their directory")
-    plan, checkpoint = checked_plan(source, config.tensor_parallel.tp_size, config.model.dtype, config.weights.format)
+    plan, checkpoint = checked_plan(source, config.tensor_parallel.tp_size, config.model.dtype,
+                                    config.tensor_parallel.vision, config.weights.format)
     assert isinstance(checkpoint, Checkpoint)
     for number in (signal.SIGTERM, signal.SIGHUP):  # they clean up as Ctrl-C does
         signal.signal(number, lambda received, _: sys.exit(128 + received))
@@ -80,7 +81,8 @@ def write_shards(plan: Plan, checkpoint: Checkpoint, out: Path) -> Manifest:
                          plan.weight_bytes(rank) / 1e9)
                 files.append(_write(plan, checkpoint, rank, work / file_name(rank, plan.tp_size)))
             manifest = Manifest.model_validate({
-                "model_type": plan.policy.model_type, "tp_size": plan.tp_size, "dtype": plan.dtype,
+                "model_type": plan.policy.model_type, "tp_size": plan.tp_size,
+                "whole_tower": plan.whole_tower, "dtype": plan.dtype,
                 "format": plan.form.name, "slicing": slicing(plan), "files": tuple(files)})
             with open(work / MANIFEST, "w", encoding="utf-8") as stream:
                 stream.write(manifest.model_dump_json(indent=1) + "\n")

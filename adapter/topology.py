@@ -21,17 +21,16 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
-from packaging.version import Version
 from torch import Tensor
 from torch.utils.cpp_extension import is_ninja_available
 
-from adapter.launchers import Launch, how_to_start, read_environment, usable_cores
+from adapter.all_reduce import TOKEN_BYTES, TORCH, Route, choose
+from adapter.launchers import Launch, how_to_start, read_environment
 from adapter.progress import ALL_GATHER, ALL_REDUCE, BARRIER, BROADCAST, Progress
 from policies.errors import UserError
 
 log = logging.getLogger("adapter")
 TIMEOUT = timedelta(minutes=10)  # of any collective: the longest a rank may wait while another decodes a film
-SHM_TRIED = Version("0.19")  # the shared-memory op of releases from here on sums every dtype
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -42,17 +41,17 @@ def to_device(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Group:
-    """One rank's view of a group of ranks. `fast` sums through DeepSpeed's shared-memory op.
+    """One rank's view of a group of ranks.
 
     rank: this process's place in the group; root: which rank of the whole job has place 0.
-    group: torch's; None is the whole job.
+    group: torch's; None is the whole job. route: the way it sums and gathers.
     progress: where its collectives are counted for the other ranks to see; None: nowhere.
     """
 
     rank: int
     size: int
     group: Any = None
-    fast: bool = False
+    route: Route = TORCH
     root: int = 0
     progress: Progress | None = field(default=None, compare=False, repr=False)
 
@@ -63,12 +62,9 @@ class Group:
         """Sum of `x` over the group, in place, on every rank bit for bit the same."""
         if self.size == 1:
             return x
-        x = x.contiguous()  # the shared-memory op takes strided memory without reducing it
+        x = x.contiguous()  # DeepSpeed's shared-memory op takes strided memory without reducing it
         with self._in(ALL_REDUCE, x.numel()):
-            if self.fast:
-                dist.inference_all_reduce(x, group=self.group)
-            else:
-                dist.all_reduce(x, group=self.group)
+            self.route.all_reduce(x, self.group)
         return x
 
     def all_gather_last(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -80,7 +76,7 @@ class Group:
             x = torch.nn.functional.pad(x, (0, widest - x.shape[-1]))
         out = x.new_empty(self.size * x.numel())
         with self._in(ALL_GATHER, x.numel()):
-            dist.all_gather_into_tensor(out, x.reshape(-1), group=self.group)
+            self.route.all_gather(out, x.reshape(-1), self.group)
         parts = out.view(self.size, *x.shape)
         return torch.cat([part[..., :n] for part, n in zip(parts, sizes, strict=True)], dim=-1)
 
@@ -108,11 +104,14 @@ class Mpu:
 
     tp: the ranks that share one model; replicas: this rank's counterparts in all copies of the model, whose number is
     dp; world: every rank of the job, its collectives counted beside those of tp.
+
+    summing: in words how tp sums, and why so.
     """
 
     tp: Group
     replicas: Group
     world: Group
+    summing: str = ""
 
     def get_model_parallel_rank(self) -> int:
         return self.tp.rank
@@ -137,11 +136,12 @@ class Mpu:
         return self.replicas.group
 
 
-def start(tp_size: int, megatron: Any = None) -> Mpu:
+def start(tp_size: int, megatron: Any = None, token_bytes: int = TOKEN_BYTES) -> Mpu:
     """Join the job, check that its ranks make whole replicas and build the groups. Safe to call again in a process.
 
-    megatron: the caller's own Megatron-style mpu, whose groups are taken as they are. Raises UserError where the world
-    is not a multiple of tp_size or the rendezvous port is taken.
+    megatron: the caller's own Megatron-style mpu, whose groups are taken as they are. token_bytes: of a hidden state,
+    what a group sums most often. Raises UserError where the world is not a multiple of tp_size or the rendezvous port
+    is taken.
     """
     launch = read_environment()
     if megatron is None:
@@ -155,7 +155,7 @@ def start(tp_size: int, megatron: Any = None) -> Mpu:
     dist.barrier()  # every rank has mapped every segment, so their names can go
     _unlink_segments()
     groups = _grid(launch, tp_size) if megatron is None else _groups_of(megatron)
-    return _counted(launch, *groups)
+    return _counted(launch, token_bytes, *groups)
 
 
 def _grid(launch: Launch, tp_size: int) -> tuple[Any, Any]:
@@ -187,20 +187,18 @@ def tp_size_of(megatron: Any) -> int:
     return torch.distributed.get_world_size(group)
 
 
-def _counted(launch: Launch, tp: Any, replicas: Any) -> Mpu:
-    """The grid with its all-reduce chosen, which all ranks must agree on, and its collectives counted."""
+def _counted(launch: Launch, token_bytes: int, tp: Any, replicas: Any) -> Mpu:
+    """The grid with its collectives counted and its all-reduce chosen, on which all ranks agree."""
     progress = _make_progress() if launch.world_size > 1 else None
     world = Group(launch.rank, launch.world_size, progress=progress)
     sharing = _group(tp, progress)
-    fast, why = choose_all_reduce(launch, sharing.size)
-    votes = world.all_gather_last(to_device(torch.tensor([fast], dtype=torch.uint8)), (1,) * world.size)
-    if fast and not votes.all():  # every rank has voted, also those that know already
-        fast, why = False, "torch group; not every rank can use DeepSpeed's shared-memory op"
+    ranks = torch.distributed.get_process_group_ranks(tp)
+    route, summing = choose(world, sharing, ranks, launch, token_bytes, TIMEOUT.total_seconds())
     if launch.rank == 0 and sharing.size > 1:
-        log.info("all-reduce: %s", why)
+        log.info("all-reduce: %s", summing)
     if launch.rank == 0 and sharing.size < world.size:
         log.info("replicas: %d, of %d rank%s each", world.size // sharing.size, sharing.size, "s" * (sharing.size > 1))
-    return Mpu(replace(sharing, fast=fast), _group(replicas), world)
+    return Mpu(replace(sharing, route=route), _group(replicas), world, summing)
 
 
 def _group(group: Any, progress: Progress | None = None) -> Group:
@@ -225,26 +223,6 @@ def check_world(world_size: int, tp_size: int) -> None:
     raise UserError(f"this job has {ranks}, tensor_parallel.tp_size is {tp_size}: each of the tp_size shards needs a "
                     "rank of its own, and more ranks must make whole replicas. Start so many, "
                     f"`{how_to_start(tp_size)}`, or a multiple, or set tensor_parallel.tp_size to one of {fit}")
-
-
-def choose_all_reduce(launch: Launch, tp_size: int) -> tuple[bool, str]:
-    """Whether DeepSpeed's shared-memory op can and should sum, and why, in words."""
-    if get_accelerator().device_name() != "cpu":
-        return False, f"{get_accelerator().communication_backend_name()} (ranks on accelerators)"
-    backend = getattr(dist.comm.cdb, "shm_comm_op", None)
-    if backend is None:
-        return False, "torch group; DeepSpeed's shared-memory op needs ninja and a C++ compiler on PATH"
-    if Version(deepspeed.__version__) < SHM_TRIED:
-        return False, (f"torch group; the shared-memory op is used from DeepSpeed {SHM_TRIED} on and this is "
-                       f"{deepspeed.__version__}: 0.16.0's dies of an illegal instruction in half precision")
-    if not launch.one_host or launch.world_size != tp_size:
-        return False, ("torch group; DeepSpeed's shared-memory op sums over all ranks of the job, whatever the group, "
-                       f"and needs them all on one host, in one replica (LOCAL_SIZE {launch.local_size or 'not set'}, "
-                       f"world {launch.world_size}, tp_size {tp_size})")
-    cores = usable_cores()
-    if tp_size > cores:
-        return False, f"torch group; DeepSpeed's shared-memory op spins, too slow with {tp_size} ranks on {cores} cores"
-    return True, "DeepSpeed's shared-memory op"
 
 
 def _init_process_group(launch: Launch) -> None:

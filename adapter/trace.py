@@ -10,6 +10,10 @@ builds it for one process.
   child and what it returns must be what was observed.
 
 Between them they leave out nothing from input_ids to logits, and an error is charged to the module that made it.
+
+A tower that every rank holds whole reads other pictures on each (adapter.dealt). What each rank's share went through is
+run again, one share after the other, by all ranks together: rank 0 judges every module on every share, all ranks must
+have its bits, and what the tower had returned must be those features, each in its place.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -27,9 +31,11 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from adapter import bounds
+from adapter.dealt import ALONE, dealt_of
 from adapter.digest import digest, unlike
 from adapter.plan import Plan
 from adapter.topology import Group
+from adapter.towers import Deal
 from policies.rules import Claim, Column, FusedQKV, Row, TensorSlice, expand
 
 
@@ -70,14 +76,15 @@ class Call:
     output: Any
 
 
-Oracle = Callable[[str, Claim, nn.Module, Tensor], Iterator[Expected]]
+Oracle = Callable[[Plan, Group, str, Claim, nn.Module, Tensor], Iterator[Expected]]
 
 
 class Trace:
     """Hooks on `model`'s modules while it runs; every rank of the group must run it.
 
     skeleton: published name -> module of the one-process model; empty on ranks that only take part in the gathering.
-    oracle: called on every rank for each layer with weights; it may use collectives.
+    oracle: called on every rank for each layer with weights, with the plan of this call and the ranks that compute it
+    together; it may use collectives.
     eager: whether attention rounds its scores to the dtype, as Transformers' "eager" does.
     only: modules to check with all that is in them; "" is the whole model.
     judging: entered on every rank around each comparison.
@@ -89,6 +96,9 @@ class Trace:
                  judging: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self.plan, self.tp, self.skeleton, self.oracle = plan, tp, skeleton, oracle
         self.eager, self.keep, self.judging = eager, keep, judging
+        self.dealt = dealt_of(model, plan)
+        self.ways: list[str] = []  # how each call of such a tower went: "data" or "tensor"
+        self._muted = False
         self.modules = {n: m for n, m in observed(model, plan).items() if any(_inside(n, top) for top in only)}
         self.children = _children(self.modules)
         self.attention = {name: row.tower for row in plan.policy.head_numbers
@@ -106,7 +116,7 @@ class Trace:
         """Within, calls of the model are checked; at its end the ranks' copies of replicated values are compared."""
         handles = []
         for name, module in self.modules.items():
-            hook = self._layer if name in self.plan.claims else self._around
+            hook = self._layer if name in self.plan.claims else self._dealt if self._is_dealt(module) else self._around
             handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
             handles.append(module.register_forward_hook(partial(self._leave, hook, name), with_kwargs=True))
         try:
@@ -121,9 +131,14 @@ class Trace:
         return min((c for c in self.checks if not c.share <= 1), key=lambda c: c.order, default=None)
 
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
-        self._frames.append((name, {}))
+        if not self._muted:
+            self._frames.append((name, {}))
+        self._muted |= self._is_dealt(module)
 
     def _leave(self, hook: Callable[..., None], name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        self._muted &= not self._is_dealt(module)
+        if self._muted:
+            return
         calls = self._frames.pop()[1]
         self._order += 1
         hook(name, module, args, kwargs, out, calls)
@@ -142,36 +157,35 @@ class Trace:
         return call
 
     def _layer(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor, _: object) -> None:
-        claim = self.plan.claims[name]
+        claim, (plan, tp) = self.plan.claims[name], self._cut(name)
         x, y = next(_tensors((args, kwargs))), output
         slots = getattr(module, "slots", None)
-        if isinstance(claim.rule, Row):
+        replicated: tuple[Any, Any] = (x, y)
+        if isinstance(claim.rule, Row) and tp.size > 1:
             local = x if slots is None else x.index_select(-1, slots)
-            x = self.tp.all_gather_last(local, self._widths(name, 1))
-            replicated: tuple[Any, Any] = (None, y)
-        elif isinstance(claim.rule, Column | FusedQKV):
+            x = tp.all_gather_last(local, _widths(plan, name, 1))
+            replicated = (None, y)
+        elif isinstance(claim.rule, Column | FusedQKV) and tp.size > 1:
             local = y if slots is None else y.index_select(-1, slots)
-            y = self.tp.all_gather_last(local, self._widths(name, 0))
+            y = tp.all_gather_last(local, _widths(plan, name, 0))
             replicated = (x, None)
-        else:
-            replicated = (x, y)
-        whole = self._assemble(name, y) if isinstance(claim.rule, Column | FusedQKV) else y
+        whole = _assemble(plan, name, y) if isinstance(claim.rule, Column | FusedQKV) else y
         call = self._record(name, (x,), {}, whole, *replicated)
         flat = y.reshape(-1, y.shape[-1]) if len(claim.weight) < 3 else y.reshape(y.shape[0], -1)
         worst = Check(call.order, name, "output", 0.0)
         with self.judging():
-            for part in self.oracle(name, claim, module, x):
+            for part in self.oracle(plan, tp, name, claim, module, x):
                 ours = flat[part.tokens] if part.columns is None else flat[part.tokens][:, part.columns]
-                worst = max(worst, self._compare(ours, part, worst, name, claim), key=lambda c: c.share)
+                worst = max(worst, self._compare(ours, part, worst, plan, claim), key=lambda c: c.share)
         if self.skeleton:
             self.checks.append(worst)
 
-    def _compare(self, ours: Tensor, part: Expected, base: Check, name: str, claim: Claim) -> Check:
+    def _compare(self, ours: Tensor, part: Expected, base: Check, plan: Plan, claim: Claim) -> Check:
         share, error, bound, at = furthest(ours, part.values, part.bound)
         ranks: tuple[int, ...] = ()
-        if isinstance(claim.rule, Column | FusedQKV) and share > 1:
+        if isinstance(claim.rule, Column | FusedQKV) and share > 1 and plan.tp_size > 1:
             column = at[-1] if part.columns is None else int(part.columns[at[-1]])
-            ends = torch.tensor(self._widths(name, 0)).cumsum(0)
+            ends = torch.tensor(_widths(plan, base.module, 0)).cumsum(0)
             ranks = (int((ends <= column).sum()),)
         return Check(base.order, base.module, base.what, share, error, bound, ranks)
 
@@ -183,6 +197,52 @@ class Trace:
                 self._replay(name, self._order, args, kwargs, output, calls)
         named = dict(sorted(kwargs.items()))  # ranks may hold equal arguments in another order
         self._record(name, args, kwargs, output, (args, named), self._result(name, output))
+
+    def _dealt(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any, _: object) -> None:
+        """A tower that is whole on every rank, when its ranks are through with what each had to read."""
+        assert self.dealt
+        patches, grid, others = self.dealt.bound(args, kwargs)
+        deal, names = self.dealt.decide(grid), self.dealt.tower
+        self.ways.append("data" if deal else "tensor")
+        sizes = [h * w for t, h, w in grid.tolist() for _ in range(t)]
+        pieces, kept, outs = patches.split(sizes), len(self.kept), list[Any]()
+        shares = [list(share) for share in deal.shares if share] if deal else [list(range(len(sizes)))]
+        self._frames.append((name, {}))
+        for share in shares:
+            part = (torch.cat([pieces[i] for i in share]), grid.new_tensor([[1, *deal.pieces[i]] for i in share])) \
+                if deal else (patches, grid)
+            self._frames.append((name, {}))
+            outs.append(self.dealt.run(not deal, *part, others))
+            arguments = dict(zip((names.patches, names.grid), part, strict=True)) | others
+            self._leave(self._around, name, module, (), arguments, outs[-1])
+        self._frames.pop()
+        self._order += 1
+        merge = self.dealt.merge ** 2
+        tokens = [size // merge for size in sizes]
+        again = _in_order(shares, [self.dealt.features(out) for out in outs], tokens)
+        if self.skeleton:
+            self._in_their_places(name, self.dealt.features(output), again, tokens, deal)
+            layers = dict[str, list[Tensor]]()
+            for layer, seen in self.kept[kept:]:
+                layers.setdefault(layer, []).append(seen)
+            self.kept[kept:] = [(layer, _in_order(shares, seen, sizes)) for layer, seen in layers.items()]
+        self._record(name, args, kwargs, output, (args, dict(sorted(kwargs.items()))), output)
+
+    def _in_their_places(self, name: str, ours: Tensor, again: Tensor, tokens: list[int], deal: Deal | None) -> None:
+        self._compare_trees(self._order, name, "features of all pictures, in their order", ours, again, None)
+        if deal and ours.shape == again.shape and not self.checks[-1].share <= 1:
+            wrong = [not torch.equal(a, b) for a, b in zip(ours.split(tokens), again.split(tokens), strict=True)]
+            ranks = tuple(r for r, share in enumerate(deal.shares) if any(wrong[i] for i in share))
+            self.checks[-1] = replace(self.checks[-1], ranks=ranks)
+
+    def _is_dealt(self, module: nn.Module) -> bool:
+        return self.dealt is not None and getattr(module, "dealt", None) is self.dealt
+
+    def _cut(self, name: str) -> tuple[Plan, Group]:
+        """How a module is cut in the call that is under way, and the ranks that compute it together."""
+        if self.dealt is None or not self.plan.in_tower(name):
+            return self.plan, self.tp
+        return (self.plan.divided, self.tp) if self.dealt.switch.split else (self.plan.alone, ALONE)
 
     def _result(self, name: str, output: Any) -> Any:
         """What counts of an output: attention may add the scores of this rank's own heads."""
@@ -271,21 +331,6 @@ class Trace:
             self.unproven.add(name)
         return bound
 
-    def _widths(self, name: str, dim: int) -> tuple[int, ...]:
-        """Elements of the cut dimension that each rank holds."""
-        return tuple(self.plan.slice(name, "weight", r).local_shape[dim] for r in range(self.tp.size))
-
-    def _assemble(self, name: str, y: Tensor) -> Tensor:
-        """All ranks' outputs side by side -> the whole output; of a replicated KV head the last copy is taken."""
-        parts = [self.plan.slice(name, "weight", r) for r in range(self.tp.size)]
-        whole = y.new_zeros(*y.shape[:-1], parts[0].shape[0])
-        for part, piece in zip(parts, y.split(self._widths(name, 0), -1), strict=True):
-            at = 0
-            for start, stop in part.ranges:
-                whole[..., start:stop] = piece[..., at:at + stop - start]
-                at += stop - start
-        return whole
-
     def _compare_ranks(self) -> None:
         """Replicated inputs and outputs must be the same bits on every rank."""
         mine = torch.tensor(self._digests, device=get_accelerator().current_device_name())
@@ -301,14 +346,43 @@ class _Astray(Exception):
 
 
 def observed(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """Published name -> module, for every module that has weights or buffers in or below it and that is called."""
+    """Published name -> module, for every module that has weights or buffers in or below it and that is called.
+    Quantised weights are no parameters: those the table claims count by their names."""
     found = {}
+    around = {claim[:i] for claim in plan.claims for i in range(len(claim) + 1) if claim[i:i + 1] in ("", ".")}
     for name, module in model.named_modules():
         published = plan.policy.published(name)
         is_called = type(module).forward is not nn.Module.forward and not isinstance(module, nn.ModuleList)
-        if is_called and next(chain(module.parameters(), module.buffers()), None) is not None:
+        holds = published in around or next(chain(module.parameters(), module.buffers()), None) is not None
+        if is_called and holds:
             found[published] = module
     return found
+
+
+def _widths(plan: Plan, name: str, dim: int) -> tuple[int, ...]:
+    """Elements of the cut dimension that each rank computes with."""
+    return tuple(plan.slice(name, "weight", r).local_shape[dim] for r in range(plan.tp_size))
+
+
+def _assemble(plan: Plan, name: str, y: Tensor) -> Tensor:
+    """All ranks' outputs side by side -> the whole output; of a replicated KV head the last copy is taken."""
+    parts = [plan.slice(name, "weight", r) for r in range(plan.tp_size)]
+    whole = y.new_zeros(*y.shape[:-1], parts[0].shape[0])
+    for part, piece in zip(parts, y.split(_widths(plan, name, 0), -1), strict=True):
+        at = 0
+        for start, stop in part.ranges:
+            whole[..., start:stop] = piece[..., at:at + stop - start]
+            at += stop - start
+    return whole
+
+
+def _in_order(shares: list[list[int]], outputs: list[Tensor], sizes: list[int]) -> Tensor:
+    """The outputs [rows, n] of each share, `sizes[i]` rows for piece i -> one of all pieces in order."""
+    rows = dict[int, Tensor]()
+    for share, output in zip(shares, outputs, strict=True):
+        rows |= zip(share, output.split([sizes[i] for i in share]), strict=True)
+    assert sorted(rows) == list(range(len(sizes))), shares
+    return torch.cat([rows[i] for i in range(len(sizes))])
 
 
 def _inside(name: str, top: str) -> bool:

@@ -168,7 +168,7 @@ class Verifier:
             "new_tokens": ours.decoded.shape[1], "answer": answers[0][0] if single else answers[0],
             "one_process_answer": answers[1][0] if single else answers[1], **facts,
             "first_divergent_module": first and _finding(first), "modules_checked": len(ours.trace.checks),
-            "ranks_agree": not ours.differ, "unproven": sorted(ours.trace.unproven),
+            "ranks_agree": not ours.differ, "tower_calls": ours.trace.ways, "unproven": sorted(ours.trace.unproven),
             "layers": [{"name": n, "error": e, "share_of_bound": modules[n]} for n, e in layers],
         }
         worst = max(ours.trace.checks, key=lambda c: c.share)
@@ -258,7 +258,7 @@ class Verifier:
         """Rank 0 compares with all cores, while the others sleep and do not spin in the next all-reduce."""
         with _all_cores() if self.tp.rank == 0 else nullcontext():
             yield
-        if self.tp.fast:
+        if self.tp.route.spins:
             self.tp.agreed(0)
 
     def _wait(self) -> None:

@@ -37,7 +37,7 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
         raise UserError("model.attn_implementation = flash_attention_2 computes in half precision only: verify it with "
                         "--dtype bfloat16, or in float32 with model.attn_implementation=sdpa")
     plan, checkpoint = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
-                          config.weights.format)
+                                    config.tensor_parallel.vision, config.weights.format)
     original = _original(config, plan)
     first = command.environment_rank("RANK") == 0
     if args.report and first:
@@ -80,7 +80,7 @@ def _original(config: Config, plan: Plan) -> Checkpoint | None:
 
     if (directory := config.weights.original) is None:
         return None
-    whole, checkpoint = checked_plan(directory, plan.tp_size, plan.dtype, plan.form.name)
+    whole, checkpoint = checked_plan(directory, plan.tp_size, plan.dtype, plan.vision, plan.form.name)
     if not isinstance(checkpoint, Checkpoint):
         raise UserError(f"weights.original = {directory}: holds shards; the model that they were made from is needed")
     if whole.geometry != plan.geometry:

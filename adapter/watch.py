@@ -29,8 +29,9 @@ import deepspeed.comm as dist
 import psutil
 import torch
 
-from adapter.hosts import SILENT_S, Hosts, exchange, meet
-from adapter.progress import BROADCAST, Standing, open_progress, standing
+from adapter.cards import exchange
+from adapter.hosts import SILENT_S, Hosts, meet
+from adapter.progress import BROADCAST, Standing, hash_of_boot, open_progress, standing
 from adapter.topology import TIMEOUT, Mpu
 from policies.errors import CheckFailed, UserError
 
@@ -105,12 +106,6 @@ def _words(rank: int, pid: int, fd: int) -> memoryview | None:
         log.warning("rank %d (process %d) will not be named if it stalls: its progress cannot be read (%s)", rank, pid,
                     error)
         return None
-
-
-def hash_of_boot() -> int:
-    """A number that only processes of the same running host and pid namespace share."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return (int(file.read().replace("-", "")[:8], 16) << 31) ^ os.stat("/proc/self/ns/pid").st_ino
 
 
 def _ancestors() -> Mapping[int, int]:

@@ -11,7 +11,7 @@ config=configs/demo_tp4.yaml
 
 echo "one process, plain Transformers ..." >&2
 "$PYTHON" launch/one_process.py --config $config > "$work/one.jsonl" || true   # wrong answers are shown below
-echo "four ranks, deepspeed launcher (the first start compiles DeepSpeed's shared-memory op, about 20 s) ..." >&2
+echo "four ranks, deepspeed launcher (the first start compiles two shared-memory ops, about 40 s) ..." >&2
 "$PYTHON" -m deepspeed.launcher.runner --quiet --num_accelerators 4 --master_port "$(free_port)" \
     launch/generate.py --config $config > "$work/four.jsonl" || true
 "$PYTHON" launch/compare.py --config $config --one "$work/one.jsonl" --many "$work/four.jsonl"

@@ -19,7 +19,8 @@ class Format:
 
     def bytes(self, rows: int, inputs: int) -> int:
         """Of a quantised matrix [rows, inputs]: its codes and scales."""
-        return rows * inputs * self.bits // 8 + rows * (inputs // GROUP) * 2
+        groups = -(-inputs // GROUP)
+        return rows * groups * (GROUP * self.bits // 8 + 2)
 
 
 DENSE, INT8, INT4 = Format("dense"), Format("int8", 8), Format("int4", 4)

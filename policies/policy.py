@@ -65,6 +65,27 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Tower:
+    """The module that reads pictures. It looks at one picture, or one frame of a film, at a time.
+
+    module, stack: its published name and that of its layers. heads: its key in Geometry.attention.
+    patches, grid: arguments of its forward: [n, values], and int64 [media, 3], a row (t, h, w) standing for t frames of
+    h x w patches, in order.
+    merged: rows of the table that run once for each token, which is `picture[1]` patches a side, not for each patch.
+    features: the field that has the features, [tokens, `width`], where forward returns more than a tensor.
+    """
+
+    module: str
+    stack: str
+    heads: str
+    patches: str
+    grid: str
+    merged: tuple[str, ...]
+    features: str
+    width: str
+
+
+@dataclass(frozen=True)
 class Policy:
     """One model family: what is sharded how. Data, but for `geometry`, which reads a config.json mapping.
 
@@ -87,6 +108,7 @@ class Policy:
     tied: tuple[str, str]
     decoder: Decoder
     rows: tuple[tuple[str, Rows], ...]
+    tower: Tower
     geometry: Callable[[Mapping[str, Any]], Geometry]
     problems: Callable[[Geometry, int], list[str]]
 

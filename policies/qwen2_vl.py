@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from policies.errors import UserError
-from policies.policy import Attention, Decoder, Geometry, Policy, Rows
+from policies.policy import Attention, Decoder, Geometry, Policy, Rows, Tower
 from policies.rules import Claim, Column, FusedQKV, Head, HeadNumbers, Replicated, Row, Vocab
 
 NORM = Replicated("norms act on whole hidden states, which every rank holds; a few KB")
@@ -52,6 +52,10 @@ HEAD_NUMBERS = (
 
 ROWS: tuple[tuple[str, Rows], ...] = (
     ("visual.merger.mlp.", "merged"), ("visual.", "patch"), ("model.", "token"), ("lm_head", "last"))
+TOWER = Tower(
+    module="visual", stack="visual.blocks", heads="vision", patches="hidden_states", grid="grid_thw",
+    merged=("visual.merger.mlp.0", "visual.merger.mlp.2"), features="pooler_output", width="hidden")
+
 RENAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 MOST_SIZE, MOST_LAYERS, MOST_HEADS = 2**31 - 1, 1024, 1024  # what is beyond is a mistake, and would take for ever
 
@@ -169,6 +173,7 @@ POLICY = Policy(
     tied=("lm_head.weight", "model.embed_tokens.weight"),
     decoder=Decoder("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"),
     rows=ROWS,
+    tower=TOWER,
     geometry=geometry,
     problems=problems,
 )

@@ -38,6 +38,11 @@ class TensorSlice:
         length = sum(stop - start for start, stop in self.ranges)
         return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
 
+    @property
+    def whole(self) -> TensorSlice:
+        """All of the same tensor."""
+        return TensorSlice(self.shape)
+
 
 @dataclass(frozen=True)
 class Rule:

@@ -3,6 +3,7 @@
 //
 // A quantised weight is scale * (code - zero), zero 128 or 8. x is quantised on the way, per row and group, to signed 8
 // bits, so that VNNI multiplies codes as they are: sum((c - z) q) = sum(c q) - z sum(q).
+// The last group of a row may lack inputs: its codes are there, and x counts as zero.
 // 4-bit codes of a group: byte i holds element i in its low half and element i + 32 in its high half.
 
 #include <ATen/ATen.h>
@@ -137,7 +138,7 @@ struct Quantised {
 template <typename T>
 Quantised quantise(const T* x, int64_t rows, int64_t K, int bits) {
   Quantised q;
-  q.groups = K / GROUP;
+  q.groups = (K + GROUP - 1) / GROUP;
   q.padded = (q.groups + 15) / 16 * 16;
   q.stride = q.padded * GROUP;
   q.codes.assign(rows * q.stride, 0);
@@ -147,8 +148,9 @@ Quantised quantise(const T* x, int64_t rows, int64_t K, int bits) {
   for (int64_t m = 0; m < rows; m++)
     for (int64_t g = 0; g < q.groups; g++) {
       const T* from = x + m * K + g * GROUP;
-      float v[GROUP], most = 0.f;
-      for (int i = 0; i < GROUP; i++) v[i] = get(from + i);
+      float v[GROUP] = {}, most = 0.f;
+      const int inputs = int(std::min<int64_t>(GROUP, K - g * GROUP));
+      for (int i = 0; i < inputs; i++) v[i] = get(from + i);
       for (int i = 0; i < GROUP; i++) most = std::max(most, std::fabs(v[i]));
       const float inverse = most > 0.f ? 127.f / most : 0.f;
       int8_t c[GROUP];
@@ -272,7 +274,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 #endif
 }
 
-// codes uint8 [N, K * bits / 8], scales float16 [N, K / 64] -> [N, K] of `dtype` (bfloat16 or float32)
+// codes uint8 [N, groups * 8 * bits], scales float16 [N, groups] -> [N, groups * 64] of `dtype` (bfloat16 or float32)
 Tensor dequantise(const Tensor& codes, const Tensor& scales, int64_t bits, at::ScalarType dtype) {
 #if HAVE_KERNELS
   const int64_t N = codes.size(0), groups = scales.size(1);
@@ -306,10 +308,11 @@ Tensor linear_quantised(const Tensor& x, const Tensor& codes, const Tensor& scal
                         int64_t bits) {
 #if HAVE_KERNELS
   const int64_t rows = x.size(0), K = x.size(1), N = codes.size(0);
-  TORCH_CHECK(x.dim() == 2 && K == scales.size(1) * GROUP, "x ", x.sizes(), " does not fit ", scales.size(1),
+  const int64_t groups = scales.size(1);
+  TORCH_CHECK(x.dim() == 2 && groups == (K + GROUP - 1) / GROUP, "x ", x.sizes(), " does not fit ", groups,
               " groups of ", GROUP);
   TORCH_CHECK(bits == 8 || bits == 4, "8 or 4 bits");
-  TORCH_CHECK(codes.size(1) * 8 == K * bits && codes.is_contiguous() && scales.is_contiguous() && x.is_contiguous(),
+  TORCH_CHECK(codes.size(1) * 8 == groups * GROUP * bits && codes.is_contiguous() && scales.is_contiguous() && x.is_contiguous(),
               "codes ", codes.sizes(), ": contiguous tensors of ", K, " inputs are needed");
   const bool half = x.scalar_type() == at::kBFloat16;
   TORCH_CHECK(half || x.scalar_type() == at::kFloat, "bfloat16 or float32 is needed");
@@ -319,7 +322,8 @@ Tensor linear_quantised(const Tensor& x, const Tensor& codes, const Tensor& scal
     const int64_t step = std::max<int64_t>(64, (int64_t(1) << 20) / K / 64 * 64);  // 2 MB of bfloat16
     for (int64_t n = 0; n < N; n += step) {
       const int64_t count = std::min(step, N - n);
-      const Tensor piece = dequantise(codes.narrow(0, n, count), scales.narrow(0, n, count), bits, x.scalar_type());
+      const Tensor piece =
+          dequantise(codes.narrow(0, n, count), scales.narrow(0, n, count), bits, x.scalar_type()).narrow(1, 0, K);
       y.narrow(1, n, count).copy_(at::linear(x, piece, bias ? std::optional<Tensor>(bias->narrow(0, n, count))
                                                             : std::nullopt));
     }

@@ -108,7 +108,7 @@ def compiler(case: Case) -> Row | None:
         have_ninja = f"export PATH={shlex.quote(str(beside.parent))}:$PATH" if beside.exists() else "pip install ninja"
         wanted = case.environ.get("CXX", "c++")
         return warning(f"{' and '.join(w for w, has in (('ninja', ninja), (wanted, cxx)) if not has)} not on PATH: "
-                       "sums go over torch's group instead of DeepSpeed's shared-memory op, which is slower",
+                       "sums go over torch's group, which is slower, where no shared-memory op was compiled before",
                        "; ".join(([] if ninja else [have_ninja]) + ([] if cxx else [
                            "apt install g++, or CXX=<a C++ compiler>"])))
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():

@@ -8,7 +8,8 @@ from typing import Any
 from adapter.doctor.check import Case, Check, Row, failed, ok, warning
 from adapter.doctor.trial import STEPS
 
-WITHOUT_OP = "CXX=none in the environment of the ranks sums over torch's group instead; report it with all of this"
+WITHOUT_OP = ("CXX=none and TORCH_EXTENSIONS_DIR=<an empty directory> in the environment of the ranks sum over torch's "
+              "group instead; report it with all of this")
 
 
 def rendezvous(case: Case) -> Row | None:
@@ -53,12 +54,12 @@ def all_reduce(case: Case) -> Row | None:
         return None
     wrong = {f"rank {row['rank']}: {size}" for row in rows for size in row["sums"]["wrong"]}
     first = rows[0]
-    why = next((row["why"] for row in rows if not row["fast"] and "torch group" in row["why"]), first["why"])
+    summing = first["summing"]  # every rank's choice, in rank 0's words
     if wrong:
-        return failed(f"{why}: wrong sums ({', '.join(sorted(wrong))})",
+        return failed(f"{summing}: wrong sums ({', '.join(sorted(wrong))})",
                       WITHOUT_OP)
     took = ", ".join(f"{int(size) / 1000:.0f} KB in {us} us" for size, us in first["sums"]["microseconds"].items())
-    return ok(f"{why}; right in float32 and bfloat16" + (f"; {took}" if took else ""))
+    return ok(f"{summing}; right in float32 and bfloat16" + (f"; {took}" if took else ""))
 
 
 def peers(case: Case) -> Row | None:

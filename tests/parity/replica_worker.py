@@ -86,7 +86,7 @@ def main() -> None:
             "sampled": bool((drawn == drawn[0]).all()), "tp_size": mpu.get_model_parallel_world_size(),
             "tp_ranks": torch.distributed.get_process_group_ranks(mpu.get_model_parallel_group()),
             "dp_ranks": torch.distributed.get_process_group_ranks(mpu.get_data_parallel_group()),
-            "shard": sum(p.numel() for p in engine.module.parameters()), "fast": mpu.tp.fast,
+            "shard": sum(p.numel() for p in engine.module.parameters()), "route": mpu.tp.route.name,
         }
 
     def fresh() -> Any:

@@ -43,7 +43,7 @@ RUNS = {
 
 def sharded(directory: Path, run: Run) -> tuple[Path, Path]:
     model = make_checkpoint(directory / "model", run.shape)
-    write_shards(*checked_plan(model, run.ranks, run.dtype, run.form), directory / "shards")
+    write_shards(*checked_plan(model, run.ranks, run.dtype, form=run.form), directory / "shards")
     return model, directory / "shards"
 
 
@@ -70,7 +70,7 @@ def test_same_logits_and_tokens(pairs):
 
 def test_bytes_read_are_those_of_the_files_tensors(pairs):
     for run, directory, original, ours in pairs:
-        plan, _ = checked_plan(directory, run.ranks, run.dtype, run.form)
+        plan, _ = checked_plan(directory, run.ranks, run.dtype, form=run.form)
         files = [sum(info.nbytes for info in file.values()) for file in open_shards(directory, plan).files]
         assert ours["read"] == ours["held"] == original["held"] == files, run
         if run.form != "dense":

@@ -70,6 +70,7 @@ def main() -> None:
     p.add_argument("--plain", action="store_true")
     p.add_argument("--device", default="cpu", help="where the plain model runs")
     p.add_argument("--local_rank", type=int)
+    p.add_argument("--format", default="dense", help="of the weights")
     p.add_argument("models", nargs="+", type=Path)
     args = p.parse_args()
     for directory in args.models:
@@ -87,7 +88,8 @@ def main() -> None:
 
         engine = adapter.init_inference(from_dict({
             "model": {"path": str(directory), "dtype": "float32"},
-            "tensor_parallel": {"tp_size": int(os.environ.get("WORLD_SIZE", 1))}}, Path(".")))
+            "tensor_parallel": {"tp_size": int(os.environ.get("WORLD_SIZE", 1))},
+            "weights": {"format": args.format}}, Path(".")))
         tp = engine.mpu.tp
         device = str(next(engine.module.parameters()).device)
         results = run(engine.module, engine.generate, engine.plan.geometry.sizes["vocab"], device)

@@ -25,31 +25,33 @@ from policies.errors import CheckFailed
 
 TP = int(os.environ["WORLD_SIZE"])
 REQUEST = "requests=[{id: one, prompt: 'What colour is the shape?', images: [%s]}]"
+SOUND = Fault(lambda *_: None, None, at_start=True)
 inject = adapter.engine.inject
 
 
-def planted_inject(fault: Fault | None) -> Any:
+def planted_inject(fault: Fault) -> Any:
     def run(model: torch.nn.Module, plan: Any, tp: Any, source: Any, dtype: torch.dtype) -> None:
         inject(model, plan, tp, source, dtype)
         modules = {plan.policy.published(name): module for name, module in model.named_modules()}
-        if fault:
-            fault.plant(modules, plan, tp)
+        fault.plant(modules, plan, tp)
     return run
 
 
 def main() -> None:
     file, dtype, *names = (a for a in sys.argv[1:] if not a.startswith("--local"))
-    picture = next((Path(file).parent / "../launch/demo/pictures").resolve().glob("*colour*"))
-    base = [f"tensor_parallel.tp_size={TP}", "generation.max_new_tokens=4", f"model.dtype={dtype}", REQUEST % picture]
-    config = load_config(file, [*base, "tensor_parallel.self_test=false"])
-    tested = load_config(file, base)
-    plan, checkpoint = checked_plan(config.model.path, TP, dtype)
-    processor = make_processor(config, plan.geometry.context) if os.environ["RANK"] == "0" else None
+    pictures = sorted((Path(file).parent / "../launch/demo/pictures").resolve().glob("*colour*"))
+    base = [f"tensor_parallel.tp_size={TP}", "generation.max_new_tokens=4", f"model.dtype={dtype}"]
     for name in names:
-        fault, rows = FAULTS.get(name), list[dict[str, Any]]()
+        fault, rows = FAULTS.get(name, SOUND), list[dict[str, Any]]()
+        asked = REQUEST % ", ".join(map(str, pictures[:fault.pictures]))
+        tested = load_config(file, [*base, f"tensor_parallel.vision={fault.vision}", asked])
+        config = load_config(file, [*base, f"tensor_parallel.vision={fault.vision}", asked,
+                                    "tensor_parallel.self_test=false"])
+        plan, checkpoint = checked_plan(config.model.path, TP, dtype, fault.vision)
+        processor = make_processor(config, plan.geometry.context) if os.environ["RANK"] == "0" else None
         adapter.engine.inject = planted_inject(fault)
         started = "held"
-        if not fault or fault.at_start:
+        if fault.at_start:
             try:
                 adapter.engine.init_inference(tested)
             except CheckFailed as error:

@@ -15,7 +15,7 @@ from torch import nn
 
 Modules = Mapping[str, Any]
 Plant = Callable[[Modules, Any, Any], None]
-ATTN, MLP, BLOCK = "model.layers.0.self_attn", "model.layers.0.mlp", "visual.blocks.0"
+TOWER, ATTN, MLP, BLOCK = "model.visual", "model.layers.0.self_attn", "model.layers.0.mlp", "visual.blocks.0"
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Fault:
     at_start: bool = False
     tensors: bool = False
     ranks: tuple[int, ...] | None = None  # those verify must name, where it can
+    vision: str = "tensor"  # of the engine it is planted into
+    pictures: int = 1  # asked about, of one size
 
 
 def param(tensor: torch.Tensor) -> nn.Parameter:
@@ -186,8 +188,10 @@ def heads_in_the_wrong_slots(modules, plan, tp):
             layer.slots = layer.slots + (shard.width - 1 - int(layer.slots.max()))
 
 
-def softmax_scale(modules, plan, tp):
-    modules[f"{ATTN}"].scaling *= (1 / tp.size) ** 0.5
+def softmax_scale(name):
+    def plant(modules, plan, tp):
+        modules[name].scaling *= (1 / tp.size) ** 0.5
+    return plant
 
 
 def picture_lengths(modules, plan, tp):
@@ -248,6 +252,44 @@ def picture_features_shifted(modules, plan, tp):
     modules["model.language_model"].register_forward_pre_hook(shifted, with_kwargs=True)
 
 
+def gathered_in_another_order(modules, plan, tp):
+    dealt = modules[TOWER].dealt
+    gather = dealt.gather
+    dealt.gather = lambda deal, features: torch.cat(gather(deal, features).chunk(2)[::-1])
+
+
+def another_ranks_picture(modules, plan, tp):
+    """Rank 1 reads the picture that was dealt to rank 0."""
+    dealt = modules[TOWER].dealt
+    if tp.rank == 1:
+        dealt.read = lambda deal, patches, grid: (patches[:deal.patches(0)], grid[:1])
+
+
+def one_ranks_picture_late(modules, plan, tp):
+    """Rank 1 is a patch late in its own picture, and nothing tells it from another in shape."""
+    dealt = modules[TOWER].dealt
+    read = dealt.read
+    if tp.rank == 1:
+        dealt.read = lambda *args: (read(*args)[0].roll(1, 0), read(*args)[1])
+
+
+def one_ranks_tower(modules, plan, tp):
+    if tp.rank == 1:
+        modules["visual.blocks.1.mlp.fc1"].weight.data.mul_(1.01)
+
+
+def part_of_another_rank(modules, plan, tp):
+    """Ranges of a whole fused weight: k is taken where q is."""
+    layer = modules[f"{BLOCK}.attn.qkv"]
+    layer.ranges = (layer.ranges[1], layer.ranges[0], layer.ranges[2])
+
+
+def part_and_whole_bias(modules, plan, tp):
+    """Of a whole row-parallel layer that runs split, the bias goes into every rank's sum."""
+    layer = modules[f"{BLOCK}.attn.proj"]
+    layer.own = lambda x: F.linear(x, layer.weight[:, slice(*layer.owned)], layer.bias)
+
+
 FAULTS: dict[str, Fault] = {
     "fused bias cut contiguously": Fault(bias_cut_contiguously, f"{BLOCK}.attn.qkv", tensors=True),
     "row-parallel bias on every rank": Fault(bias_on_every_rank, f"{BLOCK}.attn.proj", at_start=True),
@@ -274,13 +316,25 @@ FAULTS: dict[str, Fault] = {
                                         ranks=(1,)),
     "one rank's random numbers": Fault(random_numbers, None, says="sampled tokens differ on rank 1"),
     "query heads in the wrong slots": Fault(heads_in_the_wrong_slots, ATTN, at_start=True),
-    "softmax scale of a shard": Fault(softmax_scale, ATTN, at_start=True),
+    "softmax scale of a shard": Fault(softmax_scale(ATTN), ATTN, at_start=True),
     "pictures cut in two": Fault(picture_lengths, f"{BLOCK}.attn", at_start=True),
     "residual added twice": Fault(residual_twice, "model.layers.1"),
     "one rank's residual": Fault(one_ranks_residual, "model.layers.1", ranks=(1,)),
     "another activation": Fault(other_activation, "visual.blocks.1.mlp"),
     "no causal mask": Fault(no_causal_mask, ATTN),
     "picture features shifted": Fault(picture_features_shifted, "model"),
+    "dealt pictures gathered in another order": Fault(gathered_in_another_order, TOWER, vision="data", pictures=2,
+                                                      ranks=(0, 1)),
+    "another rank's picture": Fault(another_ranks_picture, TOWER, vision="data", pictures=2, ranks=(1,)),
+    "one rank's picture a patch late": Fault(one_ranks_picture_late, TOWER, vision="auto", pictures=2, ranks=(1,)),
+    "one rank's whole tower": Fault(one_ranks_tower, "visual.blocks.1.mlp.fc1", vision="data", pictures=2, tensors=True,
+                                    ranks=(1,)),
+    "softmax scale of a whole tower": Fault(softmax_scale(f"{BLOCK}.attn"), f"{BLOCK}.attn", vision="data",
+                                            pictures=2, at_start=True),
+    "parts of a whole tower in another order": Fault(part_of_another_rank, f"{BLOCK}.attn.qkv", vision="auto",
+                                                     at_start=True),
+    "row-parallel bias on every rank of a whole tower": Fault(part_and_whole_bias, f"{BLOCK}.attn.proj",
+                                                              vision="auto", at_start=True),
     "positions one late when decoding": Fault(late_positions_when_decoding, None, says="decoding token by token"),
 }
 IN_BFLOAT16 = ("row-parallel bias on every rank", "no all-reduce after attention", "softmax scale of a shard",

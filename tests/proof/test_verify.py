@@ -52,6 +52,25 @@ def test_the_demo_holds(demo):
         assert row["answer"] == row["one_process_answer"]
 
 
+@pytest.mark.parametrize("vision", ["data", "auto"])
+def test_whole_towers_hold(vision):
+    """Three ranks: two of them without a picture, one of them, and each with a frame of a clip or two."""
+    named = sorted(PICTURES.iterdir())
+    clip, (one, two, *_) = next(p for p in named if p.suffix == ".mp4"), [p for p in named if p.suffix == ".png"]
+    asked = [("one", "images", [one]), ("two", "images", [one, two]), ("clip", "videos", [clip])]
+    outcome, rows = run(3, f"tensor_parallel.vision={vision}", "generation.max_new_tokens=3", "requests=" + json.dumps(
+        [{"id": i, "prompt": "What is in it?", kind: list(map(str, m))} for i, kind, m in asked]))
+    assert outcome.code == 0, outcome.err[-3000:]
+    assert [r.get("id") for r in rows] == ["one", "two", "clip", "padded batch", None] and rows[-1]["passed"]
+    for row in rows[:-1]:
+        assert row["first_divergent_module"] is None and 0 < row["largest_share_of_bound"] < 0.5
+        assert all(layer["share_of_bound"] > 0 and layer["error"] > 0 for layer in row["layers"]), "every layer ran"
+    ways = [way for row in rows[:-1] for way in row["tower_calls"]]
+    assert len(ways) == 5 and (set(ways) == {"data"} if vision == "data" else ways[0] == "tensor" and "data" in ways)
+    assert rows[-1]["reassembly"]["equal"] and rows[-1]["unchecked"] == []
+    assert rows[-1]["reassembly"]["bytes"] == sum(r["weight_bytes"] for r in rows[-1]["ranks"])
+
+
 def test_every_layer_of_both_towers_is_checked(demo):
     _, rows, _ = demo
     plan_layers = [f"visual.blocks.{i}" for i in range(3)] + [f"model.layers.{i}" for i in range(4)]
@@ -106,7 +125,9 @@ def test_a_report_that_cannot_be_written_is_said_before_the_run():
 
 
 @pytest.mark.skipif(not OLD, reason="QWENVL_TP_OLD_PYTHON is not set")
-def test_the_oldest_releases_hold_with_eager_attention():
-    request = f"requests=[{{prompt: hello, images: [{next(PICTURES.glob('*.png'))}]}}]"
-    outcome, rows = run(2, request, "model.attn_implementation=eager", python=OLD)
+@pytest.mark.parametrize("vision", ["tensor", "data"])
+def test_the_oldest_releases_hold_with_eager_attention(vision):
+    pictures = ", ".join(map(str, sorted(PICTURES.glob("*.png"))[:2]))
+    request = f"requests=[{{prompt: hello, images: [{pictures}]}}]"
+    outcome, rows = run(2, request, "model.attn_implementation=eager", f"tensor_parallel.vision={vision}", python=OLD)
     assert outcome.code == 0 and rows[0]["passed"] and rows[0]["modules_checked"] > 100, outcome.err[-3000:]

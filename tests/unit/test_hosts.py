@@ -21,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter import hosts
-from adapter.hosts import CARD_BYTES, LONGEST, PULSE, SECRET_BYTES, Distant, Hosts, exchange, meet
-from adapter.progress import ALL_GATHER, ALL_REDUCE, BROADCAST, Standing
-from adapter.watch import _distinct, describe, hash_of_boot
+from adapter.cards import CARD_BYTES, exchange
+from adapter.hosts import LONGEST, PULSE, SECRET_BYTES, Distant, Hosts, meet
+from adapter.progress import ALL_GATHER, ALL_REDUCE, BROADCAST, Standing, hash_of_boot
+from adapter.watch import _distinct, describe
 
 HERE, THERE = Standing(3, True, ALL_GATHER, 12), Standing(-4, False, ALL_REDUCE, 2**40)
 

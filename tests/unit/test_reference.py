@@ -14,6 +14,7 @@ from checkpoints import Shape, cases, make_checkpoint
 
 from adapter.plan import checked_plan
 from adapter.reference import Reference
+from adapter.topology import Group
 from adapter.trace import furthest
 
 BIG = Shape(heads=12, kv_heads=2, head_dim=64, layers=8, mlp=6144, vocab=4000, v_layers=2, v_head_dim=40)
@@ -70,11 +71,11 @@ def test_the_oracle_agrees_with_the_module_and_chunks_change_nothing(tmp_path, m
     reference = Reference(directory, plan, checkpoint, torch.float32, "sdpa", "cpu")
     name = "visual.blocks.1.attn.proj"
     x = torch.randn(9, plan.geometry.sizes["v_hidden"])
-    (whole,) = reference.expected(name, plan.claims[name], torch.nn.Identity(), x)
+    (whole,) = reference.expected(plan, Group(0, 3), name, plan.claims[name], torch.nn.Identity(), x)
     weights = reference.weights(name)
     assert torch.equal(whole.values, torch.nn.functional.linear(x, weights["weight"], weights["bias"]))
     monkeypatch.setattr(adapter.reference, "CHUNK", 2 * whole.values.shape[1])
-    parts = list(reference.expected(name, plan.claims[name], torch.nn.Identity(), x))
+    parts = list(reference.expected(plan, Group(0, 3), name, plan.claims[name], torch.nn.Identity(), x))
     assert len(parts) == 5
     assert furthest(torch.cat([p.values for p in parts]), whole.values, whole.bound)[0] <= 1
     assert torch.allclose(torch.cat([p.bound for p in parts]), whole.bound, rtol=1e-5)

@@ -41,12 +41,12 @@ CASES = [(shape, tp, "dense", dtype) for shape in ("uneven", "straddling", "tied
          for dtype in ("float32", "bfloat16")]
 CASES += [(shape, tp, form, dtype) for shape, tp, form, dtype in [
     ("grouped", 1, "int8", "bfloat16"), ("grouped", 2, "int4", "bfloat16"), ("grouped", 4, "int8", "float32"),
-    ("grouped_tied", 2, "int8", "bfloat16"), ("grouped_tied", 3, "int4", "float32")]]
+    ("straddling", 1, "int4", "float32"), ("grouped_tied", 2, "int8", "bfloat16"), ("grouped_tied", 3, "int4", "float32")]]
 
 
-def original(directory: Path, shape: str = "uneven", tp: int = 2, dtype: str = "float32",
-             form: str = "dense") -> tuple[Plan, Checkpoint]:
-    plan, checkpoint = checked_plan(make_checkpoint(directory / "model", SHAPES[shape]), tp, dtype, form)
+def original(directory: Path, shape: str = "uneven", tp: int = 2, dtype: str = "float32", form: str = "dense",
+             vision: str = "tensor") -> tuple[Plan, Checkpoint]:
+    plan, checkpoint = checked_plan(make_checkpoint(directory / "model", SHAPES[shape]), tp, dtype, vision, form)
     assert isinstance(checkpoint, Checkpoint)
     return plan, checkpoint
 
@@ -58,14 +58,15 @@ def written(directory: Path, *how) -> tuple[Plan, Checkpoint, Path]:
 
 
 def opened(directory: Path, plan: Plan) -> Shards:
-    shards = checked_plan(directory, plan.tp_size, plan.dtype, plan.form.name)[1]
+    shards = checked_plan(directory, plan.tp_size, plan.dtype, plan.vision, plan.form.name)[1]
     assert isinstance(shards, Shards)
     return shards
 
 
 def equal(a, b) -> bool:
     if isinstance(a, Quantised) or isinstance(b, Quantised):
-        return a.bits == b.bits and a.dtype == b.dtype and equal(a.codes, b.codes) and equal(a.scales, b.scales)
+        alike = (a.bits, a.dtype, a.shape) == (b.bits, b.dtype, b.shape)
+        return alike and equal(a.codes, b.codes) and equal(a.scales, b.scales)
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
@@ -87,6 +88,23 @@ def test_every_tensor_of_every_rank(tmp_path, shape, tp, form, dtype):
             assert equal(held[name], mine), (rank, name)
         read += plan.weight_bytes(rank)
         assert shards.bytes_read == read == sum(f.nbytes for r in range(rank + 1) for f in shards.files[r].values())
+
+
+@pytest.mark.parametrize(("wanted", "fits"), [("data", True), ("auto", True), ("tensor", False)])
+def test_a_tower_that_every_rank_holds_whole(tmp_path, wanted, fits):
+    """What ranks hold is the same for data and auto; one rank holds everything whichever it is."""
+    plan, _, directory = written(tmp_path, "uneven", 2, "float32", "dense", "auto")
+    whole = checked_plan(tmp_path / "model", 1, "float32")[1]
+    if not fits:
+        message = complaint(directory, vision=wanted)
+        assert "tensor_parallel.vision data, the config's is tensor, its default" in message, message
+        return
+    name = "visual.blocks.0.attn.qkv.weight"
+    held = opened(directory, replace(plan, vision=wanted)).load(1)[name]
+    assert equal(held, whole.read(name, replace(plan, tp_size=1).slice(*name.rsplit(".", 1), 0)))
+    one = tmp_path / "one"
+    write_shards(*checked_plan(tmp_path / "model", 1, "float32", "data"), one)
+    assert make_plan(one, 1, "float32", "tensor")[2] == make_plan(one, 1, "float32", "data")[2] == []
 
 
 @pytest.mark.parametrize(("shape", "tp", "form", "dtype"), CASES[::5] + CASES[-3:])
@@ -383,9 +401,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }
 
 
-def complaint(directory: Path, tp: int = 2, dtype: str = "float32", form: str = "dense") -> str:
+def complaint(directory: Path, tp: int = 2, dtype: str = "float32", form: str = "dense",
+              vision: str = "tensor") -> str:
     with pytest.raises(UserError) as caught:
-        checked_plan(directory, tp, dtype, form)
+        checked_plan(directory, tp, dtype, vision, form)
     return str(caught.value)
 
 
@@ -415,10 +434,11 @@ def test_broken_shards_are_not_read(sound, tmp_path):
 
 
 def test_a_config_that_wants_something_else_is_told_both_and_what_to_do(sound):
-    message = complaint(sound, 4, "bfloat16", "int8")
+    message = complaint(sound, 4, "bfloat16", "int8", "data")
     for words in (("tp_size 2,", "is 4, its default where the config states none", "set tensor_parallel.tp_size=2",
                    "launch/shard.py with tensor_parallel.tp_size=4"),
                   ("model.dtype float32,", "is bfloat16, its default", "set model.dtype=float32"),
+                  ("tensor_parallel.vision tensor,", "is data;", "set tensor_parallel.vision=tensor"),
                   ("weights.format dense,", "is int8;", "set weights.format=dense")):
         assert all(word in message for word in words), message
     assert "its default" not in complaint(sound, 3)

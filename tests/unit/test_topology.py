@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from adapter import topology
+from adapter import all_reduce
+from adapter.all_reduce import DEEPSPEED, TORCH, Route, deepspeed_refusal, describe, quickest
 from adapter.launchers import Launch
-from adapter.topology import check_world, choose_all_reduce
+from adapter.topology import Group, check_world
 from policies.errors import UserError
 
 
@@ -21,17 +22,44 @@ def test_world_that_makes_no_whole_replicas(world, tp, words):
     check_world(3 * tp, tp)
 
 
-@pytest.mark.parametrize("launch, tp, cores, op, fast, why", [
-    (Launch(0, 2, 0, 2), 2, 4, True, True, "shared-memory op"),
-    (Launch(0, 4, 0, 4), 4, 2, True, False, "4 ranks on 2 cores"),
-    (Launch(0, 4, 0, 2), 4, 8, True, False, "one host"),
-    (Launch(0, 4, 0, 4), 2, 8, True, False, "one replica"),
-    (Launch(0, 2, 0, 0), 2, 8, True, False, "LOCAL_SIZE not set"),
-    (Launch(0, 2, 0, 2), 2, 4, False, False, "compiler"),
+@pytest.mark.parametrize("launch, tp, cores, op, why", [
+    (Launch(0, 2, 0, 2), 2, 4, True, None),
+    (Launch(0, 4, 0, 4), 4, 2, True, "4 ranks on 2 cores"),
+    (Launch(0, 4, 0, 2), 4, 8, True, "one host"),
+    (Launch(0, 4, 0, 4), 2, 8, True, "one replica"),
+    (Launch(0, 2, 0, 0), 2, 8, True, "LOCAL_SIZE not set"),
+    (Launch(0, 2, 0, 2), 2, 4, False, "compiler"),
 ])
-def test_all_reduce_is_chosen_with_its_reason(monkeypatch, launch, tp, cores, op, fast, why):
-    monkeypatch.setattr(topology, "usable_cores", lambda: cores)
+def test_where_deepspeed_s_op_may_sum(monkeypatch, launch, tp, cores, op, why):
+    monkeypatch.setattr(all_reduce, "usable_cores", lambda: cores)
     backend = type("Backend", (), {"shm_comm_op": object() if op else None})()
-    monkeypatch.setattr(topology.dist.comm, "cdb", backend)
-    chosen, reason = choose_all_reduce(launch, tp)
-    assert chosen is fast and why in reason
+    monkeypatch.setattr(all_reduce.dist.comm, "cdb", backend)
+    refusal = deepspeed_refusal(launch, tp)
+    assert refusal is None if why is None else why in refusal
+
+
+OURS = Route("ours", TORCH.all_reduce, TORCH.all_gather)
+
+
+@pytest.mark.parametrize("ours, deepspeed, torch_group, name", [
+    ((3, 100), (3, 90), (900, 600), "ours"),  # within noise: the first
+    ((14, 1650), (11000, 5000), (5300, 6900), "ours"),
+    ((5, 100), (2, 90), (900, 600), DEEPSPEED.name),
+    ((900, 900), (2000, 90), (400, 600), TORCH.name),
+    ((900, 100), (950, 1), (890, 90), "ours"),
+    ((10, 90000), (10, 100), (900, 600), DEEPSPEED.name),  # small ones alike: the large one decides
+])
+def test_the_quickest_for_a_prompt_and_its_answer(ours, deepspeed, torch_group, name):
+    times = {"ours": ours, DEEPSPEED.name: deepspeed, TORCH.name: torch_group}
+    assert quickest((OURS, DEEPSPEED, TORCH), times).name == name
+
+
+def test_the_only_possible_one_needs_no_figures():
+    assert quickest((TORCH,), {}) is TORCH
+    assert describe(TORCH, (4096, 524288), {}, {"ours": "no compiler"}) == "torch group; not ours: no compiler"
+    said = describe(OURS, (3072, 524288), {"ours": (3.4, 99.6)}, {})
+    assert said == "ours; microseconds for 3 KB and 524 KB: ours 3 and 100"
+
+
+def test_a_rank_alone_sums_nothing():
+    assert all_reduce.choose(Group(0, 2), Group(0, 1), [0], Launch(0, 2, 0, 2), 4096, 1.0)[0] is TORCH

@@ -1,0 +1,64 @@
+"""Quantised weights over ranks: what one rank computes with them, since shards are cut between groups; and how far that
+is from the weights themselves. The self-test at start holds every layer to its bound in each of these jobs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import Shape, cases, make_checkpoint
+from launching import launch
+from safetensors.torch import load_file
+
+from adapter import kernels
+
+WORKER = Path(__file__).with_name("worker.py")
+SHAPE = Shape(heads=6, kv_heads=2, head_dim=64, layers=2, mlp=768, vocab=203, v_heads=4, v_head_dim=8, v_layers=1)
+LOSS = {"int8": 0.06, "int4": 0.7}  # of the logits' spread: what such codes cost this random model, with room to spare
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(kernels.missing() is not None, reason=f"no kernels: {kernels.missing()}"),
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("formats")
+    make_checkpoint(root / "m", SHAPE)
+    return root
+
+
+def run(home: Path, ranks: int, form: str) -> dict[str, torch.Tensor]:
+    out = home / form
+    out.mkdir(exist_ok=True)
+    file = out / f"m.tp{ranks}.safetensors"
+    if not file.exists():
+        outcome = launch(ranks, WORKER, "--out", str(out), "--format", form, str(home / "m"),
+                         launcher="deepspeed" if ranks > 1 else "none")
+        assert outcome.code == 0, outcome.err[-5000:]
+        assert "self-test: attention and MLP of both towers hold" in outcome.err or ranks == 1
+    return load_file(file)
+
+
+@pytest.mark.parametrize("form", LOSS)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_compute_what_one_rank_does(home, form, ranks):
+    one, ours = run(home, 1, form), run(home, ranks, form)
+    for case in cases():
+        difference = float((one[f"{case}.logits"] - ours[f"{case}.logits"]).abs().max())
+        print(f"{form}, tp {ranks}, {case}: max |logit difference| to one rank {difference:.1e}")
+        assert difference <= 1e-4
+        assert torch.equal(one[f"{case}.tokens"], ours[f"{case}.tokens"])
+    assert ours["equal_on_ranks"].all()
+
+
+@pytest.mark.parametrize("form", LOSS)
+def test_what_the_codes_cost(home, form):
+    dense, coded = run(home, 1, "dense"), run(home, 1, form)
+    for case in cases():
+        a, b = dense[f"{case}.logits"], coded[f"{case}.logits"]
+        loss = float((a - b).square().mean().sqrt() / a.std())
+        print(f"{form}, {case}: root mean square logit error {loss:.3g} of their spread")
+        assert 1e-4 < loss < LOSS[form]
