@@ -93,7 +93,7 @@ class Checkpoint:
         assert info.shape == part.shape, (name, info.shape, part.shape)
         out = memory.empty(part.local_shape, getattr(torch, TORCH_NAMES[info.dtype]))
         raw = out.reshape(-1).view(torch.uint8)
-        with _opened(info) as fd:
+        with opened(info) as fd:
             if part.dim == 1 and len(part.ranges) == 1 and out.numel() and native.unavailable() is None:
                 _read_columns(fd, raw.view(len(out), -1), info, part)
             else:
@@ -121,7 +121,7 @@ def open_checkpoint(directory: Path, policy: Policy) -> Checkpoint | None:
     tensors: dict[str, TensorInfo] = {}
     unreadable: set[str] = set()
     for file in files:
-        infos = _read_header(directory / file, problems)
+        infos = read_header(directory / file, problems)
         if infos is None:
             unreadable.add(file)
         for info in infos or ():
@@ -164,7 +164,7 @@ def _read_index(index: Path, problems: list[str]) -> Mapping[str, str]:
     return {name: file for name, file in pairs.items() if file not in outside}
 
 
-def _read_header(file: Path, problems: list[str]) -> list[TensorInfo] | None:
+def read_header(file: Path, problems: list[str]) -> list[TensorInfo] | None:
     """Every tensor of one file; None where it cannot be read: why goes to `problems` as 'file name: what'."""
     try:
         with open_regular(file) as stream:
@@ -246,7 +246,7 @@ def _read_runs(fd: int, raw: torch.Tensor, info: TensorInfo, part: TensorSlice) 
     target: memoryview = raw.numpy().data if raw.numel() else memoryview(b"")
     done = 0
     for start, length in _byte_runs(part, ITEM_BYTES[info.dtype]):
-        _pread_full(fd, target[done : done + length], info, info.offset + start)
+        pread_full(fd, target[done : done + length], info, info.offset + start)
         done += length
     assert done == len(target)
 
@@ -273,7 +273,7 @@ def _cut_off(info: TensorInfo, at: int) -> UserError:
 
 
 @contextmanager
-def _opened(info: TensorInfo) -> Iterator[int]:
+def opened(info: TensorInfo) -> Iterator[int]:
     try:
         fd = os.open(info.file, os.O_RDONLY)
     except OSError as error:
@@ -284,7 +284,7 @@ def _opened(info: TensorInfo) -> Iterator[int]:
         os.close(fd)
 
 
-def _pread_full(fd: int, target: memoryview, info: TensorInfo, offset: int) -> None:
+def pread_full(fd: int, target: memoryview, info: TensorInfo, offset: int) -> None:
     """Fill `target` from `offset`; a single call may return less than asked (2 GB limit, signals)."""
     done = 0
     while done < len(target):

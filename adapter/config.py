@@ -25,7 +25,8 @@ from adapter.schema import Config, Generation, Request, Section, absolute
 from policies.errors import UserError, told
 
 T = TypeVar("T", bound=Section)
-Bases = dict[str, Path]  # what relative paths are relative to: of "model", "requests" and "output"
+Bases = dict[str, Path]  # what relative paths are relative to, under these keys
+BASED = ("model", "weights", "requests", "output")
 WORDING = (  # pydantic's words in those of YAML
     (r"Input should", "it should"),
     (r"a valid (dictionary|mapping)( or instance of \w+)?", "a mapping"),
@@ -44,7 +45,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, put `key.sub=value` overrides over it, check it. Raises UserError with every problem."""
     path, problems = Path(path), []
     home = path.absolute().parent
-    tree, bases = _read_yaml(path), {"model": home, "requests": home, "output": home}
+    tree, bases = _read_yaml(path), dict.fromkeys(BASED, home)
     for override in overrides:
         key, equals, text = override.partition("=")
         try:
@@ -53,7 +54,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             tree = _put(tree, key.split("."), _parse_yaml(text))
         except UserError as error:
             problems.append(f"override {override!r}: {error}")
-        if key in ("model", "model.path", "requests", "output"):
+        if key in (*BASED, "model.path", "weights.original"):
             bases[key.split(".")[0]] = Path.cwd()
     return _build(tree, bases, str(path), problems)
 
@@ -68,7 +69,7 @@ def load_section(kind: type[T], path: str | Path, least: str) -> T:
 def from_dict(mapping: Mapping[str, Any], base_dir: str | Path = ".", name: str = "config") -> Config:
     """The same for a mapping; relative paths are relative to `base_dir`. Raises UserError with every problem."""
     base = Path(base_dir).absolute()
-    return _build(dict(mapping), {"model": base, "requests": base, "output": base}, name, [])
+    return _build(dict(mapping), dict.fromkeys(BASED, base), name, [])
 
 
 def parse_request(mapping: Mapping[str, Any], base_dir: str | Path = ".", name: str = "request") -> Request:

@@ -174,7 +174,7 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)
     mpu = topology.start(plan.tp_size, megatron, _token_bytes(plan, dtype))
     began, whole = time.perf_counter(), skeletons(model, plan)
-    inject(model, plan, mpu.tp, checkpoint_source(checkpoint), dtype)
+    inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), dtype)
     report = LoadReport(checkpoint.bytes_read, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
     return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole)
 

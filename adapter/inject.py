@@ -22,12 +22,13 @@ from adapter.checkpoint import Checkpoint
 from adapter.fused import fuse_activations
 from adapter.kernels import Quantised, Weight
 from adapter.plan import Plan
+from adapter.presharded import Shards
 from adapter.topology import Group
 from policies.errors import UserError
 from policies.policy import Policy
 from policies.rules import Claim, Column, FusedQKV, Head, Replicated, Row, Rule, TensorSlice, Vocab
 
-Source = Callable[[str, TensorSlice], Tensor]
+Source = Callable[[str, TensorSlice], Weight]
 
 
 class _ParametersOnMeta(TorchFunctionMode):
@@ -74,8 +75,17 @@ def _silent_initialisation() -> Iterator[None]:
         yield
 
 
-def checkpoint_source(checkpoint: Checkpoint) -> Source:
-    return checkpoint.read
+def checkpoint_source(checkpoint: Checkpoint | Shards, rank: int) -> Source:
+    """Slices read from files; of shards all that `rank` holds is read at once."""
+    if isinstance(checkpoint, Checkpoint):
+        return checkpoint.read
+    held = checkpoint.load(rank)
+
+    def read(name: str, part: TensorSlice) -> Weight:
+        assert held[name].shape == part.local_shape, (name, held[name].shape, part)
+        return held.pop(name)
+
+    return read
 
 
 def model_source(model: nn.Module, policy: Policy) -> Source:
@@ -111,7 +121,7 @@ def inject(model: nn.Module, plan: Plan, tp: Group, source: Source, dtype: torch
             tensors = {"weight": model.get_submodule(names[policy.tied[1].rsplit(".", 1)[0]]).weight}
         else:
             tensors = {
-                suffix: source(f"{module_name}.{suffix}", plan.slice(module_name, suffix, tp.rank)).to("cpu", dtype)
+                suffix: _on_cpu(source(f"{module_name}.{suffix}", plan.slice(module_name, suffix, tp.rank)), dtype)
                 for suffix in claim.parameters()
             }
             tensors["weight"] = kernels.make_weight(tensors["weight"], plan.format_of(module_name))
@@ -137,6 +147,10 @@ def inject(model: nn.Module, plan: Plan, tp: Group, source: Source, dtype: torch
         dealt.install(model, plan, tp, switch)
     _keep_frequencies(model)
     _check_whole(model, plan, tp.rank)
+
+
+def _on_cpu(weight: Weight, dtype: torch.dtype) -> Weight:
+    return weight.to("cpu", dtype) if isinstance(weight, Tensor) else weight
 
 
 def _slots(plan: Plan, claim: Claim, rank: int) -> tuple[Tensor | None, int]:

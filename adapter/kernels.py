@@ -94,8 +94,9 @@ def unpack(codes: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> Tens
     return ((code.float() - zero) * scales.float().unsqueeze(-1)).to(dtype).flatten(-2)
 
 
-def make_weight(weight: Tensor, form: Format) -> Weight:
-    return quantise(weight, form.bits) if form.bits else weight
+def make_weight(weight: Weight, form: Format) -> Weight:
+    """The weight in this format; one that was read in it stays."""
+    return quantise(weight, form.bits) if form.bits and isinstance(weight, Tensor) else weight
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

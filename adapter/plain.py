@@ -15,20 +15,26 @@ from adapter.answers import Answers
 from adapter.checkpoint import read_config
 from adapter.generation import Clock, Limits, Write, generate
 from adapter.job import Tally, answer, make_processor
+from adapter.presharded import is_sharded
 from adapter.schema import Config
 from adapter.topology import to_device
+from policies.errors import UserError
 from policies.registry import policy_for
 
 
 def answer_plain(config: Config, answers: Answers, write: Write) -> Tally:
     """Answer every request of the config; `answers` get a row per request, `write` the summary."""
     began = time.perf_counter()
-    mapping = read_config(config.model.path)
+    directory = config.weights.original or config.model.path
+    if is_sharded(directory):
+        raise UserError(f"{directory}: holds the shards of ranks; for one process set weights.original to the "
+                        "directory of the model that they were made from")
+    mapping = read_config(directory)
     policy = policy_for(mapping)
     context = policy.geometry(mapping).context
     processor = make_processor(config, context)
     model = getattr(transformers, policy.model_class).from_pretrained(
-        config.model.path, torch_dtype=config.model.torch_dtype, attn_implementation=config.model.attn_implementation,
+        directory, torch_dtype=config.model.torch_dtype, attn_implementation=config.model.attn_implementation,
         local_files_only=True, use_safetensors=True,
     ).eval()
     model.to(to_device(torch.empty(0)).device)

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from adapter import command, towers
 from adapter.checkpoint import ITEM_BYTES, TORCH_NAMES, Checkpoint, open_checkpoint, read_config
+from adapter.presharded import Shards, is_sharded, open_shards
 from policies.errors import UserError, told
 from policies.formats import DENSE, FORMATS, GROUP, Format, format_of
 from policies.heads import HeadShard
@@ -161,8 +162,8 @@ def valid_tp_sizes(policy: Policy, geometry: Geometry) -> list[int]:
 
 
 def make_plan(directory: Path, tp_size: int, dtype: str,
-              vision: str = "tensor", form: str = "dense") -> tuple[Plan, Checkpoint | None, list[str]]:
-    """The plan for a model directory, its checkpoint (None where it holds no weights) and every problem found.
+              vision: str = "tensor", form: str = "dense") -> tuple[Plan, Checkpoint | Shards | None, list[str]]:
+    """The plan for a model directory, its weights (None where it holds none) and every problem found.
 
     Raises UserError only where there is nothing to plan (no config.json, unknown model type, impossible numbers in it).
     """
@@ -170,19 +171,24 @@ def make_plan(directory: Path, tp_size: int, dtype: str,
     policy = policy_for(config, str(directory / "config.json"))
     geometry = policy.geometry(config)
     problems = policy.problems(geometry, tp_size)
+    plan = Plan(policy, geometry, tp_size, dtype, vision, FORMATS[form])
+    if is_sharded(directory):
+        shards = open_shards(directory, plan)
+        return plan, shards, problems + shards.problems
     checkpoint = open_checkpoint(directory, policy)
     if checkpoint is not None:
         problems += checkpoint.check(policy, geometry)
-    plan = Plan(policy, geometry, tp_size, dtype, vision, FORMATS[form])
     if not problems:
         problems += plan.off_group()
     return plan, checkpoint, problems
 
 
 def checked_plan(directory: Path, tp_size: int, dtype: str, vision: str = "tensor",
-                 form: str = "dense") -> tuple[Plan, Checkpoint]:
-    """The plan and the checkpoint, both sound. Raises one UserError with every problem and the tp sizes that work."""
+                 form: str = "dense") -> tuple[Plan, Checkpoint | Shards]:
+    """The plan and the weights, both sound. Raises one UserError with every problem and the tp sizes that work."""
     plan, checkpoint, problems = make_plan(directory, tp_size, dtype, vision, form)
+    if isinstance(checkpoint, Shards) and problems:
+        raise UserError("\n  ".join([f"{directory}: these shards cannot be loaded:", *told(problems)]))
     if checkpoint is None:
         problems.append("no safetensors file here (model.safetensors or model.safetensors.index.json); other formats "
                         "can run code when they are opened: convert with Transformers' save_pretrained")

@@ -19,6 +19,7 @@ from adapter.checkpoint import Checkpoint
 from adapter.digest import digest
 from adapter.kernels import Quantised, Weight, make_weight
 from adapter.plan import Plan
+from adapter.presharded import Shards, read_held, sha256
 from adapter.reference import read_tensor, stored_name
 from adapter.topology import Group
 from policies.rules import Replicated
@@ -37,26 +38,46 @@ class Reassembly:
                 "differing": list(self.differing)}
 
 
-def reassembly(model: nn.Module, plan: Plan, tp: Group, checkpoint: Checkpoint,
+def reassembly(model: nn.Module, plan: Plan, tp: Group, checkpoint: Checkpoint | Shards,
                dtype: torch.dtype) -> Reassembly:
-    """Every rank must call it; the same answer on every rank."""
+    """Every rank must call it; the same answer on every rank. Of shards whole files are hashed as well."""
     modules = {plan.policy.published(name): module for name, module in model.named_modules()}
     names = [(module, suffix) for module, claim in plan.claims.items() for suffix in claim.parameters()]
     next_rank = (tp.rank + 1) % tp.size
     held, stored = [], []
     for module, suffix in names:
         held.append(_digest(getattr(modules[module], suffix, None)))
-        part = plan.slice(module, suffix, next_rank)
-        tensor = read_tensor(checkpoint, stored_name(plan, f"{module}.{suffix}"), part).to(dtype)
-        stored.append(_digest(make_weight(tensor, plan.format_of(module)) if suffix == "weight" else tensor))
+        stored.append(_digest(_stored(checkpoint, plan, module, suffix, next_rank, dtype)))
     mine = torch.tensor([*held, *stored], device=get_accelerator().current_device_name())
     every = tp.all_gather_last(mine, (len(mine),) * tp.size)
     have, want = every.view(tp.size, 2, -1).cpu().unbind(1)
     differing = [
-        {"tensor": f"{m}.{s}", "rank": r, "why": "this rank's part is not the checkpoint's"}
+        {"tensor": f"{m}.{s}", "rank": r, "why": f"this rank's part is not that of {checkpoint.directory}"}
         for r in range(tp.size) for i, (m, s) in enumerate(names) if have[r, i] != want[r - 1, i]
     ] + _gaps(plan)
+    if isinstance(checkpoint, Shards):
+        differing += _altered(checkpoint, tp, next_rank)
     return Reassembly(len(names), sum(plan.weight_bytes(r) for r in range(tp.size)), tuple(differing))
+
+
+def _stored(checkpoint: Checkpoint | Shards, plan: Plan, module: str, suffix: str, rank: int,
+            dtype: torch.dtype) -> Weight:
+    """What the files say that `rank` must hold of a parameter."""
+    name = stored_name(plan, f"{module}.{suffix}")
+    if isinstance(checkpoint, Shards):
+        return read_held(checkpoint, rank, name)
+    tensor = read_tensor(checkpoint, name, plan.slice(module, suffix, rank)).to(dtype)
+    return make_weight(tensor, plan.format_of(module)) if suffix == "weight" else tensor
+
+
+def _altered(shards: Shards, tp: Group, rank: int) -> list[dict[str, Any]]:
+    """Files that are not what was written, by the manifest's digests; this rank hashes that of `rank`."""
+    assert shards.manifest is not None
+    same = sha256(shards.file(rank)) == shards.manifest.files[rank].sha256
+    flags = torch.tensor([same], dtype=torch.uint8, device=get_accelerator().current_device_name())
+    every = tp.all_gather_last(flags, (1,) * tp.size).tolist()
+    return [{"tensor": shards.file(r).name, "rank": r, "why": "the file is not the one that was written: its "
+             "SHA-256 is another than shards.json says"} for r in range(tp.size) if not every[r - 1]]
 
 
 def _digest(tensor: Weight | None) -> int:

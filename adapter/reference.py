@@ -20,6 +20,7 @@ from adapter.checkpoint import Checkpoint
 from adapter.inject import build_on_meta
 from adapter.kernels import FEW_ROWS, Quantised, make_weight
 from adapter.plan import Plan
+from adapter.presharded import Shards, read_whole
 from adapter.topology import Group
 from adapter.trace import Expected, take
 from policies.formats import GROUP
@@ -29,8 +30,11 @@ CHUNK = 1 << 24  # elements of an output that are looked at together: 64 MB in f
 Tick = Callable[[], None]
 
 
-def read_tensor(checkpoint: Checkpoint, name: str, part: TensorSlice | None = None) -> Tensor:
+def read_tensor(checkpoint: Checkpoint | Shards, name: str, part: TensorSlice | None = None) -> Tensor:
     """A tensor by published name (of a tied pair the one that is stored), or a slice of it, through safetensors."""
+    if isinstance(checkpoint, Shards):
+        assert part is None, "shards are slices"
+        return read_whole(checkpoint, name)
     info = checkpoint.tensors[name]
     with safe_open(info.file, framework="pt") as file:
         if part is None or part.dim is None:
@@ -48,7 +52,7 @@ class Reference:
     """The model of a directory for one process, built twice on `meta`: in the sharded run's dtype, whose forwards are
     replayed, and in float32, which computes. The checkpoint's tensors go through `dtype` first, as the shards' did."""
 
-    def __init__(self, directory: Path, plan: Plan, checkpoint: Checkpoint, dtype: torch.dtype, attention: str,
+    def __init__(self, directory: Path, plan: Plan, checkpoint: Checkpoint | Shards, dtype: torch.dtype, attention: str,
                  device: str) -> None:
         self.plan, self.checkpoint, self.dtype, self.device = plan, checkpoint, dtype, device
         self.skeleton = self._named(build_on_meta(directory, plan.policy, dtype, attention), dtype)
@@ -69,11 +73,12 @@ class Reference:
 
     def weights(self, name: str, held: bool = False) -> dict[str, Tensor]:
         """The whole parameters of one claimed module in the shards' dtype, given in float32. held: as the shards hold
-        them, quantised or not; else as the checkpoint has them."""
+        them, quantised or not; else as the checkpoint has them. Shards have them as they are held and no otherwise."""
         found = {suffix: read_tensor(self.checkpoint, stored_name(self.plan, f"{name}.{suffix}")).to(self.dtype)
                  for suffix in self.plan.claims[name].parameters()}
-        if held and isinstance(coded := make_weight(found["weight"], self.plan.format_of(name)), Quantised):
-            found["weight"] = coded.dense()
+        if held and isinstance(self.checkpoint, Checkpoint):
+            coded = make_weight(found["weight"], self.plan.format_of(name))
+            found["weight"] = coded.dense() if isinstance(coded, Quantised) else coded
         return {suffix: tensor.to(self.device, torch.float32) for suffix, tensor in found.items()}
 
     def expected(self, plan: Plan, tp: Group, name: str, claim: Claim, layer: nn.Module,

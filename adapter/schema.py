@@ -1,7 +1,7 @@
 """The YAML schema: strict, typed, frozen. Nothing is coerced ("4" is not 4, 1 is not true), nothing unknown dropped.
 
 `adapter.config` reads files into it and words what does not fit. Validation context: what relative paths are relative
-to, under "model", "requests" and "output".
+to, under "model", "weights", "requests" and "output".
 """
 
 from __future__ import annotations
@@ -47,18 +47,22 @@ def _media(value: Any, info: ValidationInfo) -> Any:
     return str(absolute(value, _base(info, "requests"))) if is_path else value
 
 
-def _directory(value: Any, info: ValidationInfo) -> Any:
+def _directory(value: Any, info: ValidationInfo, *, key: str = "model.path") -> Any:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("the directory of a checkpoint is needed")
-    path = absolute(value, _base(info, "model"))
+    path = absolute(value, _base(info, key.split(".")[0]))
     if os.path.isdir(path):  # unlike Path.is_dir it has an answer to every path, one that is too long included
         return path
     advice = "the directory of a checkpoint is needed"
     if HUB_ID.fullmatch(value):
         name = value.split("/")[1]
         get = f"`huggingface-cli download {value} --local-dir {name}` (newer: `hf download`)"
-        advice = f"it looks like a hub id, and nothing is downloaded here: run {get}, then model.path={name}"
+        advice = f"it looks like a hub id, and nothing is downloaded here: run {get}, then {key}={name}"
     raise ValueError(f"{'not a directory' if os.path.exists(path) else 'no such directory'}: {path}; {advice}")
+
+
+def _original(value: Any, info: ValidationInfo) -> Any:
+    return None if value is None else _directory(value, info, key="weights.original")
 
 
 def _output(value: Any, info: ValidationInfo) -> Any:
@@ -203,6 +207,7 @@ class TensorParallelSection(Section):
 
 class Weights(Section):
     format: Literal["dense", "int8", "int4"] = "dense"  # of the text tower; policies/formats.py says of what
+    original: Annotated[Path | None, BeforeValidator(_original)] = None  # the model that shards in model.path are of
 
 
 class Processor(Pixels):

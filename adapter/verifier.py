@@ -27,8 +27,9 @@ from adapter.checkpoint import Checkpoint
 from adapter.digest import digest, unlike
 from adapter.generation import Limits, Write, rank_facts, share
 from adapter.launchers import usable_cores
+from adapter.presharded import Shards
 from adapter.processing import TYPE_IDS, Prepared, RequestError, RequestProcessor, collate
-from adapter.reassembly import reassembly
+from adapter.reassembly import Reassembly, reassembly
 from adapter.reference import Reference
 from adapter.schema import Config
 from adapter.topology import Group, to_device
@@ -60,11 +61,15 @@ class Ours:
 
 
 class Verifier:
-    """One engine against one process; every rank makes one and calls `run`."""
+    """One engine against one process; every rank makes one and calls `run`.
 
-    def __init__(self, config: Config, engine: deepspeed.InferenceEngine, tp: Group, checkpoint: Checkpoint,
-                 processor: RequestProcessor | None, write: Write) -> None:
-        self.config, self.engine, self.tp, self.checkpoint = config, engine, tp, checkpoint
+    original: the model that shards were made from; without it they are held against themselves.
+    """
+
+    def __init__(self, config: Config, engine: deepspeed.InferenceEngine, tp: Group, checkpoint: Checkpoint | Shards,
+                 processor: RequestProcessor | None, write: Write, original: Checkpoint | None = None) -> None:
+        self.config, self.engine, self.tp, self.checkpoint = config, engine, tp, original or checkpoint
+        self.shards = checkpoint if isinstance(checkpoint, Shards) else None
         self.processor, self.write = processor, write
         self.plan, self.dtype = engine.plan, config.model.torch_dtype
         self.layers = frozenset(f"{stack}.{i}" for stack, n in self.plan.geometry.layers.items() for i in range(n))
@@ -72,7 +77,7 @@ class Verifier:
         self.reference: Reference | None = None
         if processor is not None:
             device = str(to_device(torch.empty(0)).device)
-            self.reference = Reference(config.model.path, self.plan, checkpoint, self.dtype,
+            self.reference = Reference(config.model.path, self.plan, self.checkpoint, self.dtype,
                                        config.model.attn_implementation, device)
 
     def run(self) -> bool:
@@ -80,7 +85,14 @@ class Verifier:
         began, problems, rows = time.perf_counter(), [], []
         log.info("reassembly: hashing %d ranks' shards and the files", self.tp.size)
         shards = reassembly(self.engine.module, self.plan, self.tp, self.checkpoint, self.dtype)
-        problems += [f"{d['tensor']} on rank {d['rank']}: {d['why']}" for d in shards.differing]
+        files = shards
+        if self.shards and self.shards is not self.checkpoint:
+            files = reassembly(self.engine.module, self.plan, self.tp, self.shards, self.dtype)
+            problems += _differing(files)
+        problems += _differing(shards)
+        if unproven := self._unproven():
+            log.warning("not checked: %s; set weights.original to the directory of the model that these shards were "
+                        "made from", "; ".join(unproven))
         if self.processor is not None:
             for prepared in self._prepared():
                 rows.append(self._row(*prepared))
@@ -102,12 +114,20 @@ class Verifier:
                 "summary": True, "model": _shown(self.config.model.path), "tp_size": self.tp.size,
                 "dtype": self.config.model.dtype, "format": self.plan.form.name, "cases": len(rows), "passed": passed,
                 "problems": problems,
-                **_worst(rows), "reassembly": shards.row(), "unchecked": unchecked, "bound": bounds.STATEMENT,
+                **_worst(rows), "reassembly": shards.row(), **({"shards": files.row()} if self.shards else {}),
+                "not_checked": unproven, "unchecked": unchecked, "bound": bounds.STATEMENT,
                 "ranks": ranks,
                 "versions": {p: version(p) for p in ("torch", "deepspeed", "transformers")},
                 "seconds": round(time.perf_counter() - began, 3),
             })
         return passed
+
+    def _unproven(self) -> list[str]:
+        """What nobody can know of shards without the model that they were made from."""
+        if self.shards is None or self.shards is not self.checkpoint:
+            return []
+        quantised = [f"what {self.plan.form.name} costs: logits are held against the quantised weights"]
+        return ["whether the shards are slices of that model"] + quantised * bool(self.plan.form.bits)
 
     def _prepared(self) -> Iterator[tuple[str, list[Prepared] | RequestError]]:
         """Each request by itself, then the first few that can be prepared together, padded."""
@@ -329,6 +349,10 @@ def _problems(row: Mapping[str, Any], differ: Mapping[str, list[int]], dtype: st
         yield (f"decoding token by token differs {row['decode_error_ratio']:.3g} times as much from one process as the "
                f"same positions in one forward, at most {DECODE_RATIO} is rounding: look at the KV cache and the "
                "positions of new tokens")
+
+
+def _differing(found: Reassembly) -> list[str]:
+    return [f"{d['tensor']} on rank {d['rank']}: {d['why']}" for d in found.differing]
 
 
 def _finding(check: Check) -> dict[str, Any]:

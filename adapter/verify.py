@@ -3,32 +3,42 @@
     deepspeed --num_accelerators 4 launch/verify.py --config C [--dtype bfloat16] [--report FILE.html] [key=value ...]
     deepspeed --num_accelerators 4 --module adapter.verify --config C ...    where it is installed
 
-Runs in float32 unless --dtype says otherwise. stdout: a JSON line per request (and one for a padded batch), then a
-summary. Exit 0: everything held; 1: something did not, named in `problems`; 2: bad input, a failed request included.
+Runs in float32 unless --dtype says otherwise, shards (adapter.shard) in the config's model.dtype. stdout: a JSON line
+per request (and one for a padded batch), then a summary. Exit 0: everything held; 1: something did not, named in
+`problems`; 2: bad input, a failed request included.
 """
+
+from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from adapter import command
 from policies.errors import UserError
+
+if TYPE_CHECKING:
+    from adapter.checkpoint import Checkpoint
+    from adapter.plan import Plan
+    from adapter.schema import Config
 
 
 def main(args: argparse.Namespace, results: command.Results) -> int:
     from adapter.config import load_config
     from adapter.plan import checked_plan
+    from adapter.presharded import is_sharded
 
     overrides = [*args.overrides, *([f"model.dtype={args.dtype}"] if args.dtype else [])]
-    if not any(o.startswith("model.dtype=") for o in overrides):
-        overrides.append("model.dtype=float32")
     config = load_config(args.config, overrides)
+    if not any(o.startswith("model.dtype=") for o in overrides) and not is_sharded(config.model.path):
+        config = load_config(args.config, [*overrides, "model.dtype=float32"])
     if config.model.attn_implementation == "flash_attention_2" and config.model.dtype == "float32":
         raise UserError("model.attn_implementation = flash_attention_2 computes in half precision only: verify it with "
                         "--dtype bfloat16, or in float32 with model.attn_implementation=sdpa")
     plan, checkpoint = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
                                     config.tensor_parallel.vision, config.weights.format)
+    original = _original(config, plan)
     first = command.environment_rank("RANK") == 0
     if args.report and first:
         _check_report(Path(args.report))
@@ -58,9 +68,25 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
         return command.BAD_INPUT if any("error" in row for row in rows) else command.DONE
 
     with watching(engine.mpu):
-        passed = Verifier(config, engine, tp, checkpoint, processor, write).run()
+        passed = Verifier(config, engine, tp, checkpoint, processor, write, original).run()
         code = tp.agreed(report() if first else command.DONE)  # nobody leaves before the report is written
     return code or (command.DONE if passed else command.CHECK_FAILED)
+
+
+def _original(config: Config, plan: Plan) -> Checkpoint | None:
+    """The model that shards were made from, where the config names it. Raises UserError where it is another one."""
+    from adapter.checkpoint import Checkpoint
+    from adapter.plan import checked_plan
+
+    if (directory := config.weights.original) is None:
+        return None
+    whole, checkpoint = checked_plan(directory, plan.tp_size, plan.dtype, plan.vision, plan.form.name)
+    if not isinstance(checkpoint, Checkpoint):
+        raise UserError(f"weights.original = {directory}: holds shards; the model that they were made from is needed")
+    if whole.geometry != plan.geometry:
+        raise UserError(f"weights.original = {directory}: its config.json describes another model than that of "
+                        f"{config.model.path}")
+    return checkpoint
 
 
 def _check_report(file: Path) -> None:

@@ -35,7 +35,7 @@ def main() -> None:
     thread = threading.Thread(target=watch)
     thread.start()
     model = build_on_meta(directory, plan.policy, torch.bfloat16, "sdpa")
-    inject(model, plan, mpu.tp, checkpoint_source(checkpoint), torch.bfloat16)
+    inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), torch.bfloat16)
     done.set()
     thread.join()
     topology.dist.barrier()

@@ -35,7 +35,7 @@ def prompt(vocab: int) -> dict[str, torch.Tensor]:
 
 def shard(directory: Path, plan: Plan, tp: Group, checkpoint: Checkpoint) -> torch.nn.Module:
     model = build_on_meta(directory, plan.policy, torch.float32, "sdpa")
-    inject(model, plan, tp, checkpoint_source(checkpoint), torch.float32)
+    inject(model, plan, tp, checkpoint_source(checkpoint, tp.rank), torch.float32)
     return model
 
 

@@ -27,7 +27,7 @@ LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}  # import name -> where it differs from the package's
 IN_EXTRAS = {"matplotlib", "mpi4py"}
 OF_PEERS = {"peer", "vllm"}  # of scripts that run by path, elsewhere: a file beside them, and what they time
-MODULES = [f"adapter.{name}" for name in ("plan", "generate", "verify", "doctor", "bench")]  # what `--module` starts
+MODULES = [f"adapter.{m}" for m in ("plan", "shard", "generate", "verify", "doctor", "bench")]  # what `--module` starts
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +72,13 @@ def run(python: Path, away: Path, *args: str) -> subprocess.CompletedProcess[str
 
 
 def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
-    """Every module of the checkout's two packages, the marker for type checkers, and no tests, launch or configs."""
+    """Every module of the checkout's two packages, the C++ sources, the marker for type checkers; no tests, launch or
+    configs."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {str(file.relative_to(ROOT)) for package in PACKAGES
-                for pattern in ("**/*.py", "py.typed") for file in (ROOT / package).glob(pattern)}
+                for pattern in ("**/*.py", "csrc/*.cpp", "py.typed") for file in (ROOT / package).glob(pattern)}
     assert names == expected
-    assert {f"{package}/py.typed" for package in PACKAGES} <= names
+    assert {f"{package}/py.typed" for package in PACKAGES} | {"adapter/csrc/linear.cpp"} <= names
 
 
 def test_the_wheel_says_what_it_needs(wheel):

@@ -1,0 +1,537 @@
+"""Pre-sharded checkpoints: written is what a rank would hold, all of it or nothing; what is read is not trusted."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import Shape, make_checkpoint
+from launching import ROOT
+from safetensors import safe_open
+
+from adapter import presharded, shard
+from adapter.checkpoint import Checkpoint
+from adapter.config import from_dict, load_config
+from adapter.kernels import Quantised, make_weight
+from adapter.plan import Plan, checked_plan, make_plan
+from adapter.presharded import MANIFEST, Shards, entries, open_shards, read_whole
+from adapter.schema import Weights
+from adapter.shard import write_shards
+from policies.errors import UserError
+
+UNEVEN = Shape(heads=6, kv_heads=2, head_dim=4, layers=1, mlp=40, vocab=37, v_heads=3, v_head_dim=4, v_layers=1)
+GROUPED = Shape(heads=4, kv_heads=2, head_dim=64, layers=1, mlp=256, vocab=203, v_layers=1)
+SHAPES = {"uneven": UNEVEN, "straddling": Shape(layers=1, v_layers=1), "tied": replace(UNEVEN, tied=True),
+          "grouped": GROUPED, "grouped_tied": replace(GROUPED, tied=True, mlp=384)}
+BIG = Shape(heads=8, kv_heads=2, head_dim=64, layers=6, mlp=4096, vocab=8000)
+NORM, MLP = "model.norm.weight", "model.layers.0.mlp.gate_proj.weight"
+CASES = [(shape, tp, "dense", dtype) for shape in ("uneven", "straddling", "tied") for tp in (1, 2, 3, 4)
+         for dtype in ("float32", "bfloat16")]
+CASES += [(shape, tp, form, dtype) for shape, tp, form, dtype in [
+    ("grouped", 1, "int8", "bfloat16"), ("grouped", 2, "int4", "bfloat16"), ("grouped", 4, "int8", "float32"),
+    ("straddling", 1, "int4", "float32"), ("grouped_tied", 2, "int8", "bfloat16"),
+    ("grouped_tied", 3, "int4", "float32")]]
+
+
+def original(directory: Path, shape: str = "uneven", tp: int = 2, dtype: str = "float32", form: str = "dense",
+             vision: str = "tensor") -> tuple[Plan, Checkpoint]:
+    plan, checkpoint = checked_plan(make_checkpoint(directory / "model", SHAPES[shape]), tp, dtype, vision, form)
+    assert isinstance(checkpoint, Checkpoint)
+    return plan, checkpoint
+
+
+def written(directory: Path, *how) -> tuple[Plan, Checkpoint, Path]:
+    plan, checkpoint = original(directory, *how)
+    write_shards(plan, checkpoint, directory / "shards")
+    return plan, checkpoint, directory / "shards"
+
+
+def opened(directory: Path, plan: Plan) -> Shards:
+    shards = checked_plan(directory, plan.tp_size, plan.dtype, plan.vision, plan.form.name)[1]
+    assert isinstance(shards, Shards)
+    return shards
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, Quantised) or isinstance(b, Quantised):
+        alike = (a.bits, a.dtype, a.shape) == (b.bits, b.dtype, b.shape)
+        return alike and equal(a.codes, b.codes) and equal(a.scales, b.scales)
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+# What is written is what a rank would hold
+
+@pytest.mark.parametrize(("shape", "tp", "form", "dtype"), CASES)
+def test_every_tensor_of_every_rank(tmp_path, shape, tp, form, dtype):
+    """Equal to what the rank would have read, cast and quantised; no byte read but these, a tied head not twice."""
+    plan, checkpoint, directory = written(tmp_path, shape, tp, dtype, form)
+    shards, read = opened(directory, plan), 0
+    for rank in range(tp):
+        held = shards.load(rank)
+        names = {f"{m}.{s}" for m, s in plan.parameters()}
+        assert held.keys() == names and ("lm_head.weight" in names) != SHAPES[shape].tied
+        for module, suffix in plan.parameters():
+            name = f"{module}.{suffix}"
+            mine = checkpoint.read(name, plan.slice(module, suffix, rank)).to(getattr(torch, dtype))
+            mine = make_weight(mine, plan.format_of(module)) if suffix == "weight" else mine
+            assert equal(held[name], mine), (rank, name)
+        read += plan.weight_bytes(rank)
+        assert shards.bytes_read == read == sum(f.nbytes for r in range(rank + 1) for f in shards.files[r].values())
+
+
+@pytest.mark.parametrize(("wanted", "fits"), [("data", True), ("auto", True), ("tensor", False)])
+def test_a_tower_that_every_rank_holds_whole(tmp_path, wanted, fits):
+    """What ranks hold is the same for data and auto; one rank holds everything whichever it is."""
+    plan, _, directory = written(tmp_path, "uneven", 2, "float32", "dense", "auto")
+    whole = checked_plan(tmp_path / "model", 1, "float32")[1]
+    if not fits:
+        message = complaint(directory, vision=wanted)
+        assert "tensor_parallel.vision data, the config's is tensor, its default" in message, message
+        return
+    name = "visual.blocks.0.attn.qkv.weight"
+    held = opened(directory, replace(plan, vision=wanted)).load(1)[name]
+    assert equal(held, whole.read(name, replace(plan, tp_size=1).slice(*name.rsplit(".", 1), 0)))
+    one = tmp_path / "one"
+    write_shards(*checked_plan(tmp_path / "model", 1, "float32", "data"), one)
+    assert make_plan(one, 1, "float32", "tensor")[2] == make_plan(one, 1, "float32", "data")[2] == []
+
+
+@pytest.mark.parametrize(("shape", "tp", "form", "dtype"), CASES[::5] + CASES[-3:])
+def test_parts_put_together_are_the_tensors(tmp_path, shape, tp, form, dtype):
+    """Through the safetensors package; quantised ones unpacked, each group as the quantised whole has it."""
+    plan, checkpoint, directory = written(tmp_path, shape, tp, dtype, form)
+    shards = opened(directory, plan)
+    whole = replace(plan, tp_size=1)
+    for module, suffix in plan.parameters():
+        tensor = checkpoint.read(f"{module}.{suffix}", whole.slice(module, suffix, 0)).to(getattr(torch, dtype))
+        tensor = make_weight(tensor, plan.format_of(module)) if suffix == "weight" else tensor
+        tensor = tensor.dense() if isinstance(tensor, Quantised) else tensor
+        assert equal(read_whole(shards, f"{module}.{suffix}"), tensor), (module, suffix)
+
+
+@pytest.mark.parametrize(("shape", "tp", "form", "dtype"), [CASES[0], CASES[-1]])
+def test_a_file_is_read_from_front_to_end_into_one_piece_of_memory(tmp_path, monkeypatch, shape, tp, form, dtype):
+    plan, _, directory = written(tmp_path, shape, tp, dtype, form)
+    shards, asked, preadv = opened(directory, plan), [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: asked.append((at, len(buffers[0]))) or preadv(
+        fd, buffers, at))
+    held = shards.load(tp - 1)
+    first = shards.files[tp - 1][next(entries(plan, tp - 1)).name].offset
+    assert asked[0][0] == first and first % 64 == 0
+    assert [a + n for a, n in asked[:-1]] == [a for a, _ in asked[1:]], "without a gap"
+    assert sum(asked[-1]) == shards.file(tp - 1).stat().st_size
+    tensors = [t for w in held.values() for t in ((w.codes, w.scales) if isinstance(w, Quantised) else (w,))]
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == 1
+    base = tensors[0].untyped_storage().data_ptr()
+    assert all((t.data_ptr() - base) % 64 == 0 for t in tensors if t.numel())
+
+
+@pytest.mark.parametrize(("shape", "tp", "form", "dtype"), [CASES[0], *CASES[-2:]])
+def test_safetensors_reads_the_files(tmp_path, shape, tp, form, dtype):
+    """Every tensor lies at a multiple of its item's size, which is what readers that map files count on."""
+    plan, _, directory = written(tmp_path, shape, tp, dtype, form)
+    shards = opened(directory, plan)
+    for rank in range(tp):
+        with safe_open(shards.file(rank), "pt") as file:
+            assert {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()} == {  # noqa: SIM118
+                e.name: e.shape for e in entries(plan, rank)}
+        assert all(i.offset % presharded.BYTES[i.dtype] == 0 for i in shards.files[rank].values())
+
+
+def test_the_directory_is_a_model_directory(tmp_path):
+    plan, checkpoint = original(tmp_path)
+    for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
+        (tmp_path / "model" / name).write_text(f"{{\"{name}\": 1}}")
+    (tmp_path / "model" / "modeling_evil.py").write_text("raise SystemExit")
+    manifest = write_shards(plan, checkpoint, tmp_path / "shards")
+    names = {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja",
+             "preprocessor_config.json", MANIFEST, "rank-00-of-02.safetensors", "rank-01-of-02.safetensors"}
+    assert {f.name for f in (tmp_path / "shards").iterdir()} == names
+    for name in names - {MANIFEST} - {f.name for f in manifest.files}:
+        assert (tmp_path / "shards" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    for file in manifest.files:
+        path = tmp_path / "shards" / file.name
+        sums = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True)
+        assert sums.stdout.split()[0] == file.sha256
+
+
+# All of it or nothing
+
+def left(directory: Path) -> list[str]:
+    return sorted(f.name for f in directory.iterdir())
+
+
+def test_what_is_there_is_not_touched(tmp_path):
+    plan, checkpoint = original(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("x")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("nowhere/at/all")
+    for name, words in (("full", "not an empty directory"), ("file", "not an empty directory"),
+                        ("gone/below", "there is no directory"), ("link", "there is no directory")):
+        with pytest.raises(UserError, match=words):
+            write_shards(plan, checkpoint, tmp_path / name)
+    assert left(tmp_path) == ["file", "full", "link", "model"] and left(tmp_path / "full") == ["thesis.txt"]
+
+
+def test_an_empty_directory_is_filled_through_a_link_too(tmp_path):
+    plan, checkpoint = original(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    write_shards(plan, checkpoint, tmp_path / "link")
+    assert opened(tmp_path / "empty", plan).problems == [] and left(tmp_path) == ["empty", "link", "model"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), UserError("ends at byte 9"), OSError(5, "io")])
+def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch, error):
+    plan, checkpoint = original(tmp_path)
+    read, seen = checkpoint.read, []
+
+    def fail(name, part):
+        seen.append(left(tmp_path))
+        if len(seen) == 30:
+            raise error
+        return read(name, part)
+
+    monkeypatch.setattr(checkpoint, "read", fail)
+    with pytest.raises(UserError if isinstance(error, OSError) else type(error)):
+        write_shards(plan, checkpoint, tmp_path / "shards")
+    assert seen[-1] == [".shards.partial", "model"] and left(tmp_path) == ["model"]
+
+
+def test_a_file_that_cannot_grow_is_said_and_leaves_nothing(tmp_path):
+    plan, checkpoint = original(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 10, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"shards: cannot be written: File too large"):
+            write_shards(plan, checkpoint, tmp_path / "shards")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert left(tmp_path) == ["model"]
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    plan, checkpoint = original(tmp_path)
+    monkeypatch.setattr(shard.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 20_000))
+    with pytest.raises(UserError, match=r"0\.\d\d GB are needed, 0\.00 GB are free"):
+        write_shards(plan, checkpoint, tmp_path / "shards")
+    assert checkpoint.bytes_read == 0 and left(tmp_path) == ["model"]
+
+
+def test_two_runs_do_not_write_one_directory(tmp_path):
+    plan, checkpoint = original(tmp_path)
+    (tmp_path / ".shards.partial").mkdir()
+    other = os.open(tmp_path / ".shards.partial", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another process is writing it"):
+        write_shards(plan, checkpoint, tmp_path / "shards")
+    os.close(other)
+    write_shards(plan, checkpoint, tmp_path / "shards")
+    assert left(tmp_path) == ["model", "shards"]
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("big") / "model"
+    make_checkpoint(directory, BIG)
+    (directory.parent / "c.yaml").write_text(
+        "{model: {path: model, dtype: float32}, tensor_parallel: {tp_size: 2}, weights: {format: int8}}")
+    return directory.parent
+
+
+def run(big: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, ROOT / "launch" / "shard.py", "--config", big / "c.yaml", "--out", out, *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def stopped(big: Path, out: Path, number: int) -> tuple[int, str]:
+    job, deadline = run(big, out), time.monotonic() + 60
+    while not list(out.parent.glob(".*.partial/rank-*")):
+        assert time.monotonic() < deadline and job.poll() is None, job.communicate()
+        time.sleep(0.002)
+    job.send_signal(number)
+    _, err = job.communicate(timeout=60)
+    assert not out.exists(), "it was faster than the signal: a larger model is needed"
+    return job.returncode, err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_leaves_nothing(big, tmp_path, number, code):
+    got, err = stopped(big, tmp_path / "out", number)
+    assert got == code and "Traceback" not in err, err
+    assert left(tmp_path) == []
+
+
+def test_what_a_killed_command_left_goes_with_the_next(big, tmp_path):
+    assert stopped(big, tmp_path / "out", signal.SIGKILL)[0] == -signal.SIGKILL
+    assert left(tmp_path) == [".out.partial"]
+    job = run(big, tmp_path / "out")
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0 and "removing" in err, err
+    assert left(tmp_path) == ["out"]
+    row = json.loads(out.splitlines()[-1])
+    assert row["summary"] and row["tp_size"] == 2 and row["format"] == "int8"
+    assert [f["bytes"] for f in row["files"]] == [f.stat().st_size for f in sorted((tmp_path / "out").glob("rank-*"))]
+
+
+def test_writing_holds_one_tensor_at_a_time(big, tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from adapter.plan import checked_plan
+from adapter.shard import write_shards
+import torch, adapter.kernels
+peak = lambda: 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
+plan, checkpoint = checked_plan(Path({str(big / 'model')!r}), 1, "float32")
+before = peak()
+write_shards(plan, checkpoint, Path({str(tmp_path / 'out')!r}))
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    largest = 4 * BIG.vocab * BIG.hidden
+    whole = sum(f.stat().st_size for f in (tmp_path / "out").glob("rank-*"))
+    assert whole > 200e6 and int(done.stdout) < 1.5 * largest + (8 << 20), (int(done.stdout), largest, whole)
+
+
+# What does not fit is told, all of it
+
+def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def apply(directory: Path) -> None:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        change(manifest)
+        (directory / MANIFEST).write_text(json.dumps(manifest))
+
+    return apply
+
+
+def edit_header(change: Callable[[dict], object], rank: int = 1) -> Callable[[Path], None]:
+    """Change a file's header, its data as it is."""
+    def apply(directory: Path) -> None:
+        file = directory / f"rank-{rank:02d}-of-02.safetensors"
+        raw = file.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + length])
+        change(header)
+        text = json.dumps(header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+    return apply
+
+
+def resize(by: int) -> Callable[[Path], None]:
+    def apply(directory: Path) -> None:
+        file = directory / "rank-01-of-02.safetensors"
+        os.truncate(file, file.stat().st_size + by)
+
+    return apply
+
+
+def config_json(**changes) -> Callable[[Path], None]:
+    def apply(directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | changes))
+
+    return apply
+
+
+def replaced(text: str | bytes) -> Callable[[Path], None]:
+    return lambda d: (d / MANIFEST).write_bytes(text if isinstance(text, bytes) else text.encode()) and None
+
+
+def fifo(directory: Path) -> None:
+    (directory / MANIFEST).unlink()
+    os.mkfifo(directory / MANIFEST)
+
+
+FIRST, SECOND = "rank-00-of-02.safetensors", "rank-01-of-02.safetensors"
+BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "truncated": (resize(-1), [SECOND, "truncated"]),
+    "longer": (resize(1), [SECOND, "has"]),
+    "missing file": (lambda d: (d / SECOND).unlink(), [SECOND, "missing from"]),
+    "a fifo for a file": (lambda d: ((d / SECOND).unlink(), os.mkfifo(d / SECOND)), [SECOND, "not a regular file"]),
+    "no tensor": (lambda d: (d / SECOND).write_bytes((2).to_bytes(8, "little") + b"{}"), [SECOND, "holds no tensor"]),
+    "another size": (edit(lambda m: m["files"][1].update(bytes=5)), [SECOND, "bytes, shards.json says 5"]),
+    "files of two ranks swapped": (lambda d: ((d / FIRST).rename(d / "x"), (d / SECOND).rename(d / FIRST),
+                                              (d / "x").rename(d / SECOND)), [FIRST, SECOND, "this rank's shard has"]),
+    "renamed tensor": (edit_header(lambda h: h.update(other=h.pop(NORM))),
+                       [SECOND, "'other' is not part", f"{NORM!r} [24] is missing"]),
+    "another dtype": (edit_header(lambda h: h[NORM].update(dtype="I32")), [SECOND, NORM, "of I32", "of F32"]),
+    "another shape": (edit_header(lambda h: h[NORM].update(shape=[2, 12])), [SECOND, NORM, "[2, 12]", "[24]"]),
+    "more bytes than the shape": (edit_header(lambda h: h[NORM].update(dtype="U8")), [SECOND, NORM]),
+    "a file outside": (edit(lambda m: m["files"][0].update(name="../model/" + FIRST)), [MANIFEST, "'../model/rank-00"]),
+    "an absolute path": (edit(lambda m: m["files"][0].update(name="/etc/passwd")), [MANIFEST, "/etc/passwd"]),
+    "a file twice": (edit(lambda m: m["files"][1].update(name=FIRST)), [MANIFEST, "must be", SECOND]),
+    "a file less": (edit(lambda m: m["files"].pop()), [MANIFEST, "must be", SECOND]),
+    "endless name": (edit(lambda m: m["files"][0].update(name="x" * 5000)), [MANIFEST, "files.0.name", "at most 100"]),
+    "negative size": (edit(lambda m: m["files"][0].update(bytes=-1)), [MANIFEST, "files.0.bytes"]),
+    "absurd size": (edit(lambda m: m["files"][0].update(bytes=10**30)), [FIRST, str(10**30)]),
+    "digest of another kind": (edit(lambda m: m["files"][0].update(sha256="abc")), [MANIFEST, "sha256"]),
+    "absurd tp_size": (edit(lambda m: m.update(tp_size=10**9)), [MANIFEST, "tp_size", "1024"]),
+    "more ranks than heads": (edit(lambda m: m.update(tp_size=7)), [MANIFEST, "each rank needs a query head"]),
+    "tp_size as text": (edit(lambda m: m.update(tp_size="2")), [MANIFEST, "tp_size = '2'"]),
+    "a newer version": (edit(lambda m: m.update(version=2)), [MANIFEST, "version = 2", "launch/shard.py again"]),
+    "an unknown key": (edit(lambda m: m.update(exec="rm")), [MANIFEST, "exec"]),
+    "a missing key": (edit(lambda m: m.pop("slicing")), [MANIFEST, "slicing"]),
+    "another model_type": (edit(lambda m: m.update(model_type="llama")), ["'llama'", "'qwen2_vl'"]),
+    "another group": (edit(lambda m: m.update(group=32)), ["for 32 weights", "64"]),
+    "slices of another policy": (edit(lambda m: m.update(slicing="0" * 64)), ["another policy", "shard.py again"]),
+    "not JSON": (replaced("nonsense"), [MANIFEST]),
+    "a list": (replaced("[]"), [MANIFEST]),
+    "nested for ever": (replaced("[" * 100_000), [MANIFEST]),
+    "not UTF-8": (replaced(b"\xff\xfe"), [MANIFEST, "cannot be read"]),
+    "two megabytes": (replaced(" " * (2 << 20)), [MANIFEST, "at most"]),
+    "a fifo": (fifo, [MANIFEST, "not a regular file"]),
+    "a directory": (lambda d: ((d / MANIFEST).unlink(), (d / MANIFEST).mkdir()), [MANIFEST, "cannot be read"]),
+    "a link to nowhere": (lambda d: ((d / MANIFEST).unlink(), (d / MANIFEST).symlink_to("x")), [MANIFEST]),
+    "another config.json": (config_json(intermediate_size=48), ["another policy or config.json", MLP, "[24, 24]"]),
+}
+
+
+def complaint(directory: Path, tp: int = 2, dtype: str = "float32", form: str = "dense",
+              vision: str = "tensor") -> str:
+    with pytest.raises(UserError) as caught:
+        checked_plan(directory, tp, dtype, vision, form)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    return written(tmp_path_factory.mktemp("sound"))[2]
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_broken_shards_are_named(sound, tmp_path, how):
+    directory = Path(shutil.copytree(sound, tmp_path / "shards"))
+    change, words = BROKEN[how]
+    change(directory)
+    message = complaint(directory)
+    assert all(word in message for word in words) and len(message) < 20_000, message
+
+
+def test_broken_shards_are_not_read(sound, tmp_path):
+    """Of a manifest that names files elsewhere, none is opened."""
+    directory, seen = Path(shutil.copytree(sound, tmp_path / "shards")), []
+    BROKEN["an absolute path"][0](directory)
+    watching = [True]
+    sys.addaudithook(lambda event, args: seen.append(str(args[0])) if event == "open" and watching else None)
+    complaint(directory)
+    watching.clear()
+    assert any(MANIFEST in path for path in seen) and not any("passwd" in path or "rank-" in path for path in seen)
+
+
+def test_a_config_that_wants_something_else_is_told_both_and_what_to_do(sound):
+    message = complaint(sound, 4, "bfloat16", "int8", "data")
+    for words in (("tp_size 2,", "is 4, its default where the config states none", "set tensor_parallel.tp_size=2",
+                   "launch/shard.py with tensor_parallel.tp_size=4"),
+                  ("model.dtype float32,", "is bfloat16, its default", "set model.dtype=float32"),
+                  ("tensor_parallel.vision tensor,", "is data;", "set tensor_parallel.vision=tensor"),
+                  ("weights.format dense,", "is int8;", "set weights.format=dense")):
+        assert all(word in message for word in words), message
+    assert "its default" not in complaint(sound, 3)
+
+
+def test_everything_wrong_is_told_at_once(sound, tmp_path):
+    directory = Path(shutil.copytree(sound, tmp_path / "shards"))
+    edit_header(lambda h: h[NORM].update(shape=[4, 6]), 0)(directory)
+    resize(-1)(directory)
+    edit(lambda m: m.update(model_type="llama", slicing="0" * 64))(directory)
+    message = complaint(directory, 3)
+    for word in ("is 3", "'llama'", "another policy", NORM, SECOND, "truncated"):
+        assert word in message, (word, message)
+
+
+def test_a_policy_that_cuts_otherwise_is_noticed(sound):
+    """Its table, its boundaries or what it quantises: shapes may well be the same."""
+    plan = make_plan(sound, 2, "float32")[0]
+    swapped = [c if not c.module.endswith("k_proj") else replace(c, module=c.module.replace("k_proj", "kk_proj"))
+               for c in plan.policy.table]
+    for other in (replace(plan, policy=replace(plan.policy, table=tuple(swapped))),
+                  replace(plan, policy=replace(plan.policy, tied=("a.weight", "b.weight"))),
+                  replace(plan, policy=replace(plan.policy, head_axes={"q": ("text", "q"), "kv": ("text", "kv")}))):
+        assert any("cut by another policy" in p for p in open_shards(sound, other).problems)
+    assert open_shards(sound, plan).problems == []
+
+
+# What breaks after the headers were read
+
+def test_a_file_truncated_later_is_a_user_error_that_names_file_and_tensor(sound, tmp_path):
+    directory = Path(shutil.copytree(sound, tmp_path / "shards"))
+    shards = opened(directory, make_plan(directory, 2, "float32")[0])
+    info = shards.files[1][NORM]
+    os.truncate(shards.file(1), info.offset + info.nbytes - 1)
+    shards.load(0)
+    with pytest.raises(UserError, match=rf"{SECOND}: ends at byte {info.offset + info.nbytes - 1}, inside tensor "
+                                        f"'{NORM}'; it was truncated"):
+        shards.load(1)
+
+
+def test_a_file_removed_later_is_a_user_error(sound, tmp_path):
+    directory = Path(shutil.copytree(sound, tmp_path / "shards"))
+    shards = opened(directory, make_plan(directory, 2, "float32")[0])
+    shards.file(1).unlink()
+    with pytest.raises(UserError, match=f"{SECOND}: cannot be opened: No such file"):
+        shards.load(1)
+
+
+# Commands and configs
+
+def test_plan_works_on_shards_and_without_torch(sound, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"{{model: {{path: {sound}, dtype: float32}}, tensor_parallel: {{tp_size: 2}}}}")
+    code = ("import sys, runpy\n"
+            f"sys.argv = ['plan.py', '--config', {str(tmp_path / 'c.yaml')!r}, '--json', *sys.argv[1:]]\n"
+            "try:\n    runpy.run_path('launch/plan.py', run_name='__main__')\n"
+            "except SystemExit as end:\n    code = end.code or 0\n"
+            "print(code, sorted({'torch', 'deepspeed', 'transformers'} & sys.modules.keys()), file=sys.stderr)\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr == "0 []\n", done.stderr
+    plan = make_plan(sound, 2, "float32")[0]
+    facts = json.loads(done.stdout)
+    assert facts["problems"] == [] and [r["weight_bytes"] for r in facts["ranks"]] == [
+        plan.weight_bytes(0), plan.weight_bytes(1)]
+
+
+def test_shards_are_not_sharded_again_nor_run_by_one_process(sound, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"{{model: {{path: {sound}, dtype: float32}}, tensor_parallel: {{tp_size: 2}}}}")
+    for command, more in (("shard", ["--out", str(tmp_path / "again")]), ("one_process", [])):
+        done = subprocess.run([sys.executable, f"launch/{command}.py", "--config", str(tmp_path / "c.yaml"), *more],
+                              cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and "weights.original" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+    assert left(tmp_path) == ["c.yaml"]
+
+
+def test_the_original_is_what_is_sharded_where_the_config_has_both(sound, tmp_path):
+    model = sound.parent / "model"
+    (tmp_path / "c.yaml").write_text(f"{{model: {{path: {sound}, dtype: float32}}, tensor_parallel: {{tp_size: 3}}, "
+                                     f"weights: {{original: {model}}}}}")
+    done = subprocess.run([sys.executable, "launch/shard.py", "--config", str(tmp_path / "c.yaml"), "--out",
+                           str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert make_plan(tmp_path / "out", 3, "float32")[2] == []
+
+
+def test_the_original_is_relative_to_whoever_states_it(tmp_path, monkeypatch):
+    for name in ("home/m", "home/o", "here/o"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "home" / "c.yaml").write_text("{model: {path: m}, weights: {original: o}}")
+    monkeypatch.chdir(tmp_path / "here")
+    assert load_config(tmp_path / "home" / "c.yaml").weights.original == tmp_path / "home" / "o"
+    assert load_config(tmp_path / "home" / "c.yaml", ["weights.original=o"]).weights.original == tmp_path / "here" / "o"
+    assert from_dict({"model": {"path": "m"}}, tmp_path / "home").weights == Weights()
+    with pytest.raises(UserError, match=r"weights.original = 'gone': no such directory"):
+        load_config(tmp_path / "home" / "c.yaml", ["weights.original=gone"])
