@@ -100,6 +100,7 @@ def decode_bytes(plan: Plan, rank: int) -> int:
 
 
 def prefill_flop(plan: Plan, load: Workload, rank: int) -> int:
-    """Multiplications and additions of `rank` before the first token, those of attention included."""
-    work = text_work(plan, load.batch, load.prompt_tokens, 0, rank) + vision_work(plan, load, rank)
+    """Multiplications and additions of `rank` before the first token, those of attention included. Pictures as a split
+    tower has them: where they are dealt to whole towers, the busiest rank has no less."""
+    work = text_work(plan, load.batch, load.prompt_tokens, 0, rank) + vision_work(plan.divided, load, rank)
     return work.linear_flop + work.attention_flop

@@ -133,7 +133,7 @@ def _case(job: Job, args: argparse.Namespace) -> Row:
         "prompt_tokens": job.tokens, "patches": list(job.load.patches),
         "new_tokens": args.new, "requests_at_once": args.requests_at_once, "threads": torch.get_num_threads(),
         "device": get_accelerator().device_name(), **_machine(job.plan),
-        "shared_memory_all_reduce": job.engine.mpu.tp.fast,
+        "all_reduce": job.engine.mpu.tp.route.name, "vision": job.plan.vision,
         "weight_bytes": [job.plan.weight_bytes(rank) for rank in ranks],
         "decode_bytes": [decode_bytes(job.plan, rank) for rank in ranks],
         "prefill_flop": [prefill_flop(job.plan, job.load, rank) for rank in ranks],

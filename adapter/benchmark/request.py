@@ -73,7 +73,7 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
 
     config = load_config(args.config, args.overrides)
     plan, _ = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
-                           config.weights.format)
+                           config.tensor_parallel.vision, config.weights.format)
     request = first_request(config)
     tensors = dict(make_processor(config, plan.geometry.context, args.new).prepare(request).tensors)
     pictures = [value for _, parts in request.turns() for kind, value in parts if kind == "image"]

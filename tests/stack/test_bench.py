@@ -36,6 +36,7 @@ def ordered(figure: dict) -> bool:
 
 def check_ours(found: dict) -> None:
     assert (found["tp_size"], found["prompt_tokens"], found["new_tokens"]) == (2, 43, 4)
+    assert found["all_reduce"] and found["vision"] == "tensor"
     assert all(ordered(found[name]) for name in FIGURES), found
     for name in OF_RANKS:
         assert len(found[name]) == 2 and all(map(ordered, found[name])), (name, found[name])

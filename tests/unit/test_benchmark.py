@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,14 @@ def test_a_prompt_multiplies_by_every_weight_once_a_row(plans, name):
     halves = [prefill_flop(plans(name, 2), load, rank) for rank in range(2)]
     patches = 2 * 1024 * 1280 * 3 * 2 * 14 * 14  # each rank embeds them
     assert sum(halves) == expected + patches
+
+
+def test_dealing_pictures_does_not_move_the_limit(plans):
+    load = Workload(283, (1024,))
+    split, dealt = plans("2b", 2), replace(plans("2b", 2), vision="data")
+    for rank in range(2):
+        assert prefill_flop(dealt, load, rank) == prefill_flop(split, load, rank)
+        assert decode_bytes(dealt, rank) == decode_bytes(split, rank)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
