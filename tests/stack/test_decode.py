@@ -1,4 +1,7 @@
-"""The decode loop in one process: Transformers' tokens, whatever is asked; what goes to their own; one graph."""
+"""The decode loop in one process: Transformers' tokens, whatever is asked; what goes to their own; one graph.
+
+This process becomes a rank, which is why it is not among the unit tests.
+"""
 
 from __future__ import annotations
 
