@@ -41,7 +41,8 @@ CASES = [(shape, tp, "dense", dtype) for shape in ("uneven", "straddling", "tied
          for dtype in ("float32", "bfloat16")]
 CASES += [(shape, tp, form, dtype) for shape, tp, form, dtype in [
     ("grouped", 1, "int8", "bfloat16"), ("grouped", 2, "int4", "bfloat16"), ("grouped", 4, "int8", "float32"),
-    ("straddling", 1, "int4", "float32"), ("grouped_tied", 2, "int8", "bfloat16"), ("grouped_tied", 3, "int4", "float32")]]
+    ("straddling", 1, "int4", "float32"), ("grouped_tied", 2, "int8", "bfloat16"),
+    ("grouped_tied", 3, "int4", "float32")]]
 
 
 def original(directory: Path, shape: str = "uneven", tp: int = 2, dtype: str = "float32", form: str = "dense",
