@@ -122,7 +122,7 @@ def measure(world: Group, tp: Group, routes: Sequence[Route], sizes: Sequence[in
     took = [[_microseconds(*one), _microseconds(*one)] for one in tried]  # the first may connect, or touch new pages
     calls = [min(MOST_CALLS, int(BUDGET_S * 1e6 / ROUNDS / max(us, 1))) for us in _slowest(world, map(min, took))]
     for _ in range(ROUNDS):
-        if _slowest(world, [time.perf_counter() - began])[0] >= LIMIT_S:
+        if _slowest(world, [time.perf_counter() - began])[0] > LIMIT_S:
             break
         for one, times, count in zip(tried, took, calls, strict=True):
             times += [_microseconds(*one) for _ in range(count)]
@@ -131,8 +131,8 @@ def measure(world: Group, tp: Group, routes: Sequence[Route], sizes: Sequence[in
 
 
 def _slowest(world: Group, mine: Iterable[float]) -> list[float]:
-    """Each figure of the rank where it is the largest, to a tenth."""
-    cards = exchange(world, {"us": [round(us, 1) for us in mine]})
+    """Each figure of the rank where it is the largest."""
+    cards = exchange(world, {"us": [round(us, 3) for us in mine]})
     return [max(figures) for figures in zip(*(card["us"] for card in cards), strict=True)]
 
 
