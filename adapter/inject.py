@@ -146,6 +146,7 @@ def inject(model: nn.Module, plan: Plan, tp: Group, source: Source, dtype: torch
     if switch:
         dealt.install(model, plan, tp, switch)
     _keep_frequencies(model)
+    memory.give_back()
     _check_whole(model, plan, tp.rank)
 
 
