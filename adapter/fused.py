@@ -21,7 +21,7 @@ def operators(device: str) -> Any:
 
 
 class QuickGelu(nn.Module):
-    """Transformers' QuickGELUActivation, x * sigmoid(1.702 x); on CPU in half precision in one pass over memory, rounded
+    """Transformers' QuickGELUActivation, x * sigmoid(1.702 x); on CPU in half precision one pass over memory, rounded
     once. In float32 it keeps Transformers' bits."""
 
     def forward(self, x: Tensor) -> Tensor:
