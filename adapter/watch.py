@@ -40,6 +40,7 @@ INTERVAL_S = 0.25
 LATE_S = 5.0  # a rank that others have waited for so long is named,
 AGAIN_S = 60.0  # and once more every so often
 LOST = 3  # exit code of a rank that ends because another did
+APART = "the ranks do not run the same steps"  # csrc/shared_memory.cpp, of ranks that share unlike messages
 
 
 HALTED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_DISK_SLEEP)  # the last: swapped out
@@ -71,6 +72,9 @@ def watching(mpu: Mpu, limit_s: float = TIMEOUT.total_seconds()) -> Iterator[Non
     except (CheckFailed, UserError):  # every rank has come to it by itself
         raise
     except BaseException as error:
+        if isinstance(error, RuntimeError) and APART in str(error):  # so it is on every rank of the group
+            raise CheckFailed(f"{str(error).splitlines()[0]}. tensor_parallel.desync_check=1 finds where they part") \
+                from error
         watcher.lost(error)
         raise
     finally:
