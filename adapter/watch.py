@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -67,8 +68,9 @@ def watching(mpu: Mpu, limit_s: float = TIMEOUT.total_seconds()) -> Iterator[Non
     watcher = _watcher(mpu, limit_s)
     watcher.start()
     try:
-        yield
-        mpu.world.barrier()
+        with watcher.hearing():
+            yield
+            mpu.world.barrier()
     except (CheckFailed, UserError):  # every rank has come to it by itself
         raise
     except BaseException as error:
@@ -134,9 +136,30 @@ class Watcher(threading.Thread):
         self.mates = set(torch.distributed.get_process_group_ranks(mpu.tp.group))
         self.peers, self.hosts, self.limit_s = peers, hosts, limit_s
         self._links, self._lateness, self._over = _ancestors(), Lateness(), threading.Event()
+        self._heard, self._bell = os.pipe()
+        os.set_blocking(self._bell, False)
+
+    @contextmanager
+    def hearing(self) -> Iterator[None]:
+        """Within, a SIGTERM goes to this thread, whatever the main one is stuck in: launchers end all ranks as soon as
+        they see one dead, and the others are to say whose death it was. From another thread than the main one:
+        nothing, Python allows it there only."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
+        fd = signal.set_wakeup_fd(self._bell, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(fd)
+            signal.signal(signal.SIGTERM, before)
 
     def run(self) -> None:
-        while not self._over.wait(INTERVAL_S):
+        while not self._over.is_set():
+            if select.select([self._heard], [], [], INTERVAL_S)[0] and signal.SIGTERM in os.read(self._heard, 64):
+                self._look_for_dead()
+                os._exit(128 + signal.SIGTERM)
             self._look_for_dead()
             mine = Standing(0, False, 0, 0) if self.progress is None else self.progress.standing()
             if self.hosts is not None and (gone := self.hosts.look(mine)):
@@ -146,7 +169,11 @@ class Watcher(threading.Thread):
 
     def end(self) -> None:
         self._over.set()
+        with suppress(OSError):
+            os.write(self._bell, b"\0")
         self.join()
+        os.close(self._heard)
+        os.close(self._bell)
         if self.hosts is not None:
             self.hosts.close()
 
