@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers.activations import QuickGELUActivation
+from torch import Tensor
 
 from adapter import native
 
@@ -18,26 +17,6 @@ from adapter import native
 def operators(device: str) -> Any:
     """What has `rms_norm`, `add_rms_norm`, `silu_mul` and `attend` for tensors of this kind of device."""
     return torch.ops.qwenvl_tp if device == "cpu" and native.unavailable() is None else Plain
-
-
-class QuickGelu(nn.Module):
-    """Transformers' QuickGELUActivation, x * sigmoid(1.702 x); on CPU in half precision one pass over memory, rounded
-    once. In float32 it keeps Transformers' bits."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype is torch.float32 or not x.is_contiguous():
-            return x * torch.sigmoid(1.702 * x)
-        out: Tensor = torch.ops.qwenvl_tp.quick_gelu(x)
-        return out
-
-
-def fuse_activations(model: nn.Module) -> None:
-    """Put `QuickGelu` where Transformers has its own, if the machine has the operator."""
-    if native.unavailable() is None:
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if type(child) is QuickGELUActivation:
-                    setattr(module, name, QuickGelu())
 
 
 class Plain:
