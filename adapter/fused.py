@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.activations import QuickGELUActivation
 
 from adapter import native
 
@@ -17,6 +18,26 @@ from adapter import native
 def operators(device: str) -> Any:
     """What has `rms_norm`, `add_rms_norm`, `silu_mul` and `attend` for tensors of this kind of device."""
     return torch.ops.qwenvl_tp if device == "cpu" and native.unavailable() is None else Plain
+
+
+class QuickGelu(nn.Module):
+    """Transformers' QuickGELUActivation, x * sigmoid(1.702 x), rounded where it rounds; on CPU in half precision one pass
+    over memory instead of three. In float32 it is Transformers' own, bit for bit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype is torch.float32 or not x.is_contiguous():
+            return x * torch.sigmoid(1.702 * x)
+        out: Tensor = torch.ops.qwenvl_tp.quick_gelu(x)
+        return out
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Put `QuickGelu` where Transformers has its own, if the machine has the operator."""
+    if native.unavailable() is None:
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if type(child) is QuickGELUActivation:
+                    setattr(module, name, QuickGelu())
 
 
 class Plain:

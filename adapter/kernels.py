@@ -3,7 +3,8 @@
 A weight is a plain tensor, or `Quantised`: codes of 8 or 4 bits with a float16 scale for each group of 64 inputs (W =
 scale * (code - zero)). There is one copy of each. How it is multiplied depends on device and rows of x:
 
-    plain tensor    CPU, bfloat16, at most 16 rows: adapter/csrc/linear.cpp, which reads it once; else F.linear
+    plain tensor    CPU, bfloat16: adapter/csrc/linear.cpp; more than 16 rows on a processor with tiles (AMX), another
+                    dtype or device: F.linear
     quantised       at most 16 rows: adapter/csrc/linear.cpp, x quantised to 8 bits per row and group; more rows: pieces
                     are unpacked and multiplied in x's dtype
 """
@@ -23,7 +24,7 @@ from policies.errors import UserError
 from policies.formats import GROUP, Format
 
 log = logging.getLogger("adapter")
-FEW_ROWS = 16  # of x; the C++ kernel takes no more
+FEW_ROWS = 16  # of x, which a quantised weight takes as codes; adapter/csrc/linear.cpp has the same number
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,18 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         ops = torch.ops.qwenvl_tp
         return ops.linear_quantised(flat, weight.codes, weight.scales, bias, weight.bits).view(*x.shape[:-1], -1)
-    if x.device.type == "cpu" and x.dtype is torch.bfloat16 and weight.dtype is torch.bfloat16 \
-            and x.numel() <= FEW_ROWS * x.shape[-1] and missing() is None:
+    if x.device.type == "cpu" and x.dtype is torch.bfloat16 and weight.dtype is torch.bfloat16 and missing() is None \
+            and x.numel() <= _most_rows() * x.shape[-1]:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         return torch.ops.qwenvl_tp.linear(flat, weight, bias).view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
+
+
+@cache
+def _most_rows() -> int:
+    """Rows of a plain product up to which the kernel is the fastest way on this processor."""
+    rows: int = torch.ops.qwenvl_tp.linear_rows()
+    return rows
 
 
 @cache

@@ -23,6 +23,7 @@ import torch
 
 log = logging.getLogger("adapter")
 SOURCES = tuple(sorted(Path(__file__).with_name("csrc").glob("*.cpp")))
+HEADERS = tuple(sorted(Path(__file__).with_name("csrc").glob("*.h")))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas")
 
 
@@ -47,7 +48,7 @@ def unavailable() -> str | None:
 def _cached() -> Path:
     """Where the library of this machine lies."""
     digest = hashlib.blake2b(digest_size=8)
-    for part in (*(s.read_bytes() for s in SOURCES), *map(str.encode, (*FLAGS, torch.__version__, _processor()))):
+    for part in (*(s.read_bytes() for s in (*SOURCES, *HEADERS)), *map(str.encode, (*FLAGS, torch.__version__, _processor()))):
         digest.update(part)
     home = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
     return Path(home) / f"qwenvl_tp-{digest.hexdigest()}.so"

@@ -14,12 +14,7 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define HAVE_KERNELS 1
-#include <immintrin.h>
-#else
-#define HAVE_KERNELS 0
-#endif
+#include "pairs.h"
 
 namespace {
 
@@ -31,10 +26,6 @@ bool supported() { return HAVE_KERNELS; }
 #if HAVE_KERNELS
 
 constexpr int QUERIES = 6;  // rows of q at a time: 6 x 4 registers of scores, 3 x 8 of outputs
-
-inline uint32_t pair(const uint16_t* a, const uint16_t* b) { return uint32_t(*a) | uint32_t(*b) << 16; }
-
-inline __m512bh both(uint32_t p) { return (__m512bh)_mm512_set1_epi32(int(p)); }
 
 // e^x for x <= 0, to 1e-7 of it: 2^n times a polynomial of the rest (Cephes, expf)
 inline __m512 exponential(__m512 x) {
@@ -49,8 +40,9 @@ inline __m512 exponential(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
-struct Packed {  // one head: keys [D / 2][padded] and values [padded / 2][columns * 16], in pairs
-  std::vector<uint32_t> keys, values;
+struct Packed {  // one head, in pairs: keys [D / 2, rounded up to 16][padded] and values [padded / 2][D, rounded up to 16]
+  Tensor memory;
+  uint32_t *keys, *values;
 };
 
 struct Head {
@@ -58,14 +50,19 @@ struct Head {
 };
 
 Packed pack(const uint16_t* k, const uint16_t* v, int64_t k_stride, int64_t v_stride, const Head& h) {
-  const int64_t wide = (h.D + 15) / 16 * 16;
-  const uint16_t none = 0;
-  Packed p{std::vector<uint32_t>(h.D / 2 * h.padded), std::vector<uint32_t>(h.padded / 2 * wide)};
-  for (int64_t s = 0; s < h.S; s++)
-    for (int64_t d = 0; d < h.D / 2; d++) p.keys[d * h.padded + s] = pair(k + s * k_stride + 2 * d, k + s * k_stride + 2 * d + 1);
-  for (int64_t s = 0; s < h.S; s += 2)
-    for (int64_t d = 0; d < h.D; d++)
-      p.values[s / 2 * wide + d] = pair(v + s * v_stride + d, s + 1 < h.S ? v + (s + 1) * v_stride + d : &none);
+  const int64_t wide = (h.D + 15) / 16 * 16, pairs = (h.D + 31) / 32 * 16;
+  Packed p{at::empty({pairs * h.padded + h.padded / 2 * wide}, at::kInt), nullptr, nullptr};
+  p.keys = static_cast<uint32_t*>(p.memory.data_ptr());
+  p.values = p.keys + pairs * h.padded;
+  for (int64_t s = 0; s < h.padded; s += LANES) pack_pairs(k + s * k_stride, k_stride, h.S - s, h.D, p.keys + s, h.padded);
+  for (int64_t s = 0; s < h.padded; s += 2)
+    for (int64_t d = 0; d < wide; d += LANES) {
+      const __mmask16 mask = h.D - d >= LANES ? ~__mmask16(0) : __mmask16((1u << (h.D - d)) - 1);
+      auto part = [&](int64_t row) {
+        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(row < h.S ? mask : 0, v + row * v_stride + d));
+      };
+      _mm512_storeu_si512(p.values + s / 2 * wide + d, _mm512_or_si512(part(s), _mm512_slli_epi32(part(s + 1), 16)));
+    }
   return p;
 }
 
@@ -110,7 +107,7 @@ void weigh(const uint32_t* p, const Packed& packed, const Head& h, float* out) {
   for (auto& row : acc)
     for (auto& a : row) a = _mm512_setzero_ps();
   for (int64_t s = 0; s < h.padded / 2; s++) {
-    const uint32_t* v = &packed.values[s * COLUMNS * 16];
+    const uint32_t* v = packed.values + s * COLUMNS * 16;
     const __m512bh ps[3] = {both(p[s]), both(p[h.padded / 2 + s]), both(p[h.padded + s])};
     for (int c = 0; c < COLUMNS; c++) {
       const __m512bh vs = (__m512bh)_mm512_loadu_si512(v + 16 * c);
@@ -137,12 +134,8 @@ void attend_rows(const uint16_t* q, int64_t q_stride, uint16_t* out, int64_t out
   for (int r0 = 0; r0 < rows; r0 += 3) {
     weigh<COLUMNS>(probable.data() + r0 * h.padded / 2, p, h, sums);
     for (int r = r0; r < std::min<int64_t>(rows, r0 + 3); r++)
-      for (int64_t d = 0; d < h.D; d++) {
-        const float f = sums[(r - r0) * COLUMNS * 16 + d] / total[r];
-        uint32_t u;
-        std::memcpy(&u, &f, 4);
-        out[r * out_stride + d] = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-      }
+      for (int64_t d = 0; d < h.D; d++)
+        out[r * out_stride + d] = to_bf16(sums[(r - r0) * COLUMNS * 16 + d] / total[r]);
   }
 }
 

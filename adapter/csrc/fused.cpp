@@ -1,4 +1,4 @@
-// What layers do between their matrix products, fused: norms, gates, and attention of one new token over
+// What layers do between their matrix products, fused: norms, gates and activations, and attention of one new token over
 // a cache that is allocated once. bfloat16, float16 or float32; sums are float32; results are rounded where Transformers
 // rounds them, but for the gate, whose steps between are not.
 
@@ -135,6 +135,32 @@ Tensor silu_mul(const Tensor& gate, const Tensor& up) {
   return y;
 }
 
+// x * sigmoid(1.702 x), alike [*], each step rounded as torch's own three would be
+Tensor quick_gelu(const Tensor& x) {
+  TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
+  Tensor y = at::empty_like(x);
+  DISPATCH(x.scalar_type(), [&] {
+    const scalar_t* from = x.const_data_ptr<scalar_t>();
+    scalar_t* to = y.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, x.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
+      float a[PIECE], b[PIECE];
+      for (int64_t i = begin; i < end; i += PIECE) {
+        const int64_t n = std::min(PIECE, end - i);
+        widen(from + i, a, n);
+        for (int64_t j = 0; j < n; j++) b[j] = 1.702f * a[j];
+        narrow(b, to + i, n);
+        widen(to + i, b, n);
+        for (int64_t j = 0; j < n; j++) b[j] = sigmoid(b[j]);
+        narrow(b, to + i, n);
+        widen(to + i, b, n);
+        for (int64_t j = 0; j < n; j++) a[j] *= b[j];
+        narrow(a, to + i, n);
+      }
+    });
+  });
+  return y;
+}
+
 // x [D] rotated by cos, sin [D]: x cos + (-x[D/2:], x[:D/2]) sin
 template <typename T>
 void rotate(const T* x, const T* c, const T* s, T* y, int64_t D) {
@@ -229,6 +255,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& c
 
 Tensor like_first(const Tensor& x, const Tensor&, double) { return at::empty_like(x); }
 Tensor add_meta(Tensor& x, const Tensor&, const Tensor&, double) { return at::empty_like(x); }
+Tensor same_meta(const Tensor& x) { return at::empty_like(x); }
 Tensor mul_meta(const Tensor& gate, const Tensor&) { return at::empty_like(gate); }
 Tensor attend_meta(const Tensor& q, const Tensor&, const Tensor&, const Tensor&, const Tensor&, Tensor&, Tensor&,
                    const Tensor&, const Tensor&, double) {
@@ -239,6 +266,7 @@ TORCH_LIBRARY_FRAGMENT(qwenvl_tp, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor(a!) x, Tensor delta, Tensor weight, float eps) -> Tensor");
   m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
+  m.def("quick_gelu(Tensor x) -> Tensor");
   m.def("attend(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor start, "
         "Tensor position, float scale) -> Tensor");
 }
@@ -246,12 +274,14 @@ TORCH_LIBRARY_IMPL(qwenvl_tp, CPU, m) {
   m.impl("rms_norm", rms_norm);
   m.impl("add_rms_norm", add_rms_norm);
   m.impl("silu_mul", silu_mul);
+  m.impl("quick_gelu", quick_gelu);
   m.impl("attend", attend);
 }
 TORCH_LIBRARY_IMPL(qwenvl_tp, Meta, m) {
   m.impl("rms_norm", like_first);
   m.impl("add_rms_norm", add_meta);
   m.impl("silu_mul", mul_meta);
+  m.impl("quick_gelu", same_meta);
   m.impl("attend", attend_meta);
 }
 

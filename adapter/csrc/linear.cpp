@@ -1,5 +1,6 @@
-// y = x W^T + b for few rows of x, as decoding has them: bound by reading W, so W is read once, in order, in the format
+// y = x W^T + b. Few rows of x, as decoding has them, are bound by reading W, so W is read once, in order, in the format
 // in which it lies in memory: bfloat16, or codes of 8 or 4 bits with a float16 scale for each group of 64 along the inputs.
+// Many rows are bound by multiplying: product.cpp, or torch's product where the processor has tiles (AMX).
 //
 // A quantised weight is scale * (code - zero), zero 128 or 8. x is quantised on the way, per row and group, to signed 8
 // bits, so that VNNI multiplies codes as they are: sum((c - z) q) = sum(c q) - z sum(q).
@@ -12,38 +13,24 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define HAVE_KERNELS 1
-#include <immintrin.h>
-#else
-#define HAVE_KERNELS 0
-#endif
+#include "bf16.h"
+#include "product.h"
 
 namespace {
 
 using at::Tensor;
 constexpr int64_t GROUP = 64;   // weights that share a scale; adapter/kernels.py has the same number
-constexpr int64_t MOST_ROWS = 16;  // of x; above, a matrix product over unpacked weights is faster
+constexpr int64_t FEW_ROWS = 16;  // of x, which a quantised weight takes as codes; adapter/kernels.py has the same number
 constexpr int64_t AHEAD = 4096;  // bytes of W asked for before they are needed
 
 bool supported() { return HAVE_KERNELS; }
 
 #if HAVE_KERNELS
 
-inline uint16_t to_bf16(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
-  if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0;  // NaN
-  return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-}
-inline float from_bf16(uint16_t h) {
-  uint32_t u = uint32_t(h) << 16;
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
+inline uint16_t* raw(const Tensor& t) { return static_cast<uint16_t*>(t.data_ptr()); }
 inline void put(uint16_t* y, float v) { *y = to_bf16(v); }
 inline void put(float* y, float v) { *y = v; }
 inline float get(const uint16_t* x) { return from_bf16(*x); }
@@ -52,81 +39,24 @@ inline float get(const float* x) { return *x; }
 inline __m512bh load(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
 inline __m512bh load(const uint16_t* p, __mmask32 mask) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, p); }
 
-// out[M][R]: R rows of W times M rows of x, U steps of 32 inputs unrolled; `far`: bytes to prefetch ahead of each load
-template <int R, int M, int U>
-inline void block(const uint16_t* w, const uint16_t* x, int64_t K, int64_t far, float* out) {
-  __m512 acc[M][R][U];
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++)
-      for (int u = 0; u < U; u++) acc[m][r][u] = _mm512_setzero_ps();
+// w . x of K inputs: a single stream of memory, asked for ahead
+inline float dot(const uint16_t* w, const uint16_t* x, int64_t K) {
+  constexpr int STEPS = 8;
+  __m512 sums[STEPS];
+  UNROLL for (int u = 0; u < STEPS; u++) sums[u] = _mm512_setzero_ps();
   int64_t k = 0;
-  for (; k + 32 * U <= K; k += 32 * U)
-    for (int u = 0; u < U; u++) {
-      __m512bh ws[R];
-      for (int r = 0; r < R; r++) {
-        const uint16_t* p = w + r * K + k + 32 * u;
-        _mm_prefetch(reinterpret_cast<const char*>(p) + far, _MM_HINT_T0);
-        ws[r] = load(p);
-      }
-      for (int m = 0; m < M; m++) {
-        __m512bh xs = load(x + m * K + k + 32 * u);
-        for (int r = 0; r < R; r++) acc[m][r][u] = _mm512_dpbf16_ps(acc[m][r][u], ws[r], xs);
-      }
+  for (; k + 32 * STEPS <= K; k += 32 * STEPS)
+    UNROLL for (int u = 0; u < STEPS; u++) {
+      _mm_prefetch(reinterpret_cast<const char*>(w + k + 32 * u) + AHEAD, _MM_HINT_T0);
+      sums[u] = _mm512_dpbf16_ps(sums[u], load(w + k + 32 * u), load(x + k + 32 * u));
     }
   for (; k < K; k += 32) {
-    __mmask32 mask = K - k >= 32 ? ~0u : (1u << (K - k)) - 1;
-    for (int r = 0; r < R; r++) {
-      __m512bh ws = load(w + r * K + k, mask);
-      for (int m = 0; m < M; m++) acc[m][r][0] = _mm512_dpbf16_ps(acc[m][r][0], ws, load(x + m * K + k, mask));
-    }
+    const __mmask32 mask = K - k >= 32 ? ~0u : (1u << (K - k)) - 1;
+    sums[0] = _mm512_dpbf16_ps(sums[0], load(w + k, mask), load(x + k, mask));
   }
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) {
-      __m512 sum = acc[m][r][0];
-      for (int u = 1; u < U; u++) sum = _mm512_add_ps(sum, acc[m][r][u]);
-      out[m * R + r] = _mm512_reduce_add_ps(sum);
-    }
+  UNROLL for (int u = 1; u < STEPS; u++) sums[0] = _mm512_add_ps(sums[0], sums[u]);
+  return _mm512_reduce_add_ps(sums[0]);
 }
-
-struct Dense {
-  const uint16_t *w, *x;
-  const uint16_t* bias;
-  uint16_t* y;
-  int64_t K, N;
-
-  void store(int64_t m, int64_t n, float v) const { put(y + m * N + n, bias ? v + from_bf16(bias[n]) : v); }
-
-  template <int M>
-  void one(int64_t m0, int64_t n0, int64_t n1) const {  // row after row of W, a single stream of memory
-    float out[M];
-    for (int64_t n = n0; n < n1; n++) {
-      block<1, M, M == 1 ? 8 : 4>(w + n * K, x + m0 * K, K, AHEAD, out);
-      for (int m = 0; m < M; m++) store(m0 + m, n, out[m]);
-    }
-  }
-
-  template <int M>
-  void four(int64_t m0, int64_t n) const {  // four rows of W share the loads of x
-    float out[M * 4];
-    block<4, M, 1>(w + n * K, x + m0 * K, K, 8 * K, out);
-    for (int m = 0; m < M; m++)
-      for (int r = 0; r < 4; r++) store(m0 + m, n + r, out[m * 4 + r]);
-  }
-
-  void run(int64_t rows, int64_t n0, int64_t n1) const {
-    if (rows == 1) return one<1>(0, n0, n1);
-    if (rows == 2) return one<2>(0, n0, n1);
-    int64_t n = n0;
-    for (; n + 4 <= n1; n += 4)  // those four stay in the cache for the next rows of x
-      for (int64_t m = 0; m < rows; m += 4) switch (std::min<int64_t>(rows - m, 4)) {
-          case 4: four<4>(m, n); break;
-          case 3: four<3>(m, n); break;
-          case 2: four<2>(m, n); break;
-          default: four<1>(m, n);
-        }
-    for (int64_t m = 0; m < rows; m++) one<1>(m, n, n1);
-  }
-};
 
 // x quantised: codes [rows][groups * 64], for each group its scale and scale * zero * sum of its codes
 struct Quantised {
@@ -256,18 +186,30 @@ void unpack(const uint8_t* w, const at::Half* scales, int64_t groups, T* out) {
 
 #endif  // HAVE_KERNELS
 
-// x [rows, K], weight [N, K], bias [N], all bfloat16 and contiguous; rows <= MOST_ROWS -> [rows, N]
+// Rows of x up to which `linear` is the fastest product here: all, but for a processor with tiles
+int64_t linear_rows() {
+#ifdef __AMX_BF16__
+  return FEW_ROWS;
+#else
+  return std::numeric_limits<int64_t>::max();
+#endif
+}
+
+// x [rows, K], weight [N, K], bias [N], all bfloat16 and contiguous -> [rows, N]
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
 #if HAVE_KERNELS
-  TORCH_CHECK(x.dim() == 2 && x.size(0) <= MOST_ROWS && x.size(1) == weight.size(1), "x ", x.sizes(), ", weight ",
-              weight.sizes(), "; at most ", MOST_ROWS, " rows");
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == weight.size(1), "x ", x.sizes(), " does not fit weight ", weight.sizes());
   TORCH_CHECK(x.is_contiguous() && weight.is_contiguous(), "x and weight must be contiguous");
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16, "bfloat16 is needed");
   TORCH_CHECK(!bias || (bias->scalar_type() == at::kBFloat16 && bias->is_contiguous()), "a bfloat16 bias is needed");
-  Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
-  auto raw = [](const Tensor& t) { return static_cast<uint16_t*>(t.data_ptr()); };
-  const Dense d{raw(weight), raw(x), bias ? raw(*bias) : nullptr, raw(y), x.size(1), weight.size(0)};
-  at::parallel_for(0, d.N, 64, [&](int64_t n0, int64_t n1) { d.run(x.size(0), n0, n1); });
+  const int64_t rows = x.size(0), K = x.size(1), N = weight.size(0);
+  Tensor y = at::empty({rows, N}, x.options());
+  const uint16_t *from = raw(x), *w = raw(weight), *b = bias ? raw(*bias) : nullptr;
+  uint16_t* to = raw(y);
+  if (rows != 1) product(from, w, K, b, to, N, rows, K, N);
+  else at::parallel_for(0, N, 64, [&](int64_t n0, int64_t n1) {
+    for (int64_t n = n0; n < n1; n++) to[n] = to_bf16(dot(w + n * K, from, K) + (b ? from_bf16(b[n]) : 0.f));
+  });
   return y;
 #else
   TORCH_CHECK(false, "this processor lacks AVX-512 BF16 and VNNI");
@@ -318,14 +260,16 @@ Tensor linear_quantised(const Tensor& x, const Tensor& codes, const Tensor& scal
   TORCH_CHECK(half || x.scalar_type() == at::kFloat, "bfloat16 or float32 is needed");
   TORCH_CHECK(!bias || (bias->scalar_type() == x.scalar_type() && bias->is_contiguous()), "a bias like x is needed");
   Tensor y = at::empty({rows, N}, x.options());
-  if (rows > MOST_ROWS) {
+  if (rows > FEW_ROWS) {
     const int64_t step = std::max<int64_t>(64, (int64_t(1) << 20) / K / 64 * 64);  // 2 MB of bfloat16
     for (int64_t n = 0; n < N; n += step) {
       const int64_t count = std::min(step, N - n);
-      const Tensor piece =
-          dequantise(codes.narrow(0, n, count), scales.narrow(0, n, count), bits, x.scalar_type()).narrow(1, 0, K);
-      y.narrow(1, n, count).copy_(at::linear(x, piece, bias ? std::optional<Tensor>(bias->narrow(0, n, count))
-                                                            : std::nullopt));
+      const Tensor piece = dequantise(codes.narrow(0, n, count), scales.narrow(0, n, count), bits, x.scalar_type());
+      const auto some = bias ? std::optional<Tensor>(bias->narrow(0, n, count)) : std::nullopt;
+      if (half && rows <= linear_rows())
+        product(raw(x), raw(piece), groups * GROUP, some ? raw(*some) : nullptr, raw(y) + n, N, rows, K, count);
+      else
+        y.narrow(1, n, count).copy_(at::linear(x, piece.narrow(1, 0, K), some));
     }
     return y;
   }
@@ -350,6 +294,7 @@ Tensor linear_quantised_meta(const Tensor& x, const Tensor& codes, const Tensor&
 
 TORCH_LIBRARY_FRAGMENT(qwenvl_tp, m) {
   m.def("linear_supported() -> bool", supported);
+  m.def("linear_rows() -> int", linear_rows);
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("dequantise(Tensor codes, Tensor scales, int bits, ScalarType dtype) -> Tensor");
   m.def("linear_quantised(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int bits) -> Tensor");

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from transformers.activations import QuickGELUActivation
 
 from adapter import bounds, kernels, memory, native
 from adapter.fused import Plain
@@ -42,7 +43,7 @@ def test_machine_of_these_tests_has_the_kernels_or_says_why():
 
 @needs_kernels
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 1), (1536, 40), (4480, 7), (100, 33), (30, 5)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 1), (1536, 40), (4480, 7), (100, 33), (30, 5), (1087, 29), (1, 3)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_bfloat16_linear(rows, inputs, outputs, with_bias):
     x, w = drawn(rows, inputs, dtype=torch.bfloat16), drawn(outputs, inputs, seed=1, dtype=torch.bfloat16, scale=0.05)
@@ -50,6 +51,32 @@ def test_bfloat16_linear(rows, inputs, outputs, with_bias):
     y = linear(x, w, bias)
     assert y.shape == (rows, outputs) and y.dtype is torch.bfloat16
     assert ((y.double() - exact(x, w, bias)).abs() <= rounding(x, w, bias)).all()
+
+
+@needs_kernels
+def test_more_rows_than_are_packed_at_once_and_more_threads_than_one():
+    x, w = drawn(1300, 1001, dtype=torch.bfloat16), drawn(70, 1001, seed=1, dtype=torch.bfloat16)
+    y = torch.ops.qwenvl_tp.linear(x, w, None)
+    assert ((y.double() - exact(x, w, None)).abs() <= rounding(x, w, None)).all()
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for rows in (1, 9, 1300):
+            one, many = (torch.ops.qwenvl_tp.linear(x[:rows], w, None) for _ in range(2))
+            assert torch.equal(one, many)
+            assert ((one.double() - y[:rows].double()).abs() <= rounding(x[:rows], w, None)).all()
+        assert torch.equal(one, y)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernels
+def test_what_lies_behind_an_odd_row_is_not_multiplied():
+    """A row's last input alone makes half a pair; the other half in memory is the next row's first."""
+    x, w = drawn(20, 7, dtype=torch.bfloat16), drawn(6, 7, seed=1, dtype=torch.bfloat16)
+    w[3, 0] = float("inf")
+    y = torch.ops.qwenvl_tp.linear(x, w, None)
+    assert torch.isfinite(y[:, [0, 1, 2, 4, 5]]).all() and not torch.isfinite(y[:, 3]).any()
 
 
 @needs_kernels
@@ -122,7 +149,6 @@ def test_not_a_number_stays_one():
 
 @needs_kernels
 @pytest.mark.parametrize(("call", "words"), [
-    (lambda o: o.linear(torch.ones(17, 64).bfloat16(), torch.ones(2, 64).bfloat16(), None), "16 rows"),
     (lambda o: o.linear(torch.ones(1, 64), torch.ones(2, 64), None), "bfloat16"),
     (lambda o: o.linear(torch.ones(1, 32).bfloat16(), torch.ones(2, 64).bfloat16(), None), "weight"),
     (lambda o: o.linear(torch.ones(64, 2).bfloat16().T, torch.ones(2, 64).bfloat16(), None), "contiguous"),
@@ -173,6 +199,18 @@ def test_fused_operators_equal_their_formulas(dtype):
     plain = Plain.attend(q, k, v, cos, sin, *theirs, start, place, dim ** -0.5)
     torch.testing.assert_close(ours, plain, rtol=8 * u, atol=8 * u)
     torch.testing.assert_close(caches, theirs, rtol=2 * u, atol=2 * u)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quick_gelu_rounds_where_transformers_does(dtype):
+    """Over every number of the format: sigmoid, good to 1e-6, may round the other way where torch's is near a tie; below
+    -50 it is 1e-37, not less."""
+    every = torch.arange(-32768, 32768).to(torch.int16).view(dtype)
+    x = every[(every.float().abs() < 1e4) & (every.float().abs() > 1e-30)]  # smaller ones the processor takes for zero
+    ours, theirs = torch.ops.qwenvl_tp.quick_gelu(x), QuickGELUActivation()(x)
+    assert (ours == theirs)[x > -50].float().mean() > 0.998
+    torch.testing.assert_close(ours, theirs, rtol=2 * bounds.unit_roundoff(dtype), atol=1e-6)
 
 
 @needs_kernels
