@@ -87,11 +87,11 @@ class Checkpoint:
         """
         import torch
 
-        from adapter import memory, native
+        from adapter import native
 
         info = self.tensors[name]
         assert info.shape == part.shape, (name, info.shape, part.shape)
-        out = memory.empty(part.local_shape, getattr(torch, TORCH_NAMES[info.dtype]))
+        out = torch.empty(part.local_shape, dtype=getattr(torch, TORCH_NAMES[info.dtype]))
         raw = out.reshape(-1).view(torch.uint8)
         with opened(info) as fd:
             if part.dim == 1 and len(part.ranges) == 1 and out.numel() and native.unavailable() is None:
@@ -246,7 +246,7 @@ def _read_runs(fd: int, raw: torch.Tensor, info: TensorInfo, part: TensorSlice) 
     target: memoryview = raw.numpy().data if raw.numel() else memoryview(b"")
     done = 0
     for start, length in _byte_runs(part, ITEM_BYTES[info.dtype]):
-        pread_full(fd, target[done : done + length], info, info.offset + start)
+        _pread_full(fd, target[done : done + length], info, info.offset + start)
         done += length
     assert done == len(target)
 
@@ -264,10 +264,10 @@ def _read_columns(fd: int, raw: torch.Tensor, info: TensorInfo, part: TensorSlic
         raise UserError(f"{info.file}: cannot be read: {os.strerror(-got)}")
     if got < raw.numel():
         whole, rest = divmod(got, raw.shape[1])
-        raise _cut_off(info, start + whole * row + rest)
+        raise cut_off(info, start + whole * row + rest)
 
 
-def _cut_off(info: TensorInfo, at: int) -> UserError:
+def cut_off(info: TensorInfo, at: int) -> UserError:
     return UserError(f"{info.file}: ends at byte {at}, inside tensor {info.name!r}; it was truncated while it was "
                      "being read")
 
@@ -284,7 +284,7 @@ def opened(info: TensorInfo) -> Iterator[int]:
         os.close(fd)
 
 
-def pread_full(fd: int, target: memoryview, info: TensorInfo, offset: int) -> None:
+def _pread_full(fd: int, target: memoryview, info: TensorInfo, offset: int) -> None:
     """Fill `target` from `offset`; a single call may return less than asked (2 GB limit, signals)."""
     done = 0
     while done < len(target):
@@ -293,5 +293,5 @@ def pread_full(fd: int, target: memoryview, info: TensorInfo, offset: int) -> No
         except OSError as error:
             raise UserError(f"{info.file}: cannot be read: {error.strerror}") from None
         if not got:
-            raise _cut_off(info, offset + done)
+            raise cut_off(info, offset + done)
         done += got

@@ -101,8 +101,7 @@ def model_source(model: nn.Module, policy: Policy) -> Source:
         whole = getattr(model.get_submodule(names[module]), suffix).detach()
         if part.dim is None:
             return whole.clone()
-        out = memory.empty(part.local_shape, whole.dtype) if whole.device.type == "cpu" else None
-        return torch.cat([whole.narrow(part.dim, a, b - a) for a, b in part.ranges], dim=part.dim, out=out)
+        return torch.cat([whole.narrow(part.dim, a, b - a) for a, b in part.ranges], dim=part.dim)
 
     return read
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapter import memory, native
+from adapter import native
 from policies.errors import UserError
 from policies.formats import GROUP, Format
 
@@ -73,8 +73,8 @@ def quantise(weight: Tensor, bits: int) -> Quantised:
     rows, inputs = weight.shape
     groups = -(-inputs // GROUP)
     zero = 1 << (bits - 1)
-    codes = memory.empty((rows, groups * GROUP * bits // 8), torch.uint8)
-    scales = memory.empty((rows, groups), torch.float16)
+    codes = torch.empty(rows, groups * GROUP * bits // 8, dtype=torch.uint8)
+    scales = torch.empty(rows, groups, dtype=torch.float16)
     step = max(1, (1 << 22) // inputs)
     for start in range(0, rows, step):  # in pieces, so that the float32 of a large matrix never exists whole
         group = F.pad(weight[start:start + step].float(), (0, groups * GROUP - inputs)).unflatten(-1, (-1, GROUP))

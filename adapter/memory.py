@@ -1,30 +1,19 @@
-"""Memory for weights: on huge pages where the system gives them, since all of it is read for every token."""
+"""What glibc's malloc gives back to the system, and when."""
 
 from __future__ import annotations
 
 import ctypes
-import math
-import mmap
-from collections.abc import Sequence
 from contextlib import suppress
 
-import torch
-from torch import Tensor
-
-LEAST_BYTES = 1 << 20  # below, a huge page (2 MB) is mostly waste
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A CPU tensor of this shape, its values undefined. The kernel is asked for huge pages, and may have none."""
-    size = math.prod(shape) * dtype.itemsize
-    if size < LEAST_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(tuple(shape), dtype=dtype)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
+KEPT_BYTES = 1 << 28  # of freed memory: more than what a prompt's layers take and give back, layer after layer
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def give_back() -> None:
-    """Hand what was freed back to the system: glibc keeps it, hundreds of megabytes after a model was loaded."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+    """Hand what was freed back to the system, hundreds of megabytes after a model was loaded; from now on keep what
+    requests free: else every layer of a prompt would have its activations from the system anew, page by page."""
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)
+        for option, value in ((M_MMAP_THRESHOLD, KEPT_BYTES), (M_TRIM_THRESHOLD, KEPT_BYTES), (M_TOP_PAD, KEPT_BYTES >> 2)):
+            libc.mallopt(option, value)

@@ -17,7 +17,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from adapter import memory
 from adapter.plan import Plan
 from adapter.predict import Workload, text_work, vision_work
 from adapter.topology import Group, to_device
@@ -51,7 +50,7 @@ class Machine:
     def __init__(self, world: Group, dtype: torch.dtype) -> None:
         """dtype: of the matrix product's operands."""
         self._world = world
-        self._buffer = to_device(memory.empty((READ_BYTES // 8,), torch.int64).fill_(1))  # on pages as the weights are
+        self._buffer = to_device(torch.ones(READ_BYTES // 8, dtype=torch.int64))
         self._product = product(dtype)
 
     def now(self) -> Moment:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers.activations import QuickGELUActivation
 
-from adapter import bounds, kernels, memory, native
+from adapter import bounds, kernels, native
 from adapter.fused import Plain
 from adapter.kernels import FEW_ROWS, Quantised, linear, quantise
 from policies.errors import UserError
@@ -224,13 +224,6 @@ def test_attention_of_a_picture(heads, tokens, dim):
     spread = F.scaled_dot_product_attention(q.double(), k.double(), v.double().abs())
     score = float(q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max()) / dim ** 0.5
     assert ((ours - true).abs() <= bounds.attention(spread.float(), score, dim, tokens, torch.bfloat16, False)).all()
-
-
-def test_memory_of_weights_is_writable_and_of_the_shape_asked_for():
-    for shape in ((3, 5), (1024, 1024), (0, 4)):
-        tensor = memory.empty(shape, torch.bfloat16)
-        tensor.fill_(2)
-        assert tuple(tensor.shape) == shape and bool((tensor == 2).all())
 
 
 @needs_kernels

@@ -122,20 +122,33 @@ def test_parts_put_together_are_the_tensors(tmp_path, shape, tp, form, dtype):
 
 
 @pytest.mark.parametrize(("shape", "tp", "form", "dtype"), [CASES[0], CASES[-1]])
-def test_a_file_is_read_from_front_to_end_into_one_piece_of_memory(tmp_path, monkeypatch, shape, tp, form, dtype):
+def test_a_file_is_mapped_and_what_lies_askew_in_it_is_copied(tmp_path, shape, tp, form, dtype):
     plan, _, directory = written(tmp_path, shape, tp, dtype, form)
-    shards, asked, preadv = opened(directory, plan), [], os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: asked.append((at, len(buffers[0]))) or preadv(
-        fd, buffers, at))
+    shards = opened(directory, plan)
+    file, infos = shards.file(tp - 1), shards.files[tp - 1]
+    assert infos[next(entries(plan, tp - 1)).name].offset % 64 == 0
     held = shards.load(tp - 1)
-    first = shards.files[tp - 1][next(entries(plan, tp - 1)).name].offset
-    assert asked[0][0] == first and first % 64 == 0
-    assert [a + n for a, n in asked[:-1]] == [a for a, _ in asked[1:]], "without a gap"
-    assert sum(asked[-1]) == shards.file(tp - 1).stat().st_size
-    tensors = [t for w in held.values() for t in ((w.codes, w.scales) if isinstance(w, Quantised) else (w,))]
-    assert len({t.untyped_storage().data_ptr() for t in tensors}) == 1
-    base = tensors[0].untyped_storage().data_ptr()
-    assert all((t.data_ptr() - base) % 64 == 0 for t in tensors if t.numel())
+    stored = {k: t for name, w in held.items() for k, t in (
+        ((f"{name}.codes", w.codes), (f"{name}.scales", w.scales)) if isinstance(w, Quantised) else ((name, w),))}
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
+    low, high = (int(x, 16) for x in maps[0][0].split("-"))
+    assert len(maps) == 1
+    for name, tensor in stored.items():
+        mapped = tensor.numel() > 0 and low <= tensor.data_ptr() < high
+        assert mapped == (infos[name].offset % 64 == 0 and tensor.numel() > 0), name
+        assert tensor.data_ptr() % 16 == 0, name
+    assert shards.bytes_read == sum(info.nbytes for info in infos.values())
+
+
+def test_a_file_that_became_shorter_since_it_was_looked_at(tmp_path):
+    plan, _, directory = written(tmp_path, *CASES[0][:2], CASES[0][3], CASES[0][2])
+    shards = opened(directory, plan)
+    os.truncate(shards.file(0), shards.file(0).stat().st_size - 4)
+    with pytest.raises(UserError, match="it was truncated while it was being read"):
+        shards.load(0)
+    os.truncate(shards.file(0), 0)
+    with pytest.raises(UserError, match="cannot be mapped"):
+        shards.load(0)
 
 
 @pytest.mark.parametrize(("shape", "tp", "form", "dtype"), [CASES[0], *CASES[-2:]])
