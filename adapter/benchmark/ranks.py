@@ -111,10 +111,11 @@ def _inputs(config: Config, plan: Plan, args: argparse.Namespace) -> tuple[Input
 
 
 def _started(job: Job, load_s: float) -> Row:
-    """Loading and memory, before the machine is measured: its buffers are no part of the product."""
+    """Loading, memory after it, and the first request, before the machine is measured: its buffers are no part of the
+    product."""
     facts = rank_facts(job.engine)
-    cold = job.run(job.one, WARM_UP_TOKENS)
     rows = everyone(job.engine.mpu.world, [load_s, *memory().values()])
+    cold = job.run(job.one, WARM_UP_TOKENS)
     of_ranks = {name: [int(row[1 + place]) for row in rows] for place, name in enumerate(memory())}
     return {
         "load_s": round(max(row[0] for row in rows), 4), "read_s": round(max(fact["load_s"] for fact in facts), 4),

@@ -74,7 +74,7 @@ def test_the_driver_times_ours_and_a_peer_and_draws_them(tmp_path):
     assert ordered(total["command_to_first_answer_s"])
     peer = total["peers"]["hf"]
     assert peer["prompt_tokens"] == 43
-    assert all(ordered(peer[name]) for name in ("load_s", "cold_ttft_s", "ttft_s", "decode_tok_s"))
+    assert all(ordered(peer[name]) for name in ("start_s", "load_s", "cold_ttft_s", "ttft_s", "decode_tok_s"))
     assert all(len(peer[name]) == 1 and ordered(peer[name][0]) for name in ("peak_rss_bytes", "pss_bytes"))
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 

@@ -107,10 +107,13 @@ def test_summary_has_ours_on_top_and_the_peers_below():
 
 
 def test_rows_of_a_peers_ranks_become_one():
+    ready = [(0.5, {"ready": True}), (0.75, {"ready": True})]
     rows = [(1.0, {"rank": 1, "pss_bytes": 20}), (2.0, {"rank": 0, "pss_bytes": 10, "ttft_s": 1.0}), (3.0, {"a": 1})]
-    assert merged(children.Ended(0, rows, [], 1.0)) == [{"rank": 0, "pss_bytes": [10, 20], "ttft_s": 1.0}]
+    expected = {"start_s": 0.75, "rank": 0, "pss_bytes": [10, 20], "ttft_s": 1.0}
+    assert merged(children.Ended(0, [*ready, *rows], [], 1.0)) == [expected]
     family = [(1.0, {"rank": 0, "pss_bytes": [10, 30], "ttft_s": 1.0})]  # vLLM's one row, of all its processes
-    assert merged(children.Ended(0, family, [], 1.0)) == [{"rank": 0, "pss_bytes": [10, 30], "ttft_s": 1.0}]
+    assert merged(children.Ended(0, [*ready[:1], *family], [], 1.0)) == [
+        {"start_s": 0.5, "rank": 0, "pss_bytes": [10, 30], "ttft_s": 1.0}]
 
 
 @pytest.mark.parametrize(("ranks", "cores", "expected"), [

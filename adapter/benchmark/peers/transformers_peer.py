@@ -79,6 +79,7 @@ def main() -> None:
     began = time.perf_counter()
     model = LOADERS[args.engine](args.model, getattr(torch, args.dtype)).eval()
     load_s = time.perf_counter() - began
+    tell({"ready": True})
     inputs = {name: tensor.to(model.device) for name, tensor in load_file(args.inputs).items()
               if not name.startswith("picture.")}
 

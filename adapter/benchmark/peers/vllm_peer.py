@@ -41,6 +41,7 @@ def main() -> None:
         limit_mm_per_prompt={"image": pictures, "video": 0}, seed=0,
         **({"distributed_executor_backend": "mp"} if args.tp > 1 else {}))
     load_s = time.perf_counter() - began
+    tell({"ready": True})
 
     def run(new: int) -> Any:
         sampling = vllm.SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True)
