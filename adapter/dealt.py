@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapter import layers
+from adapter import kernels, layers
 from adapter.attention import override_heads
 from adapter.plan import Plan
 from adapter.topology import Group
@@ -55,11 +54,11 @@ class EitherColumn(layers.ColumnParallelLinear):
         self.ranges, self.switch = ranges, switch
 
     def own(self, x: Tensor) -> Tensor:
-        outs = [F.linear(x, self.weight[a:b], None if self.bias is None else self.bias[a:b]) for a, b in self.ranges]
+        outs = [kernels.linear(x, self.weight[a:b], None if self.bias is None else self.bias[a:b]) for a, b in self.ranges]
         return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.switch.split else F.linear(x, self.weight, self.bias)
+        return super().forward(x) if self.switch.split else kernels.linear(x, self.weight, self.bias)
 
 
 class EitherRow(layers.RowParallelLinear):
@@ -73,10 +72,10 @@ class EitherRow(layers.RowParallelLinear):
         self.owned, self.switch = owned, switch
 
     def own(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight[:, slice(*self.owned)])
+        return kernels.linear(x, self.weight[:, slice(*self.owned)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.switch.split else F.linear(x, self.weight, self.bias)
+        return super().forward(x) if self.switch.split else kernels.linear(x, self.weight, self.bias)
 
 
 def either(claim: Claim, part: TensorSlice, tp: Group, weight: Tensor, bias: Tensor | None, switch: Switch,
@@ -103,6 +102,10 @@ class Dealt:
         dealt = self.decide(grid)
         if dealt is None:
             return self.run(True, patches, grid, others)
+        return self.by_share(dealt, patches, grid, others)
+
+    def by_share(self, dealt: Deal, patches: Tensor, grid: Tensor, others: Mapping[str, Any]) -> Any:
+        """The features of all pieces, each read by one rank."""
         _refuse_tensors(others, self.tower.module)
         share = dealt.shares[self.tp.rank]
         out = self.run(False, *self.read(dealt, patches, grid), others) if share else self._nothing(patches, grid)

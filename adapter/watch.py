@@ -69,16 +69,17 @@ def watching(mpu: Mpu, limit_s: float = TIMEOUT.total_seconds()) -> Iterator[Non
     watcher.start()
     try:
         with watcher.hearing():
-            yield
-            mpu.world.barrier()
-    except (CheckFailed, UserError):  # every rank has come to it by itself
-        raise
-    except BaseException as error:
-        if isinstance(error, RuntimeError) and APART in str(error):  # so it is on every rank of the group
-            raise CheckFailed(f"{str(error).splitlines()[0]}. tensor_parallel.desync_check=1 finds where they part") \
-                from error
-        watcher.lost(error)
-        raise
+            try:
+                yield
+                mpu.world.barrier()
+            except (CheckFailed, UserError):  # every rank has come to it by itself
+                raise
+            except BaseException as error:
+                if isinstance(error, RuntimeError) and APART in str(error):  # so it is on every rank of the group
+                    raise CheckFailed(f"{str(error).splitlines()[0]}. tensor_parallel.desync_check=1 finds where they "
+                                      "part") from error
+                watcher.lost(error)
+                raise
     finally:
         watcher.end()
     dist.barrier()  # nobody leaves while another still watches it

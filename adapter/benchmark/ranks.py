@@ -20,6 +20,7 @@ from adapter import command
 from adapter.benchmark.limits import Machine, Moment, decode_bytes, everyone, prefill_flop
 from adapter.benchmark.peers.peer import WARM_UP_TOKENS, memory, speed
 from adapter.benchmark.request import first_request, make_processor
+from adapter.benchmark.vision import ways
 from adapter.doctor.machine import cpu
 from adapter.engine import init_inference
 from adapter.generation import Clock, Limits, generate, rank_facts, share
@@ -165,6 +166,7 @@ def _repeated(job: Job, machine: Machine, args: argparse.Namespace) -> Row:
         "at_once": {"ttft_s": many["ttft_s"], "decode_tok_s": round(total, 4),
                     "times_one": round(total / one["decode_tok_s"], 4), **moments[1].between(moments[2]).facts()},
         "collective_us": {name: round(_microseconds(job, call, x), 2) for name, (call, x) in _collectives(job).items()},
+        **({"vision_s": seconds} if (seconds := ways(job.engine)) else {}),
     }
 
 

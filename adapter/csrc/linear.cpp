@@ -195,20 +195,20 @@ int64_t linear_rows() {
 #endif
 }
 
-// x [rows, K], weight [N, K], bias [N], all bfloat16 and contiguous -> [rows, N]
+// x [rows, K], weight [N, K], bias [N], all bfloat16 and contiguous, but for space between the rows of weight -> [rows, N]
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
 #if HAVE_KERNELS
   TORCH_CHECK(x.dim() == 2 && x.size(1) == weight.size(1), "x ", x.sizes(), " does not fit weight ", weight.sizes());
-  TORCH_CHECK(x.is_contiguous() && weight.is_contiguous(), "x and weight must be contiguous");
+  TORCH_CHECK(x.is_contiguous() && weight.stride(1) == 1, "x and the rows of weight must be contiguous");
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16, "bfloat16 is needed");
   TORCH_CHECK(!bias || (bias->scalar_type() == at::kBFloat16 && bias->is_contiguous()), "a bfloat16 bias is needed");
-  const int64_t rows = x.size(0), K = x.size(1), N = weight.size(0);
+  const int64_t rows = x.size(0), K = x.size(1), N = weight.size(0), stride = weight.stride(0);
   Tensor y = at::empty({rows, N}, x.options());
   const uint16_t *from = raw(x), *w = raw(weight), *b = bias ? raw(*bias) : nullptr;
   uint16_t* to = raw(y);
-  if (rows != 1) product(from, w, K, b, to, N, rows, K, N);
+  if (rows != 1) product(from, w, stride, b, to, N, rows, K, N);
   else at::parallel_for(0, N, 64, [&](int64_t n0, int64_t n1) {
-    for (int64_t n = n0; n < n1; n++) to[n] = to_bf16(dot(w + n * K, from, K) + (b ? from_bf16(b[n]) : 0.f));
+    for (int64_t n = n0; n < n1; n++) to[n] = to_bf16(dot(w + n * stride, from, K) + (b ? from_bf16(b[n]) : 0.f));
   });
   return y;
 #else

@@ -1,12 +1,14 @@
-"""Ask a checkpoint the demo's questions through Transformers' ordinary path, and measure how many it gets right.
+"""Ask a checkpoint the demo's questions and measure how many it gets right: through Transformers' ordinary path or, with
+--weights, through this project's in one process, its weights held in that format.
 
-usage: python launch/demo/ask.py [--checkpoint DIR] [--per-kind 200] [--seed 2] [--dtype float32]
+usage: python launch/demo/ask.py [--checkpoint DIR] [--per-kind 200] [--seed 2] [--dtype float32] [--weights int8]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,17 @@ class Asker:
     def load(cls, folder: Path = CHECKPOINT, dtype: str = "float32") -> Asker:
         model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         return cls(model, AutoProcessor.from_pretrained(folder))
+
+    @classmethod
+    def quantised(cls, folder: Path, dtype: str, weights: str) -> Asker:
+        """The same from adapter.init_inference at tp_size 1, which joins a job of one rank."""
+        sys.path.insert(0, str(HERE.parents[1]))
+        from adapter import init_inference
+        from adapter.config import from_dict
+
+        config = {"model": {"path": str(folder), "dtype": dtype}, "tensor_parallel": {"tp_size": 1},
+                  "weights": {"format": weights}}
+        return cls(init_inference(from_dict(config, Path.cwd())).module, AutoProcessor.from_pretrained(folder))
 
     def inputs(self, items: Sequence[pictures.Item]) -> Any:
         """Left-padded model inputs for a batch of questions: chat template, image and video processors."""
@@ -78,8 +91,11 @@ def main() -> None:
     parser.add_argument("--per-kind", type=int, default=200)
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEED)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--weights", choices=("dense", "int8", "int4"), help="through this project, in this format")
     args = parser.parse_args()
-    print(json.dumps(accuracy(Asker.load(args.checkpoint, args.dtype), args.per_kind, args.seed)))
+    asker = Asker.quantised(args.checkpoint, args.dtype, args.weights) if args.weights \
+        else Asker.load(args.checkpoint, args.dtype)
+    print(json.dumps(accuracy(asker, args.per_kind, args.seed)))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,13 @@ def test_more_rows_than_are_packed_at_once_and_more_threads_than_one():
 
 
 @needs_kernels
+@pytest.mark.parametrize("rows", [1, 9, 40])
+def test_columns_of_a_weight_are_read_where_they_lie(rows):
+    x, w = drawn(rows, 37, dtype=torch.bfloat16), drawn(30, 100, seed=1, dtype=torch.bfloat16)
+    assert torch.equal(linear(x, w[:, 5:42]), linear(x, w[:, 5:42].contiguous()))
+
+
+@needs_kernels
 def test_what_lies_behind_an_odd_row_is_not_multiplied():
     """A row's last input alone makes half a pair; the other half in memory is the next row's first."""
     x, w = drawn(20, 7, dtype=torch.bfloat16), drawn(6, 7, seed=1, dtype=torch.bfloat16)
