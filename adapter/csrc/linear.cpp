@@ -24,6 +24,7 @@ namespace {
 using at::Tensor;
 constexpr int64_t GROUP = 64;   // weights that share a scale; adapter/kernels.py has the same number
 constexpr int64_t FEW_ROWS = 16;  // of x, which a quantised weight takes as codes; adapter/kernels.py has the same number
+constexpr int64_t READING_ROWS = 8;  // of x, up to which multiplying keeps up with reading W
 constexpr int64_t AHEAD = 4096;  // bytes of W asked for before they are needed
 
 bool supported() { return HAVE_KERNELS; }
@@ -39,7 +40,8 @@ inline float get(const float* x) { return *x; }
 inline __m512bh load(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
 inline __m512bh load(const uint16_t* p, __mmask32 mask) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, p); }
 
-// w . x of K inputs: a single stream of memory, asked for ahead
+// w . x of K inputs: a single stream of memory, asked for ahead (into the second cache: the first is too small for what
+// comes 4 KB later, and loses x to it)
 inline float dot(const uint16_t* w, const uint16_t* x, int64_t K) {
   constexpr int STEPS = 8;
   __m512 sums[STEPS];
@@ -47,7 +49,7 @@ inline float dot(const uint16_t* w, const uint16_t* x, int64_t K) {
   int64_t k = 0;
   for (; k + 32 * STEPS <= K; k += 32 * STEPS)
     UNROLL for (int u = 0; u < STEPS; u++) {
-      _mm_prefetch(reinterpret_cast<const char*>(w + k + 32 * u) + AHEAD, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(w + k + 32 * u) + AHEAD, _MM_HINT_T1);
       sums[u] = _mm512_dpbf16_ps(sums[u], load(w + k + 32 * u), load(x + k + 32 * u));
     }
   for (; k < K; k += 32) {
@@ -57,6 +59,64 @@ inline float dot(const uint16_t* w, const uint16_t* x, int64_t K) {
   UNROLL for (int u = 1; u < STEPS; u++) sums[0] = _mm512_add_ps(sums[0], sums[u]);
   return _mm512_reduce_add_ps(sums[0]);
 }
+
+struct Dense {
+  const uint16_t *x, *w;
+  int64_t stride;  // of w, between rows
+  const uint16_t* bias;
+  uint16_t* y;
+  int64_t K, N;
+
+  void store(int64_t m, int64_t n, float v) const { put(y + m * N + n, bias ? v + from_bf16(bias[n]) : v); }
+
+  void one(int64_t n0, int64_t n1) const {
+    for (int64_t n = n0; n < n1; n++) store(0, n, dot(w + n * stride, x, K));
+  }
+
+  // R rows of w times M of x; on the way the next R rows of w are asked for
+  template <int R, int M>
+  void block(int64_t n) const {
+    const uint16_t* from = w + n * stride;
+    __m512 sums[R][M];
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < K; k += 32) {
+      const __mmask32 mask = K - k >= 32 ? ~0u : (1u << (K - k)) - 1;
+      __m512bh ws[R];
+      UNROLL for (int r = 0; r < R; r++) {
+        _mm_prefetch(reinterpret_cast<const char*>(from + (R + r) * stride + k), _MM_HINT_T1);
+        ws[r] = load(from + r * stride + k, mask);
+      }
+      UNROLL for (int m = 0; m < M; m++) {
+        const __m512bh xs = load(x + m * K + k, mask);
+        UNROLL for (int r = 0; r < R; r++) sums[r][m] = _mm512_dpbf16_ps(sums[r][m], ws[r], xs);
+      }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int m = 0; m < M; m++) store(m, n + r, _mm512_reduce_add_ps(sums[r][m]));
+  }
+
+  template <int M>
+  void several(int64_t n0, int64_t n1) const {
+    constexpr int R = M > 6 ? 3 : 4;  // as many sums as registers hold
+    int64_t n = n0;
+    for (; n + R <= n1; n += R) block<R, M>(n);
+    for (; n < n1; n++) block<1, M>(n);
+  }
+
+  void run(int64_t rows, int64_t n0, int64_t n1) const {
+    switch (rows) {
+      case 1: return one(n0, n1);
+      case 2: return several<2>(n0, n1);
+      case 3: return several<3>(n0, n1);
+      case 4: return several<4>(n0, n1);
+      case 5: return several<5>(n0, n1);
+      case 6: return several<6>(n0, n1);
+      case 7: return several<7>(n0, n1);
+      case 8: return several<8>(n0, n1);
+    }
+  }
+};
 
 // x quantised: codes [rows][groups * 64], for each group its scale and scale * zero * sum of its codes
 struct Quantised {
@@ -118,7 +178,7 @@ inline void row(const uint8_t* w, const at::Half* scales, const Quantised& q, in
     if (BITS == 8) {
       for (int g = 0; g < count; g++) {
         const uint8_t* p = w + (g0 + g) * GROUP;
-        _mm_prefetch(reinterpret_cast<const char*>(p) + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(p) + AHEAD, _MM_HINT_T1);
         const __m512i c = _mm512_loadu_si512(p);
         for (int m = 0; m < M; m++) {
           const int8_t* x = q.codes.data() + (m0 + m) * q.stride + (g0 + g) * GROUP;
@@ -129,7 +189,7 @@ inline void row(const uint8_t* w, const at::Half* scales, const Quantised& q, in
     } else {
       for (int g = 0; g < count; g += 2) {
         const uint8_t* p = w + (g0 + g) * (GROUP / 2);
-        _mm_prefetch(reinterpret_cast<const char*>(p) + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(p) + AHEAD, _MM_HINT_T1);
         const __m512i c = g + 2 <= count ? _mm512_loadu_si512(p)
                                          : _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p));
         const __m512i first = _mm512_and_si512(c, low), second = _mm512_and_si512(_mm512_srli_epi16(c, 4), low);
@@ -206,10 +266,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   Tensor y = at::empty({rows, N}, x.options());
   const uint16_t *from = raw(x), *w = raw(weight), *b = bias ? raw(*bias) : nullptr;
   uint16_t* to = raw(y);
-  if (rows != 1) product(from, w, stride, b, to, N, rows, K, N);
-  else at::parallel_for(0, N, 64, [&](int64_t n0, int64_t n1) {
-    for (int64_t n = n0; n < n1; n++) to[n] = to_bf16(dot(w + n * stride, from, K) + (b ? from_bf16(b[n]) : 0.f));
-  });
+  if (rows > READING_ROWS) product(from, w, stride, b, to, N, rows, K, N);
+  else at::parallel_for(0, N, 64, [&](int64_t n0, int64_t n1) { Dense{from, w, stride, b, to, K, N}.run(rows, n0, n1); });
   return y;
 #else
   TORCH_CHECK(false, "this processor lacks AVX-512 BF16 and VNNI");

@@ -16,7 +16,7 @@ from policies.errors import UserError
 from policies.formats import DENSE, GROUP, INT4, INT8
 
 needs_kernels = pytest.mark.skipif(kernels.missing() is not None, reason=f"no kernels: {kernels.missing()}")
-ROWS = (1, 2, 3, 4, 5, 8, 15, 16, 17, 40)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 40)
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
