@@ -113,6 +113,7 @@ def start() -> NoReturn:
     arguments.add_argument("--against", type=_peers, default=[], metavar="PEERS",
                            help=f"time others on the same request too, of {','.join(PEERS)}")
     arguments.add_argument("--vllm-python", metavar="PATH", help="interpreter of an environment with vLLM")
+    arguments.add_argument("--profile", action="store_true", help="tell the operators that take the most time, too")
     arguments.add_argument("--png", type=Path, metavar="FILE", help="draw first token and tokens/s of all")
     arguments.add_argument("--write-hardware", type=Path, metavar="FILE",
                            help="write this machine, as measured, for launch/plan.py --hardware")

@@ -112,7 +112,7 @@ def _launcher(ranks: int) -> list[str]:
 def _ours(plan: Plan, args: argparse.Namespace) -> Task:
     """`bench` itself as ranks. Its row of the start and the one of its only repeat."""
     own = ["--module", "adapter.bench", "--config", args.config, "--repeats", "1", "--new", str(args.new),
-           "--requests-at-once", str(args.requests_at_once), *args.overrides]
+           "--requests-at-once", str(args.requests_at_once), *(["--profile"] if args.profile else []), *args.overrides]
     return Task("this project", OURS, lambda: [*_launcher(plan.tp_size), *own], plan.tp_size,
                 lambda ended: [row for _, row in ended.rows if "summary" not in row], own=True)
 

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from adapter import command
 from adapter.benchmark.limits import Machine, Moment, decode_bytes, everyone, prefill_flop
+from adapter.benchmark.operators import operators
 from adapter.benchmark.peers.peer import WARM_UP_TOKENS, memory, speed
 from adapter.benchmark.request import first_request, make_processor
 from adapter.benchmark.vision import ways
@@ -96,6 +98,8 @@ def measure(config: Config, plan: Plan, args: argparse.Namespace, write: Callabl
         job.run(job.many, WARM_UP_TOKENS)
         for repeat in range(args.repeats):
             row = _repeated(job, machine, args)
+            if args.profile:
+                row["profile"] = operators(partial(job.run, job.one))
             if first:
                 log.info("repeat %d of %d: first token %.3f s, %.2f tokens/s, %d at once %.2f tokens/s", repeat + 1,
                          args.repeats, row["ttft_s"], row["decode_tok_s"], args.requests_at_once,

@@ -62,14 +62,18 @@ def test_ranks_measure_themselves(tmp_path):
     assert done.returncode == 0 and json.loads(done.stdout)["prediction"]["decode_tok_s"] > 0, done.stderr
 
 
-def test_both_ways_of_reading_pictures_are_timed_where_each_request_takes_its_own():
-    outcome = launch(2, BENCH, *SMALL, "--repeats", "1", "tensor_parallel.vision=auto")
+def test_both_ways_of_reading_pictures_are_timed_and_operators_are_told():
+    outcome = launch(2, BENCH, *SMALL, "--repeats", "1", "--profile", "tensor_parallel.vision=auto")
     assert outcome.code == 0, outcome.err[-3000:]
-    seconds = rows(outcome)[1]["vision_s"]
+    seconds, profile = rows(outcome)[1]["vision_s"], rows(outcome)[1]["profile"]
     assert len(seconds) == 4 and not any("1 picture" in what for what in seconds)
     for each in seconds.values():
         assert all(map(ordered, each.values()))
         assert each["auto_s"] in (each["tensor_s"], each["data_s"])
+    for part in ("first_token_s", "step_s"):
+        assert "all others" in profile[part] and len(profile[part]) == 11
+        assert all(0 <= spread["min"] < 60 for spread in profile[part].values())
+    assert any("qwenvl_tp" in name for name in profile["step_s"])
 
 
 def test_the_driver_times_ours_and_a_peer_and_draws_them(tmp_path):
