@@ -103,14 +103,17 @@ def make_weight(weight: Weight, form: Format) -> Weight:
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [*, K], weight [N, K], bias [N] -> [*, N]."""
     if isinstance(weight, Quantised):
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        ops = torch.ops.qwenvl_tp
-        return ops.linear_quantised(flat, weight.codes, weight.scales, bias, weight.bits).view(*x.shape[:-1], -1)
-    if x.device.type == "cpu" and x.dtype is torch.bfloat16 and weight.dtype is torch.bfloat16 and missing() is None \
+        y = torch.ops.qwenvl_tp.linear_quantised(_rows(x), weight.codes, weight.scales, bias, weight.bits)
+    elif x.dtype is torch.bfloat16 and x.device.type == "cpu" and weight.dtype is torch.bfloat16 and missing() is None \
             and x.numel() <= _most_rows() * x.shape[-1]:
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        return torch.ops.qwenvl_tp.linear(flat, weight, bias).view(*x.shape[:-1], -1)
-    return F.linear(x, weight, bias)
+        y = torch.ops.qwenvl_tp.linear(_rows(x), weight, bias)
+    else:
+        return F.linear(x, weight, bias)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.ndim == 2 and x.is_contiguous() else x.reshape(-1, x.shape[-1]).contiguous()
 
 
 @cache

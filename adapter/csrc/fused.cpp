@@ -21,10 +21,10 @@ using at::Tensor;
 
 #define DISPATCH(TYPE, ...) AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, TYPE, "qwenvl_tp", __VA_ARGS__)
 
-// 1 / (1 + e^-x) to 1e-6 of it, in steps that a compiler turns into vector instructions. e^-x is 2^n times a polynomial
-// of the rest (Cephes, expf).
-inline float sigmoid(float x) {
-  const float y = std::min(std::max(-x, -87.0f), 87.0f);
+// e^x to 1e-7 of it, for x from -87 to 87 (what is beyond is taken for those), in steps that a compiler turns into vector
+// instructions: 2^n times a polynomial of the rest (Cephes, expf).
+inline float exponential(float x) {
+  const float y = std::min(std::max(x, -87.0f), 87.0f);
   const float shifted = y * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number
   const float n = shifted - 12582912.0f, r = y - n * 0.693359375f + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
@@ -37,8 +37,10 @@ inline float sigmoid(float x) {
   const int32_t bits = (int32_t(n) + 127) << 23;
   float power;
   std::memcpy(&power, &bits, 4);
-  return 1.0f / (1.0f + p * power);
+  return p * power;
 }
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 constexpr int64_t PIECE = 4096;  // elements that are converted, computed and rounded at a time, in the cache
 
@@ -185,7 +187,7 @@ void attend_head(const T* q, const T* keys, const T* values, T* out, const Shape
   for (int64_t i = 0; i < s.groups * D; i++) query[i] = float(q[i]) * scale;
   for (int64_t t = 0; t < count; t++) {
     const T* k = keys + (from + t) * D;
-    for (int64_t i = 0; i < D; i++) row[i] = float(k[i]);
+    widen(k, row.data(), D);
     for (int64_t g = 0; g < s.groups; g++) {
       const float* qg = query.data() + g * D;
       float dot = 0;
@@ -196,15 +198,16 @@ void attend_head(const T* q, const T* keys, const T* values, T* out, const Shape
     }
   }
   std::vector<float> total(s.groups, 0.f);
-  for (int64_t g = 0; g < s.groups; g++)
-    for (int64_t t = 0; t < count; t++) {
-      float& p = score[g * count + t];
-      p = std::exp(p - most[g]);
-      total[g] += p;
-    }
+  for (int64_t g = 0; g < s.groups; g++) {
+    float *p = score.data() + g * count, all = 0;
+    for (int64_t t = 0; t < count; t++) p[t] = exponential(p[t] - most[g]);
+#pragma omp simd reduction(+ : all)
+    for (int64_t t = 0; t < count; t++) all += p[t];
+    total[g] = all;
+  }
   for (int64_t t = 0; t < count; t++) {
     const T* v = values + (from + t) * D;
-    for (int64_t i = 0; i < D; i++) row[i] = float(v[i]);
+    widen(v, row.data(), D);
     for (int64_t g = 0; g < s.groups; g++) {
       const float p = score[g * count + t];
       float* to_sum = sum.data() + g * D;
