@@ -54,7 +54,8 @@ class EitherColumn(layers.ColumnParallelLinear):
         self.ranges, self.switch = ranges, switch
 
     def own(self, x: Tensor) -> Tensor:
-        outs = [kernels.linear(x, self.weight[a:b], None if self.bias is None else self.bias[a:b]) for a, b in self.ranges]
+        outs = [kernels.linear(x, self.weight[a:b], None if self.bias is None else self.bias[a:b])
+                for a, b in self.ranges]
         return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
 
     def forward(self, x: Tensor) -> Tensor:

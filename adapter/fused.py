@@ -21,8 +21,8 @@ def operators(device: str) -> Any:
 
 
 class QuickGelu(nn.Module):
-    """Transformers' QuickGELUActivation, x * sigmoid(1.702 x), rounded where it rounds; on CPU in half precision one pass
-    over memory instead of three. In float32 it is Transformers' own, bit for bit."""
+    """Transformers' QuickGELUActivation, x * sigmoid(1.702 x), rounded where it rounds; on CPU in half precision one
+    pass over memory instead of three. In float32 it is Transformers' own, bit for bit."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.dtype is torch.float32 or not x.is_contiguous():

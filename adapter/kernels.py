@@ -55,7 +55,7 @@ class Quantised:
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
         """These rows, unpacked."""
-        return unpack(self.codes[rows], self.scales[rows], self.bits, self.dtype)[..., :self.inputs]
+        return unpack(self.codes[rows], self.scales[rows], self.bits, self.dtype)[..., :self.inputs].contiguous()
 
     def dense(self) -> Tensor:
         return self[:]

@@ -15,5 +15,6 @@ def give_back() -> None:
     with suppress(OSError, AttributeError):  # another C library than glibc
         libc = ctypes.CDLL(None)
         libc.malloc_trim(0)
-        for option, value in ((M_MMAP_THRESHOLD, KEPT_BYTES), (M_TRIM_THRESHOLD, KEPT_BYTES), (M_TOP_PAD, KEPT_BYTES >> 2)):
-            libc.mallopt(option, value)
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_TOP_PAD, KEPT_BYTES >> 2)

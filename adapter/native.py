@@ -48,7 +48,8 @@ def unavailable() -> str | None:
 def _cached() -> Path:
     """Where the library of this machine lies."""
     digest = hashlib.blake2b(digest_size=8)
-    for part in (*(s.read_bytes() for s in (*SOURCES, *HEADERS)), *map(str.encode, (*FLAGS, torch.__version__, _processor()))):
+    made_of = *FLAGS, torch.__version__, _processor()
+    for part in (*(s.read_bytes() for s in (*SOURCES, *HEADERS)), *map(str.encode, made_of)):
         digest.update(part)
     home = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
     return Path(home) / f"qwenvl_tp-{digest.hexdigest()}.so"

@@ -155,8 +155,8 @@ def _peer(name: str, config: Config, plan: Plan, args: argparse.Namespace, input
 
 
 def merged(ended: Ended) -> list[Row]:
-    """A peer's rows, one of each rank, as one: what rank 0 timed, and of every rank the memory, in their order. start_s:
-    from the command to the row in which the last rank said that its model was ready."""
+    """A peer's rows, one of each rank, as one: what rank 0 timed, and of every rank the memory, in their order.
+    start_s: from the command to the row in which the last rank said that its model was ready."""
     rows = sorted((row for _, row in ended.rows if "rank" in row), key=lambda row: int(row["rank"]))
     each = [name for name in rows[0] if name.endswith("_bytes") and not isinstance(rows[0][name], list)]
     ready = [at for at, row in ended.rows if "ready" in row]

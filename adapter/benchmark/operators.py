@@ -11,8 +11,8 @@ MOST = 10  # operators that are told by name
 
 
 def operators(run: Callable[[int], object]) -> dict[str, dict[str, float]]:
-    """run(n): a request of n new tokens. Two of them, their difference some steps: so the prompt's part and a step's are
-    told apart. CPU seconds by themselves, the largest first; `all others` is their rest."""
+    """run(n): a request of n new tokens. Two of them, their difference some steps: so the prompt's part and a step's
+    are told apart. CPU seconds by themselves, the largest first; `all others` is their rest."""
     short, long = _seconds(run, 2), _seconds(run, 2 + STEPS)
     step = {name: max(0.0, (long[name] - short.get(name, 0.0)) / STEPS) for name in long}
     first = {name: max(0.0, took - step.get(name, 0.0)) for name, took in short.items()}

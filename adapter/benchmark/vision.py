@@ -1,4 +1,4 @@
-"""`tensor_parallel.vision: auto`, checked: pictures through the tower in both ways, and in the way that its cost takes."""
+"""`tensor_parallel.vision: auto`, checked: pictures through the tower in both ways, and the way that its cost takes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from adapter.towers import EXAMPLES, deal
 
 
 def ways(engine: deepspeed.InferenceEngine) -> dict[str, dict[str, float]]:
-    """What is read -> seconds split over the ranks (tensor_s), dealt to them (data_s), and of the two the way that `auto`
-    takes (auto_s). Empty unless the engine's tower is whole on every rank. Every rank must call it."""
+    """What is read -> seconds split over the ranks (tensor_s), dealt to them (data_s), and of the two the way that
+    `auto` takes (auto_s). Empty unless the engine's tower is whole on every rank. Every rank must call it."""
     tower = dealt_of(engine.module, engine.plan)
     if tower is None or tower.tp.size == 1:
         return {}

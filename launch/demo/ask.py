@@ -1,5 +1,5 @@
-"""Ask a checkpoint the demo's questions and measure how many it gets right: through Transformers' ordinary path or, with
---weights, through this project's in one process, its weights held in that format.
+"""Ask a checkpoint the demo's questions and measure how many it gets right: through Transformers' ordinary path, or
+with --weights through this project's in one process, its weights held in that format.
 
 usage: python launch/demo/ask.py [--checkpoint DIR] [--per-kind 200] [--seed 2] [--dtype float32] [--weights int8]
 """
