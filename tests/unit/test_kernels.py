@@ -212,8 +212,8 @@ def test_fused_operators_equal_their_formulas(dtype):
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_quick_gelu_rounds_where_transformers_does(dtype):
-    """Over every number of the format: sigmoid, good to 1e-6, may round the other way where torch's is near a tie; below
-    -50 it is 1e-37, not less."""
+    """Over every number of the format: sigmoid, good to 1e-6, may round the other way where torch's is near a tie;
+    below -50 it is 1e-37, not less."""
     every = torch.arange(-32768, 32768).to(torch.int16).view(dtype)
     large = every.float().abs()
     x = every[(large < 1e4) & (large > 1e-30)]  # smaller ones the processor takes for zero
