@@ -33,7 +33,7 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
     from adapter.config import load_config
     from adapter.plan import checked_plan
 
-    greedy = (f"generation={{max_new_tokens: {args.new}, min_new_tokens: {args.new}, do_sample: false, num_beams: 1}}")
+    greedy = f"generation={{max_new_tokens: {args.new}, do_sample: false, num_beams: 1}}"
     config = load_config(args.config, [*args.overrides, greedy])
     plan, _ = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
                            config.tensor_parallel.vision, config.weights.format)

@@ -20,7 +20,7 @@ from torch import Tensor
 from adapter import command
 from adapter.benchmark.limits import Machine, Moment, decode_bytes, everyone, prefill_flop
 from adapter.benchmark.operators import operators
-from adapter.benchmark.peers.peer import WARM_UP_TOKENS, memory, speed
+from adapter.benchmark.peers.peer import ENDLESS, WARM_UP_TOKENS, memory, speed
 from adapter.benchmark.request import first_request, make_processor
 from adapter.benchmark.vision import ways
 from adapter.doctor.machine import cpu
@@ -70,7 +70,7 @@ class Job:
     def run(self, inputs: Inputs, new: int) -> dict[str, float]:
         """Generate `new` tokens, greedily, and say how fast; the figures are those of rank 0."""
         limits = Limits.of(self.config, self.plan.geometry.context, self.engine.module.generation_config)
-        exactly = replace(limits, arguments=limits.arguments | {"max_new_tokens": new, "min_new_tokens": new})
+        exactly = replace(limits, arguments=limits.arguments | {"max_new_tokens": new, **ENDLESS})
         self.engine.mpu.world.barrier()
         clock, began = Clock(), time.perf_counter()
         generate(inputs, self.engine.generate, exactly, clock)

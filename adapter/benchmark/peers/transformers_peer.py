@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from peer import WARM_UP_TOKENS, arguments, json_lines, memory, speed
+from peer import ENDLESS, WARM_UP_TOKENS, arguments, json_lines, memory, speed
 from safetensors.torch import load_file
 from transformers.generation.streamers import BaseStreamer
 
@@ -88,7 +88,7 @@ def main() -> None:
             torch.distributed.barrier()
         clock, began = Clock(), time.perf_counter()
         with torch.inference_mode():
-            model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, num_beams=1,
+            model.generate(**inputs, max_new_tokens=new, do_sample=False, num_beams=1, **ENDLESS,
                            streamer=clock)
         return speed(began, clock.times[1:])
 
