@@ -28,6 +28,7 @@ from policies.errors import UserError
 from policies.policy import Policy
 from policies.rules import Claim, Column, FusedQKV, Head, Replicated, Row, Rule, TensorSlice, Vocab
 
+GIVE_BACK_EVERY = 32 << 20  # bytes of a shard
 Source = Callable[[str, TensorSlice], Weight]
 
 
@@ -113,6 +114,7 @@ def inject(model: nn.Module, plan: Plan, tp: Group, source: Source, dtype: torch
     parameters = (name for name, _ in model.named_parameters(remove_duplicate=False))
     policy.check_claims((policy.published(name) for name in parameters), plan.geometry)
     switch = dealt.attention_switch(model, plan, tp.rank) if plan.whole_tower else None
+    handled = 0  # bytes since what was freed went back to the system
     for module_name, claim in plan.claims.items():
         module = model.get_submodule(names[module_name])
         tensors: dict[str, Any]
@@ -137,7 +139,11 @@ def inject(model: nn.Module, plan: Plan, tp: Group, source: Source, dtype: torch
                 layer = BUILDERS[type(claim.rule)](plan, claim, tp, weight, bias)
             setattr(model.get_submodule(parent), child, layer)
             del weight, bias
+        handled += sum(tensor.nbytes for tensor in tensors.values())
         del module, tensors
+        if handled > GIVE_BACK_EVERY:
+            memory.give_back()
+            handled = 0
     override_heads({policy.published(name): module for name, module in model.named_modules()}, plan,
                    {tower: shards[tp.rank] for tower, shards in plan.heads.items()})
     use_fast_attention(model, plan)
@@ -146,6 +152,7 @@ def inject(model: nn.Module, plan: Plan, tp: Group, source: Source, dtype: torch
         dealt.install(model, plan, tp, switch)
     _keep_frequencies(model)
     memory.give_back()
+    memory.keep()
     _check_whole(model, plan, tp.rank)
 
 

@@ -10,11 +10,16 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def give_back() -> None:
-    """Hand what was freed back to the system, hundreds of megabytes after a model was loaded; from now on keep what
-    requests free: else every layer of a prompt would have its activations from the system anew, page by page."""
+    """Hand what was freed back to the system, hundreds of megabytes while a model is loaded."""
     with suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep() -> None:
+    """From now on keep what is freed, for the next request: else every layer of a prompt would have its activations
+    from the system anew, page by page."""
+    with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)
         libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
         libc.mallopt(M_TOP_PAD, KEPT_BYTES >> 2)
