@@ -39,7 +39,7 @@ class Asker:
         return cls(model, AutoProcessor.from_pretrained(folder))
 
     @classmethod
-    def quantised(cls, folder: Path, dtype: str, weights: str) -> Asker:
+    def through_adapter(cls, folder: Path, dtype: str, weights: str) -> Asker:
         """The same from adapter.init_inference at tp_size 1, which joins a job of one rank."""
         sys.path.insert(0, str(HERE.parents[1]))
         from adapter import init_inference
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--weights", choices=("dense", "int8", "int4"), help="through this project, in this format")
     args = parser.parse_args()
-    asker = Asker.quantised(args.checkpoint, args.dtype, args.weights) if args.weights \
+    asker = Asker.through_adapter(args.checkpoint, args.dtype, args.weights) if args.weights \
         else Asker.load(args.checkpoint, args.dtype)
     print(json.dumps(accuracy(asker, args.per_kind, args.seed)))
 
