@@ -1,4 +1,4 @@
-"""Attention on a shard: the heads its modules must believe in, and a faster kernel for the vision tower's.
+"""Attention on a shard: the heads its modules must believe in, and a faster kernel.
 
 Releases 4.45-4.51 end attention with `view(bsz, q_len, self.hidden_size)`, others with -1; all split heads by their own
 `num_heads`. Making those numbers the shard's lets every release run its own, unpatched forward.
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from adapter import native
 from adapter.plan import Plan
@@ -38,31 +37,39 @@ def override_heads(modules: Mapping[str, nn.Module], plan: Plan, heads: Mapping[
             module.replaced = True  # type: ignore[assignment]
 
 
-FAST = "qwenvl_tp"  # an attn_implementation by this name, for the towers beside the text tower
+FAST = "qwenvl_tp"  # an attn_implementation by this name
 
 
 def use_fast_attention(model: nn.Module, plan: Plan) -> None:
-    """Let the vision tower attend with adapter/csrc/attention.cpp where Transformers would with torch's sdpa, on CPU in
-    bfloat16, where that takes twice the time. Where the release or the machine lacks what it takes nothing changes."""
+    """Let both towers attend with adapter/csrc/attention.cpp where Transformers would with torch's sdpa, on CPU in
+    bfloat16, where that takes longer. Where the release or the machine lacks what it takes nothing changes."""
     interface = getattr(transformers, "AttentionInterface", None)
     if interface is None or native.unavailable() or not torch.ops.qwenvl_tp.attend_all_supported():
         return
     interface.register(FAST, _attend_all)
+    masks = getattr(transformers, "AttentionMaskInterface", None)
+    if masks is not None:
+        masks.register(FAST, masks()["sdpa"])  # without it a padded prompt would have no mask, and nobody would say so
     names = {plan.policy.published(name): name for name, _ in model.named_modules()}
     for stack in plan.geometry.layers:
         config: Any = getattr(model.get_submodule(names[stack].rpartition(".")[0]), "config", None)
-        if stack != plan.geometry.text_stack and getattr(config, "_attn_implementation", None) == "sdpa":
+        masked = stack == plan.geometry.text_stack
+        if getattr(config, "_attn_implementation", None) == "sdpa" and (masks is not None or not masked):
             config._attn_implementation = FAST
 
 
 def _attend_all(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                scaling: float | None = None, dropout: float = 0.0, **_: Any) -> tuple[Tensor, None]:
-    """In the form of Transformers' AttentionInterface: [1, H, S, D] each -> [1, S, H, D]. What the kernel does not take
-    goes to sdpa."""
-    assert attention_mask is None and dropout == 0.0, "a vision tower's pictures are attended one by one"
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    fits = query.dtype is torch.bfloat16 and query.device.type == "cpu" and query.shape[-1] <= 128
-    if fits and query.shape[0] == 1 and query.shape[-1] % 2 == 0:
-        return torch.ops.qwenvl_tp.attend_all(query[0], key[0], value[0], scale)[None], None
-    out = scaled_dot_product_attention(query, key, value, scale=scale)
-    return out.transpose(1, 2), None
+                scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
+                **more: Any) -> tuple[Tensor, None]:
+    """In the form of Transformers' AttentionInterface: query [B, H, S, D], key, value [B, KV, S', D] -> [B, S, H, D].
+    What the kernel does not take goes to sdpa as Transformers has it."""
+    batch, _, tokens, dim = query.shape
+    fits = batch == 1 and tokens == key.shape[2] and dim % 2 == 0 and dim <= 128 and query.dtype is torch.bfloat16
+    if fits and attention_mask is None and dropout == 0.0 and query.device.type == "cpu":
+        scale = dim ** -0.5 if scaling is None else scaling
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        return torch.ops.qwenvl_tp.attend_all(query[0], key[0], value[0], scale, causal)[None], None
+    sdpa = transformers.AttentionInterface()["sdpa"]
+    out: tuple[Tensor, None] = sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
+                                    is_causal=is_causal, **more)
+    return out

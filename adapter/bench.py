@@ -2,6 +2,7 @@
 
     deepspeed --num_accelerators 2 launch/bench.py --config C [key=value ...]    these ranks measure themselves
     python launch/bench.py --config C [--against hf,hf-tp,deepspeed,vllm] ...    starts such a job, and peers, in turn
+    ... [--formats int8,int4]                                                    and the same job in other formats
     python -m adapter.bench ...                                                  where it is installed
 
 Times the config's first request (without any: a drawn picture of 448 x 448), greedily, --new tokens exactly. stdout: a
@@ -15,7 +16,7 @@ the command to the first answer is measured too. Under a launcher the ranks are 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,6 +25,7 @@ from adapter.benchmark.driver import PEERS, check, drive
 from adapter.benchmark.summary import summary
 from adapter.launchers import launcher_of
 from policies.errors import UserError
+from policies.formats import FORMATS
 
 if TYPE_CHECKING:
     from adapter.plan import Plan
@@ -43,9 +45,10 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
         rows.append(row)
         results.write(row)
 
-    if ranked and args.against:
-        raise UserError("--against starts jobs of its own, which need the cores that this job's ranks would hold: "
-                        f"start `python launch/bench.py --against {','.join(args.against)} ...`, without a launcher")
+    for option, names in (("--against", args.against), ("--formats", args.formats)):
+        if ranked and names:
+            raise UserError(f"{option} starts jobs of its own, which need the cores that this job's ranks would hold: "
+                            f"start `python launch/bench.py {option} {','.join(names)} ...`, without a launcher")
     if rank == 0:
         check(args, plan)
         _check_files(args)
@@ -89,11 +92,14 @@ def _write_hardware(plan: Plan, found: dict[str, Any], file: Path) -> None:
     file.write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _peers(stated: str) -> list[str]:
-    names = list(dict.fromkeys(stated.split(",")))
-    if unknown := [name for name in names if name not in PEERS]:
-        raise argparse.ArgumentTypeError(f"{', '.join(map(repr, unknown))} is none of {', '.join(PEERS)}")
-    return names
+def _some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(stated: str) -> list[str]:
+        names = list(dict.fromkeys(stated.split(",")))
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"{', '.join(map(repr, unknown))} is none of {', '.join(known)}")
+        return names
+
+    return parse
 
 
 def _count(least: int, most: int) -> Callable[[str], int]:
@@ -110,8 +116,10 @@ def start() -> NoReturn:
     arguments.add_argument("--repeats", type=_count(1, 1000), default=3, metavar="N", help="default 3")
     arguments.add_argument("--new", type=_count(2, 2**20), default=32, metavar="N", help="tokens an answer, default 32")
     arguments.add_argument("--requests-at-once", type=_count(1, 4096), default=8, metavar="N", help="default 8")
-    arguments.add_argument("--against", type=_peers, default=[], metavar="PEERS",
+    arguments.add_argument("--against", type=_some_of(PEERS), default=[], metavar="PEERS",
                            help=f"time others on the same request too, of {','.join(PEERS)}")
+    arguments.add_argument("--formats", type=_some_of(tuple(FORMATS)), default=[], metavar="FORMATS",
+                           help=f"time this project with other weights.format too, of {','.join(FORMATS)}")
     arguments.add_argument("--vllm-python", metavar="PATH", help="interpreter of an environment with vLLM")
     arguments.add_argument("--profile", action="store_true", help="tell the operators that take the most time, too")
     arguments.add_argument("--png", type=Path, metavar="FILE", help="draw first token and tokens/s of all")

@@ -5,14 +5,18 @@ Signatures and shapes are those of adapter/csrc/fused.cpp; results round where T
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import QuickGELUActivation
+from transformers.activations import ACT2FN
 
 from adapter import native
+
+TABLED = tuple(type(ACT2FN[name]) for name in ("quick_gelu", "silu"))  # activations of the towers' MLPs
 
 
 def operators(device: str) -> Any:
@@ -20,24 +24,36 @@ def operators(device: str) -> Any:
     return torch.ops.qwenvl_tp if device == "cpu" and native.unavailable() is None else Plain
 
 
-class QuickGelu(nn.Module):
-    """Transformers' QuickGELUActivation, x * sigmoid(1.702 x), rounded where it rounds; on CPU in half precision one
-    pass over memory instead of three. In float32 it is Transformers' own, bit for bit."""
+class Tabled(nn.Module):
+    """An activation that is a function of one number, by its values for all numbers of 16 bits: on CPU in half
+    precision it is what the activation itself gives, bit for bit, in one pass over memory."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype is torch.float32 or not x.is_contiguous():
-            return x * torch.sigmoid(1.702 * x)
-        out: Tensor = torch.ops.qwenvl_tp.quick_gelu(x)
+        if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16) or not x.is_contiguous():
+            return self.activation(x)
+        table = _values(type(self.activation), x.dtype)  # type: ignore[arg-type]  # a class can be hashed
+        out: Tensor = torch.ops.qwenvl_tp.look_up(x, table)
         return out
 
 
+@cache
+def _values(activation: Callable[[], nn.Module], dtype: torch.dtype) -> Tensor:
+    """Of an activation without parameters for the numbers whose bits are 0 ... 65,535."""
+    with torch.no_grad():
+        return activation()(torch.arange(1 << 16).to(torch.uint16).view(dtype))
+
+
 def fuse_activations(model: nn.Module) -> None:
-    """Put `QuickGelu` where Transformers has its own, if the machine has the operator."""
+    """Put `Tabled` around the activations of the MLPs, if the machine has the operator."""
     if native.unavailable() is None:
         for module in list(model.modules()):
             for name, child in module.named_children():
-                if type(child) is QuickGELUActivation:
-                    setattr(module, name, QuickGelu())
+                if type(child) in TABLED:
+                    setattr(module, name, Tabled(child))
 
 
 class Plain:

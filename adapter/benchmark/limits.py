@@ -17,6 +17,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from adapter.generation import Clock
 from adapter.plan import Plan
 from adapter.predict import Workload, text_work, vision_work
 from adapter.topology import Group, to_device
@@ -24,6 +25,7 @@ from adapter.topology import Group, to_device
 READ_BYTES = 512 << 20  # a rank; beyond any cache
 MATMUL = (1024, 1280, 5120)  # rows, in, out: the vision tower's MLP on a picture of 448 x 448
 AT_LEAST_S = 0.25  # that each figure is measured for
+EVERY = 8  # tokens from one look at the machine to the next
 
 
 @dataclass(frozen=True)
@@ -33,39 +35,34 @@ class Moment:
     read_gb_s: list[float]
     matmul_gflop_s: list[float]
 
-    def between(self, other: Moment) -> Moment:
-        """The mean of two moments, for what ran between them."""
-        reads, products = zip(self.read_gb_s, other.read_gb_s, strict=True), zip(
-            self.matmul_gflop_s, other.matmul_gflop_s, strict=True)
-        return Moment([mean(pair) for pair in reads], [mean(pair) for pair in products])
-
     def facts(self) -> dict[str, float | list[float]]:
         return {"read_gb_s": [round(x, 3) for x in self.read_gb_s], "read_total_gb_s": round(sum(self.read_gb_s), 3),
                 "matmul_gflop_s": [round(x, 2) for x in self.matmul_gflop_s]}
 
 
 class Machine:
-    """Measures the moment. Every rank must make one, and call `now` together with the others."""
+    """What this rank gets of the machine at the moment, measured together with the others; every rank must make one."""
 
     def __init__(self, world: Group, dtype: torch.dtype) -> None:
         """dtype: of the matrix product's operands."""
-        self._world = world
+        self.world = world
         self._buffer = to_device(torch.ones(READ_BYTES // 8, dtype=torch.int64))
         self._product = product(dtype)
 
-    def now(self) -> Moment:
-        """A sum of 64-bit integers does as little beside reading as anything can: on one core it is as fast as a plain
-        C loop over the same memory."""
-        read = self._rate(lambda: self._buffer.sum(), READ_BYTES)
-        multiplied = self._rate(self._product, 2 * math.prod(MATMUL))
-        rows = everyone(self._world, [read / 1e9, multiplied / 1e9])
-        return Moment([row[0] for row in rows], [row[1] for row in rows])
+    def reads(self) -> float:
+        """GB/s. A sum of 64-bit integers does as little beside reading as anything can: on one core it is as fast as a
+        plain C loop over the same memory."""
+        return self._rate(lambda: self._buffer.sum(), READ_BYTES) / 1e9
+
+    def multiplies(self) -> float:
+        """GFLOP/s."""
+        return self._rate(self._product, 2 * math.prod(MATMUL)) / 1e9
 
     def _rate(self, work: Callable[[], Tensor], amount: int) -> float:
         """amount of each call, per second of wall time."""
         work()
         get_accelerator().synchronize()
-        self._world.barrier()
+        self.world.barrier()
         calls, began = 0, time.perf_counter()
         while (took := time.perf_counter() - began) < AT_LEAST_S:
             for _ in range(4):
@@ -73,6 +70,34 @@ class Machine:
             get_accelerator().synchronize()
             calls += 4
         return calls * amount / took
+
+
+class Paused(Clock):
+    """Times of an answer's tokens by a clock that stands still while the machine is measured: its product before the
+    prompt and after it, its reading at the first token, every EVERY tokens, and at the end."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self._machine, self._stood = machine, 0.0
+        self._reads, self._products = list[float](), [machine.multiplies()]
+
+    def put(self, value: Tensor) -> None:
+        now = time.perf_counter()
+        self.times.append(now - self._stood)
+        new = len(self.times) - 1  # the first is the prompt
+        if new == 1:
+            self._products.append(self._machine.multiplies())
+        if new % EVERY == 1:
+            self._reads.append(self._machine.reads())
+        self._stood += time.perf_counter() - now
+
+    def end(self) -> None:
+        self._reads.append(self._machine.reads())
+
+    def moment(self) -> Moment:
+        """The means of what every rank measured. Every rank must call it."""
+        rows = everyone(self._machine.world, [mean(self._reads), mean(self._products)])
+        return Moment([row[0] for row in rows], [row[1] for row in rows])
 
 
 def product(dtype: torch.dtype) -> Callable[[], Tensor]:

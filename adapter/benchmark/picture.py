@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from policies.formats import FORMATS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -15,7 +17,7 @@ PANELS = (  # title, figure of an engine, the machine's limit of it
     ("Time to first token, s (less is better)", "ttft_s", "limit_ttft_s"),
 )
 NAMES = {"hf": "Transformers, one process", "hf-tp": "Transformers, its own TP", "deepspeed": "DeepSpeed, stock",
-         "vllm": "vLLM"}
+         "vllm": "vLLM", **{name: f"this project, {name}" for name in FORMATS}}
 LIMIT, OURS, PEER, INK = "#c9ccd1", "#2563eb", "#8d97a5", "#1f2328"
 INCH = 0.42  # of height, for a bar
 
@@ -39,8 +41,8 @@ def draw(summary: Mapping[str, Any], file: Path) -> None:
 
 def _bars(summary: Mapping[str, Any], name: str, limit: str) -> list[tuple[str, str, Spread]]:
     """(label, colour, figure), from the top."""
-    peers = [(NAMES[peer], PEER, found[name]) for peer, found in summary.get("peers", {}).items()
-             if "error" not in found]
+    peers = [(NAMES[peer], OURS if peer in FORMATS else PEER, found[name])
+             for peer, found in summary.get("peers", {}).items() if "error" not in found]
     return [("limit of the machine", LIMIT, summary[limit]), ("this project", OURS, summary[name]), *peers]
 
 

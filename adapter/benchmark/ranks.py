@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from adapter import command
-from adapter.benchmark.limits import Machine, Moment, decode_bytes, everyone, prefill_flop
+from adapter.benchmark.limits import Machine, Moment, Paused, decode_bytes, everyone, prefill_flop
 from adapter.benchmark.operators import operators
 from adapter.benchmark.peers.peer import ENDLESS, WARM_UP_TOKENS, memory, speed
 from adapter.benchmark.request import first_request, make_processor
@@ -67,12 +67,13 @@ class Job:
         patches = tuple(height * width for times, height, width in grids for _ in range(times))
         return Workload(self.tokens, patches)
 
-    def run(self, inputs: Inputs, new: int) -> dict[str, float]:
-        """Generate `new` tokens, greedily, and say how fast; the figures are those of rank 0."""
+    def run(self, inputs: Inputs, new: int, clock: Clock | None = None) -> dict[str, float]:
+        """Generate `new` tokens, greedily, and say how fast by that clock; the figures are those of rank 0."""
         limits = Limits.of(self.config, self.plan.geometry.context, self.engine.module.generation_config)
         exactly = replace(limits, arguments=limits.arguments | {"max_new_tokens": new, **ENDLESS})
+        clock = clock or Clock()
         self.engine.mpu.world.barrier()
-        clock, began = Clock(), time.perf_counter()
+        began = time.perf_counter()
         generate(inputs, self.engine.generate, exactly, clock)
         return speed(began, clock.times[1:])  # the first is the prompt
 
@@ -159,16 +160,17 @@ def _machine(plan: Plan) -> Row:
 
 
 def _repeated(job: Job, machine: Machine, args: argparse.Namespace) -> Row:
-    moments = [machine.now()]
-    one = job.run(job.one, args.new)
-    moments.append(machine.now())
-    many = job.run(job.many, args.new)
-    moments.append(machine.now())
+    def timed(inputs: Inputs) -> tuple[dict[str, float], Moment]:
+        clock = Paused(machine)
+        return job.run(inputs, args.new, clock), clock.moment()
+
+    one, moment = timed(job.one)
+    many, moment_of_many = timed(job.many)
     total = many["decode_tok_s"] * args.requests_at_once
     return {
-        **one, **_against_limits(job.plan, moments[0].between(moments[1]), one["decode_tok_s"], job),
+        **one, **_against_limits(job.plan, moment, one["decode_tok_s"], job),
         "at_once": {"ttft_s": many["ttft_s"], "decode_tok_s": round(total, 4),
-                    "times_one": round(total / one["decode_tok_s"], 4), **moments[1].between(moments[2]).facts()},
+                    "times_one": round(total / one["decode_tok_s"], 4), **moment_of_many.facts()},
         "collective_us": {name: round(_microseconds(job, call, x), 2) for name, (call, x) in _collectives(job).items()},
         **({"vision_s": seconds} if (seconds := ways(job.engine)) else {}),
     }

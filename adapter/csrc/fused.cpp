@@ -11,9 +11,9 @@
 #include <cmath>
 #include <cstring>
 #include <vector>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+
+#include "attention.h"
+#include "bf16.h"
 
 namespace {
 
@@ -53,7 +53,7 @@ template <typename T>
 void narrow(const float* x, T* y, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] = T(x[i]);
 }
-#ifdef __AVX512BF16__
+#if HAVE_KERNELS
 template <>
 void widen(const at::BFloat16* x, float* y, int64_t n) {
   int64_t i = 0;
@@ -137,28 +137,15 @@ Tensor silu_mul(const Tensor& gate, const Tensor& up) {
   return y;
 }
 
-// x * sigmoid(1.702 x), alike [*], each step rounded as torch's own three would be
-Tensor quick_gelu(const Tensor& x) {
-  TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
+// y[i] = table[x[i]]: any function of one number of 16 bits, whose table has its value for each of the 65,536
+Tensor look_up(const Tensor& x, const Tensor& table) {
+  TORCH_CHECK(x.is_contiguous() && table.is_contiguous() && x.element_size() == 2 && table.numel() == 1 << 16 &&
+              table.scalar_type() == x.scalar_type(), "x of 16 bits and a table of 65,536 of them, contiguous, are needed");
   Tensor y = at::empty_like(x);
-  DISPATCH(x.scalar_type(), [&] {
-    const scalar_t* from = x.const_data_ptr<scalar_t>();
-    scalar_t* to = y.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, x.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
-      float a[PIECE], b[PIECE];
-      for (int64_t i = begin; i < end; i += PIECE) {
-        const int64_t n = std::min(PIECE, end - i);
-        widen(from + i, a, n);
-        for (int64_t j = 0; j < n; j++) b[j] = 1.702f * a[j];
-        narrow(b, to + i, n);
-        widen(to + i, b, n);
-        for (int64_t j = 0; j < n; j++) b[j] = sigmoid(b[j]);
-        narrow(b, to + i, n);
-        widen(to + i, b, n);
-        for (int64_t j = 0; j < n; j++) a[j] *= b[j];
-        narrow(a, to + i, n);
-      }
-    });
+  const auto *from = static_cast<const uint16_t*>(x.const_data_ptr()), *values = static_cast<const uint16_t*>(table.const_data_ptr());
+  auto* to = static_cast<uint16_t*>(y.mutable_data_ptr());
+  at::parallel_for(0, x.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) to[i] = values[from[i]];
   });
   return y;
 }
@@ -180,7 +167,7 @@ struct Shape {
 
 // One row and KV head: `groups` queries over the keys and values of places [from, to).
 template <typename T>
-void attend_head(const T* q, const T* keys, const T* values, T* out, const Shape& s, int64_t from, int64_t to,
+void attend_places(const T* q, const T* keys, const T* values, T* out, const Shape& s, int64_t from, int64_t to,
                  float scale) {
   const int64_t D = s.D, count = to - from;
   std::vector<float> score(s.groups * count), query(s.groups * D), sum(s.groups * D, 0.f), row(D), most(s.groups, -INFINITY);
@@ -249,7 +236,14 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& c
         std::copy_n(vp + i * s.D, s.D, value + at * s.D);
         for (int64_t g = 0; g < s.groups; g++)
           rotate(qp + (i * s.groups + g) * s.D, c + b * s.D, si + b * s.D, turned.data() + g * s.D, s.D);
-        attend_head(turned.data(), key, value, o + i * s.groups * s.D, s, first[b], at + 1, float(scale));
+        scalar_t* to = o + i * s.groups * s.D;
+        if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+          auto rows = [&](const scalar_t* t) { return Rows{reinterpret_cast<const uint16_t*>(t), s.D}; };
+          if (attend_head(rows(turned.data()), s.groups, rows(key + first[b] * s.D), rows(value + first[b] * s.D),
+                          at + 1 - first[b], s.D, float(scale), reinterpret_cast<uint16_t*>(to)))
+            continue;
+        }
+        attend_places(turned.data(), key, value, to, s, first[b], at + 1, float(scale));
       }
     });
   });
@@ -258,7 +252,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& c
 
 Tensor like_first(const Tensor& x, const Tensor&, double) { return at::empty_like(x); }
 Tensor add_meta(Tensor& x, const Tensor&, const Tensor&, double) { return at::empty_like(x); }
-Tensor same_meta(const Tensor& x) { return at::empty_like(x); }
+Tensor look_up_meta(const Tensor& x, const Tensor&) { return at::empty_like(x); }
 Tensor mul_meta(const Tensor& gate, const Tensor&) { return at::empty_like(gate); }
 Tensor attend_meta(const Tensor& q, const Tensor&, const Tensor&, const Tensor&, const Tensor&, Tensor&, Tensor&,
                    const Tensor&, const Tensor&, double) {
@@ -269,7 +263,7 @@ TORCH_LIBRARY_FRAGMENT(qwenvl_tp, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor(a!) x, Tensor delta, Tensor weight, float eps) -> Tensor");
   m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
-  m.def("quick_gelu(Tensor x) -> Tensor");
+  m.def("look_up(Tensor x, Tensor table) -> Tensor");
   m.def("attend(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor start, "
         "Tensor position, float scale) -> Tensor");
 }
@@ -277,14 +271,14 @@ TORCH_LIBRARY_IMPL(qwenvl_tp, CPU, m) {
   m.impl("rms_norm", rms_norm);
   m.impl("add_rms_norm", add_rms_norm);
   m.impl("silu_mul", silu_mul);
-  m.impl("quick_gelu", quick_gelu);
+  m.impl("look_up", look_up);
   m.impl("attend", attend);
 }
 TORCH_LIBRARY_IMPL(qwenvl_tp, Meta, m) {
   m.impl("rms_norm", like_first);
   m.impl("add_rms_norm", add_meta);
   m.impl("silu_mul", mul_meta);
-  m.impl("quick_gelu", same_meta);
+  m.impl("look_up", look_up_meta);
   m.impl("attend", attend_meta);
 }
 

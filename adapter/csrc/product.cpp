@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int64_t CHUNK = int64_t(2) << 20;  // bytes of packed x that are multiplied with all of w: they stay in the cache
+constexpr int64_t CHUNK = int64_t(1) << 19;  // bytes of packed x that are multiplied with all of w: they stay in the cache
 
 // R outputs by B * 16 rows of x. `far`: how many elements ahead of each weight's line the next tile's lies
 template <int R, int B>

@@ -77,16 +77,18 @@ def test_both_ways_of_reading_pictures_are_timed_and_operators_are_told():
 
 
 def test_the_driver_times_ours_and_a_peer_and_draws_them(tmp_path):
-    job = Running([sys.executable, str(BENCH), *SMALL, "--repeats", "1", "--against", "hf", "--png",
-                   str(tmp_path / "a.png")])
+    job = Running([sys.executable, str(BENCH), *SMALL, "--repeats", "1", "--against", "hf", "--formats", "int8",
+                   "--png", str(tmp_path / "a.png")])
     outcome = job.finish(480)
     assert not job.leftovers()
     assert outcome.code == 0, outcome.err[-3000:]
     found, total = rows(outcome)
-    assert [row["engine"] for row in found] == ["ours", "ours", "ours", "hf"]
+    assert [row["engine"] for row in found] == ["ours", "ours", "ours", "int8", "int8", "hf"]
     check_ours(total)
     assert ordered(total["command_to_first_answer_s"])
-    peer = total["peers"]["hf"]
+    coded, peer = total["peers"]["int8"], total["peers"]["hf"]
+    check_ours(coded)
+    assert (coded["format"], total["format"]) == ("int8", "dense")
     assert peer["prompt_tokens"] == 43
     assert all(ordered(peer[name]) for name in ("start_s", "load_s", "cold_ttft_s", "ttft_s", "decode_tok_s"))
     assert all(len(peer[name]) == 1 and ordered(peer[name][0]) for name in ("peak_rss_bytes", "pss_bytes"))

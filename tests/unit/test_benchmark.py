@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from launching import ROOT, Running
 from published import FILES, PUBLISHED, write_sparse
 
 from adapter.bench import _write_hardware
-from adapter.benchmark import children
+from adapter.benchmark import children, limits
 from adapter.benchmark.children import memory_file
 from adapter.benchmark.driver import binding, merged
 from adapter.benchmark.limits import decode_bytes, prefill_flop, product
@@ -306,3 +307,29 @@ def test_the_driver_imports_neither_torch_nor_deepspeed():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
                           check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_a_paused_clock_leaves_out_what_it_measures(monkeypatch):
+    """Every look takes ten seconds, every token two."""
+    now = [0.0]
+    monkeypatch.setattr(limits.time, "perf_counter", lambda: now[0])
+    looks = []
+
+    class Machine:
+        def reads(self):
+            looks.append("read")
+            now[0] += 10
+            return 20.0
+
+        def multiplies(self):
+            looks.append("product")
+            now[0] += 10
+            return 200.0
+
+    clock = limits.Paused(Machine())
+    for _ in range(1 + limits.EVERY + 1):  # the prompt and the tokens
+        now[0] += 2
+        clock.put(torch.zeros(1))
+    clock.end()
+    assert [b - a for a, b in pairwise(clock.times)] == [2.0] * (limits.EVERY + 1)
+    assert looks == ["product", "product", "read", "read", "read"]
