@@ -37,8 +37,8 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
 
     greedy = f"generation={{max_new_tokens: {args.new}, do_sample: false, num_beams: 1}}"
     config = load_config(args.config, [*args.overrides, greedy])
-    plan, _ = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
-                           config.tensor_parallel.vision, config.weights.format)
+    plan, *_ = [checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
+                             config.tensor_parallel.vision, form)[0] for form in (config.weights.format, *args.formats)]
     rank, ranked, rows = command.environment_rank("RANK"), bool(launcher_of().mark), list[dict[str, Any]]()
 
     def write(row: dict[str, Any]) -> None:

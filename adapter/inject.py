@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from adapter import dealt, kernels, layers, memory
 from adapter.attention import override_heads, use_fast_attention
 from adapter.checkpoint import Checkpoint
-from adapter.fused import fuse_activations
+from adapter.fused import fuse
 from adapter.kernels import Quantised, Weight
 from adapter.plan import Plan
 from adapter.presharded import Shards
@@ -147,7 +147,7 @@ def inject(model: nn.Module, plan: Plan, tp: Group, source: Source, dtype: torch
     override_heads({policy.published(name): module for name, module in model.named_modules()}, plan,
                    {tower: shards[tp.rank] for tower, shards in plan.heads.items()})
     use_fast_attention(model, plan)
-    fuse_activations(model)
+    fuse(model)
     if switch:
         dealt.install(model, plan, tp, switch)
     _keep_frequencies(model)

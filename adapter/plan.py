@@ -130,6 +130,11 @@ class Plan:
         return [f"weights.format {self.form.name}: {module} {what}, and a scale is shared by {GROUP}; use "
                 "weights.format=dense or another tp_size" for module, what in found.items()]
 
+    def sizes_that_work(self) -> list[int]:
+        """tp sizes that the model can have in this format."""
+        sizes = valid_tp_sizes(self.policy, self.geometry)
+        return [n for n in sizes if not self.form.bits or not replace(self, tp_size=n).off_group()]
+
     def kv_bytes_per_token(self, rank: int) -> int:
         """Keys and values of one token in every text layer, for the KV heads this rank holds."""
         shard = self.heads["text"][rank]
@@ -201,7 +206,7 @@ def require(problems: list[str], plan: Plan, what: str) -> None:
     """Raise one UserError with every problem and the tp sizes that would work; nothing where there is none."""
     if problems:
         raise UserError(f"{what} cannot run at tp_size {plan.tp_size}:\n  " + "\n  ".join(told(problems))
-                        + f"\ntp sizes that would work: {valid_tp_sizes(plan.policy, plan.geometry) or 'none'}")
+                        + f"\ntp sizes that would work: {plan.sizes_that_work() or 'none'}")
 
 
 def report(plan: Plan, problems: list[str]) -> dict[str, Any]:
@@ -213,7 +218,7 @@ def report(plan: Plan, problems: list[str]) -> dict[str, Any]:
         "tp_size": plan.tp_size,
         "dtype": plan.dtype,
         "format": plan.form.name,
-        "valid_tp_sizes": valid_tp_sizes(plan.policy, plan.geometry),
+        "valid_tp_sizes": plan.sizes_that_work(),
         "problems": problems,
         "ranks": [_rank_report(plan, r) for r in ranks],
         "tensors": [_tensor_report(plan, m, s) for m, s in plan.parameters()] if known else [],

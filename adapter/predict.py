@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from adapter.hardware import Hardware
-from adapter.plan import DTYPE_BYTES, Plan, valid_tp_sizes
+from adapter.plan import DTYPE_BYTES, Plan
 from policies.policy import Rows
 from policies.rules import Claim, Head, Row, Vocab
 
@@ -155,9 +155,8 @@ def predict(plan: Plan, hardware: Hardware, load: Workload) -> Prediction:
 
 def predict_all(plan: Plan, hardware: Hardware, load: Workload) -> list[Prediction]:
     """The same for every tp_size the model can be cut into; tp_size 1 alone where the file knows no collectives."""
-    sizes = valid_tp_sizes(plan.policy, plan.geometry) if hardware.all_reduce else [1]
-    plans = [replace(plan, tp_size=n) for n in sizes]
-    return [predict(p, hardware, load) for p in plans if not p.off_group()]
+    sizes = plan.sizes_that_work() if hardware.all_reduce else [1]
+    return [predict(replace(plan, tp_size=n), hardware, load) for n in sizes]
 
 
 def vision_work(plan: Plan, load: Workload, rank: int) -> Work:

@@ -160,72 +160,80 @@ Quantised quantise(const T* x, int64_t rows, int64_t K, int bits) {
   return q;
 }
 
-template <int BITS, int M>
-inline void row(const uint8_t* w, const at::Half* scales, const Quantised& q, int64_t m0, float* out) {
-  __m512 acc[M], less[M];
-  for (int m = 0; m < M; m++) acc[m] = less[m] = _mm512_setzero_ps();
+// R rows of w, `bytes` apart, times M of x -> out[R][M]. What is asked for ahead is a whole number of R rows away, or the
+// streams of the rows would ask for the same lines.
+template <int BITS, int R, int M>
+inline void rows(const uint8_t* w, const at::Half* scales, int64_t bytes, const Quantised& q, int64_t m0, float* out) {
+  const int64_t ahead = R > 1 ? (2 * AHEAD / (R * bytes) + 1) * R * bytes : AHEAD;
+  __m512 acc[R][M], less[R][M];
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int m = 0; m < M; m++) acc[r][m] = less[r][m] = _mm512_setzero_ps();
   const __m512i low = _mm512_set1_epi8(15), lanes = _mm512_srli_epi32(
       _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 3);  // 8 times 0, 8 times 1
   for (int64_t g0 = 0; g0 < q.groups; g0 += 16) {
     const int count = int(std::min<int64_t>(16, q.groups - g0));
-    __m512 ws = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), scales + g0));
-    alignas(64) float both[M][16];
-    for (int m = 0; m < M; m++) {
-      const int64_t at = (m0 + m) * q.padded + g0;
-      _mm512_store_ps(both[m], _mm512_mul_ps(ws, _mm512_loadu_ps(&q.scale[at])));
-      less[m] = _mm512_fmadd_ps(ws, _mm512_loadu_ps(&q.shift[at]), less[m]);
-    }
-    if (BITS == 8) {
-      for (int g = 0; g < count; g++) {
-        const uint8_t* p = w + (g0 + g) * GROUP;
-        _mm_prefetch(reinterpret_cast<const char*>(p) + AHEAD, _MM_HINT_T1);
-        const __m512i c = _mm512_loadu_si512(p);
-        for (int m = 0; m < M; m++) {
-          const int8_t* x = q.codes.data() + (m0 + m) * q.stride + (g0 + g) * GROUP;
-          const __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), c, _mm512_loadu_si512(x));
-          acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(both[m][g]), acc[m]);
-        }
+    alignas(64) float both[R][M][16];  // scales of w and of x
+    UNROLL for (int r = 0; r < R; r++) {
+      const __mmask16 there = __mmask16((1u << count) - 1);
+      const __m512 ws = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, scales + r * q.groups + g0));
+      UNROLL for (int m = 0; m < M; m++) {
+        const int64_t at = (m0 + m) * q.padded + g0;
+        _mm512_store_ps(both[r][m], _mm512_mul_ps(ws, _mm512_loadu_ps(&q.scale[at])));
+        less[r][m] = _mm512_fmadd_ps(ws, _mm512_loadu_ps(&q.shift[at]), less[r][m]);
       }
-    } else {
-      for (int g = 0; g < count; g += 2) {
-        const uint8_t* p = w + (g0 + g) * (GROUP / 2);
-        _mm_prefetch(reinterpret_cast<const char*>(p) + AHEAD, _MM_HINT_T1);
-        const __m512i c = g + 2 <= count ? _mm512_loadu_si512(p)
-                                         : _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p));
-        const __m512i first = _mm512_and_si512(c, low), second = _mm512_and_si512(_mm512_srli_epi16(c, 4), low);
-        const __m512i pick = _mm512_add_epi32(lanes, _mm512_set1_epi32(g));
-        for (int m = 0; m < M; m++) {
+    }
+    constexpr int STEP = BITS == 8 ? 1 : 2;  // groups in a line of memory
+    for (int g = 0; g < count; g += STEP) {
+      const __m512i pick = _mm512_add_epi32(lanes, _mm512_set1_epi32(g));
+      UNROLL for (int r = 0; r < R; r++) {
+        const uint8_t* p = w + r * bytes + (g0 + g) * (GROUP * BITS / 8);
+        _mm_prefetch(reinterpret_cast<const char*>(p) + ahead, _MM_HINT_T1);
+        const __m512i c = g + STEP <= count ? _mm512_loadu_si512(p)
+                                            : _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+        const __m512i first = BITS == 8 ? c : _mm512_and_si512(c, low);
+        const __m512i second = _mm512_and_si512(_mm512_srli_epi16(c, 4), low);
+        UNROLL for (int m = 0; m < M; m++) {
           const int8_t* x = q.codes.data() + (m0 + m) * q.stride + (g0 + g) * GROUP;
           __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, _mm512_loadu_si512(x));
-          dot = _mm512_dpbusd_epi32(dot, second, _mm512_loadu_si512(x + 64));
-          const __m512 s = _mm512_permutexvar_ps(pick, _mm512_load_ps(both[m]));
-          acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), s, acc[m]);
+          if (BITS == 4) dot = _mm512_dpbusd_epi32(dot, second, _mm512_loadu_si512(x + 64));
+          const __m512 s = BITS == 8 ? _mm512_set1_ps(both[r][m][g])
+                                     : _mm512_permutexvar_ps(pick, _mm512_load_ps(both[r][m]));
+          acc[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), s, acc[r][m]);
         }
       }
     }
   }
-  for (int m = 0; m < M; m++) out[m] = _mm512_reduce_add_ps(_mm512_sub_ps(acc[m], less[m]));
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int m = 0; m < M; m++) out[r * M + m] = _mm512_reduce_add_ps(_mm512_sub_ps(acc[r][m], less[r][m]));
 }
+
+template <int N>
+using Number = std::integral_constant<int, N>;
 
 template <int BITS, typename T>
 void few_rows(const Tensor& x, const Tensor& codes, const Tensor& scales, const T* bias, Tensor& y) {
-  const int64_t rows = x.size(0), K = x.size(1), N = codes.size(0), bytes = codes.size(1);
-  const Quantised q = quantise(static_cast<const T*>(x.data_ptr()), rows, K, BITS);
+  const int64_t count = x.size(0), K = x.size(1), N = codes.size(0), bytes = codes.size(1);
+  const Quantised q = quantise(static_cast<const T*>(x.data_ptr()), count, K, BITS);
   const auto* w = codes.data_ptr<uint8_t>();
   const auto* s = scales.data_ptr<at::Half>();
   T* out = static_cast<T*>(y.data_ptr());
-  at::parallel_for(0, N, 64, [&](int64_t n0, int64_t n1) {
-    float v[4];
-    for (int64_t n = n0; n < n1; n++)
-      for (int64_t m = 0; m < rows; m += 4) {
-        const int count = int(std::min<int64_t>(rows - m, 4));
-        switch (count) {
-          case 4: row<BITS, 4>(w + n * bytes, s + n * q.groups, q, m, v); break;
-          case 3: row<BITS, 3>(w + n * bytes, s + n * q.groups, q, m, v); break;
-          case 2: row<BITS, 2>(w + n * bytes, s + n * q.groups, q, m, v); break;
-          default: row<BITS, 1>(w + n * bytes, s + n * q.groups, q, m, v);
+  auto multiply = [&](auto w_rows, auto x_rows, int64_t n, int64_t m) {
+    constexpr int R = w_rows, M = x_rows;
+    float v[R * M];
+    rows<BITS, R, M>(w + n * bytes, s + n * q.groups, bytes, q, m, v);
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < M; i++) put(out + (m + i) * N + n + r, bias ? v[r * M + i] + get(bias + n + r) : v[r * M + i]);
+  };
+  at::parallel_for(0, N, 64, [&](int64_t n, int64_t stop) {
+    for (; count == 1 && n + 4 <= stop; n += 4) multiply(Number<4>{}, Number<1>{}, n, 0);
+    for (; n < stop; n++)
+      for (int64_t m = 0; m < count; m += 4) {
+        switch (std::min<int64_t>(count - m, 4)) {
+          case 4: multiply(Number<1>{}, Number<4>{}, n, m); break;
+          case 3: multiply(Number<1>{}, Number<3>{}, n, m); break;
+          case 2: multiply(Number<1>{}, Number<2>{}, n, m); break;
+          default: multiply(Number<1>{}, Number<1>{}, n, m);
         }
-        for (int i = 0; i < count; i++) put(out + (m + i) * N + n, bias ? v[i] + get(bias + n) : v[i]);
       }
   });
 }

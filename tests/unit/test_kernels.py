@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from adapter import bounds, kernels, native
-from adapter.fused import TABLED, Plain, Tabled
+from adapter.fused import TABLED, Patches, Plain, Tabled
 from adapter.kernels import FEW_ROWS, Quantised, linear, quantise
 from policies.errors import UserError
 from policies.formats import DENSE, GROUP, INT4, INT8
@@ -216,6 +216,17 @@ def test_an_activation_by_its_table_is_the_activation(activation, dtype):
     ours, theirs = Tabled(activation())(every), activation()(every)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(Tabled(activation())(every[:, ::2]), theirs[:, ::2], rtol=0, atol=0, equal_nan=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_convolution_over_its_own_size_is_a_product(dtype):
+    convolution = torch.nn.Conv3d(3, 40, (2, 14, 14), (2, 14, 14), bias=False).to(dtype)
+    x = drawn(50, 3, 2, 14, 14, dtype=dtype)
+    ours, theirs = Patches(convolution)(x), convolution(x)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if dtype is torch.float32 else 1e-2)
+    wide = drawn(2, 3, 2, 28, 28, dtype=dtype)
+    assert torch.equal(Patches(convolution)(wide), convolution(wide))
 
 
 @needs_kernels
