@@ -119,7 +119,7 @@ def start() -> NoReturn:
     arguments.add_argument("--against", type=_some_of(PEERS), default=[], metavar="PEERS",
                            help=f"time others on the same request too, of {','.join(PEERS)}")
     arguments.add_argument("--formats", type=_some_of(tuple(FORMATS)), default=[], metavar="FORMATS",
-                           help=f"time this project with other weights.format too, of {','.join(FORMATS)}")
+                           help=f"time one request with other weights.format too, of {','.join(FORMATS)}")
     arguments.add_argument("--vllm-python", metavar="PATH", help="interpreter of an environment with vLLM")
     arguments.add_argument("--profile", action="store_true", help="tell the operators that take the most time, too")
     arguments.add_argument("--png", type=Path, metavar="FILE", help="draw first token and tokens/s of all")

@@ -5,10 +5,12 @@ Nothing here is global but the process group torch itself keeps: groups travel a
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -148,6 +150,8 @@ def start(tp_size: int, megatron: Any = None, token_bytes: int = TOKEN_BYTES) ->
         check_world(launch.world_size, tp_size)
     if not torch.distributed.is_initialized():
         _init_process_group(launch)
+        if get_accelerator().device_name() == "cpu":
+            atexit.register(_leave)
     if not dist.is_initialized():
         _need_a_compiler()
         dist.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False,
@@ -247,6 +251,13 @@ def _init_process_group(launch: Launch) -> None:
                                        wait_for_workers=False, master_listen_fd=listener)
     torch.distributed.init_process_group(backend, store=store, timeout=TIMEOUT, rank=launch.rank,
                                          world_size=launch.world_size)
+
+
+def _leave() -> None:
+    """gloo's threads may abort a process that ends in its group (pytorch#190489). After an exception it stays there:
+    leaving waits for a collective that is under way, and the others may never come to it."""
+    if torch.distributed.is_initialized() and not hasattr(sys, "last_value"):
+        torch.distributed.destroy_process_group()
 
 
 def _listen(port: int) -> int:

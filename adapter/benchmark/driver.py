@@ -57,8 +57,8 @@ def drive(config: Config, plan: Plan, args: argparse.Namespace, write: Callable[
             prepared = _run(Task("inputs", OURS, lambda: _inputs(args, inputs), 1, lambda _: [], own=True), args)
             if prepared.code != command.DONE:
                 return _failed(prepared)
-        tasks = [_ours(plan, args, OURS), _first_answer(plan, args, requests),
-                 *(_ours(plan, args, name, f"weights.format={name}") for name in args.formats),
+        tasks = [_ours(plan, args, OURS, args.requests_at_once), _first_answer(plan, args, requests),
+                 *(_ours(plan, args, name, 1, f"weights.format={name}") for name in args.formats),
                  *(_peer(name, config, plan, args, inputs) for name in args.against)]
         for repeat in range(args.repeats):
             for task in list(tasks):
@@ -110,11 +110,10 @@ def _launcher(ranks: int) -> list[str]:
             "--num_accelerators", str(ranks), "--master_addr", "127.0.0.1", "--master_port", str(network.free_port())]
 
 
-def _ours(plan: Plan, args: argparse.Namespace, engine: str, *overrides: str) -> Task:
+def _ours(plan: Plan, args: argparse.Namespace, engine: str, at_once: int, *overrides: str) -> Task:
     """`bench` itself as ranks. Its row of the start and the one of its only repeat."""
     own = ["--module", "adapter.bench", "--config", args.config, "--repeats", "1", "--new", str(args.new),
-           "--requests-at-once", str(args.requests_at_once), *(["--profile"] if args.profile else []), *args.overrides,
-           *overrides]
+           "--requests-at-once", str(at_once), *(["--profile"] if args.profile else []), *args.overrides, *overrides]
     return Task(" ".join(["this project", *overrides]), engine, lambda: [*_launcher(plan.tp_size), *own], plan.tp_size,
                 lambda ended: [{**row, "engine": engine} for _, row in ended.rows if "summary" not in row], own=True)
 

@@ -89,6 +89,7 @@ class Paused(Clock):
             self._products.append(self._machine.multiplies())
         if new % EVERY == 1:
             self._reads.append(self._machine.reads())
+            self._machine.world.barrier()  # or a rank that is through first would wait for the others in the next step
         self._stood += time.perf_counter() - now
 
     def end(self) -> None:

@@ -92,4 +92,3 @@ os.write(1, (json.dumps({"rank": RANK, "pid": os.getpid(), "summing": mpu.summin
 if "killed" in sys.argv:
     os._exit(1)
 mpu.world.barrier()
-torch.distributed.destroy_process_group()  # without it gloo's threads may abort the process as it ends

@@ -102,5 +102,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    if torch.distributed.is_initialized():  # the one process that ranks are compared with is in no group
-        torch.distributed.destroy_process_group()  # without it gloo's threads may abort the process as it ends

@@ -66,4 +66,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    torch.distributed.destroy_process_group()  # without it gloo's threads may abort the process as it ends

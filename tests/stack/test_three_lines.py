@@ -72,6 +72,16 @@ def test_changed_script_prints_what_one_process_prints(tmp_path, one_process, ca
     assert answers(run(4, changed(tmp_path, call), "--ds_inference", "--attn", attention)) == one_process
 
 
+def test_a_script_that_ends_has_left_its_group(tmp_path):
+    """Or gloo's threads may abort it. What is registered first runs last."""
+    script = changed(tmp_path, "kept")
+    script.write_text("import atexit\n\n\n@atexit.register\ndef told():\n    import torch\n"
+                      "    print('in a group:', torch.distributed.is_initialized())\n\n\n" + script.read_text())
+    outcome = run(2, script, "--ds_inference")
+    assert outcome.code == 0, outcome.err[-3000:]
+    assert outcome.out.count("in a group: False") == 2, outcome.out
+
+
 def test_unchanged_script_dies_on_the_vision_tower():
     """DeepSpeed 0.19.8 cuts `attn.qkv` and `attn.proj` both by columns. Where this fails, DeepSpeed has learnt it."""
     job = Job(4, STOCK, *ARGUMENTS, "--ds_inference", "--batch_size", "1")

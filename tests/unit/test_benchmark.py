@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -316,6 +317,8 @@ def test_a_paused_clock_leaves_out_what_it_measures(monkeypatch):
     looks = []
 
     class Machine:
+        world = SimpleNamespace(barrier=lambda: now.__setitem__(0, now[0] + 5))
+
         def reads(self):
             looks.append("read")
             now[0] += 10
