@@ -53,8 +53,8 @@ def use_fast_attention(model: nn.Module, plan: Plan) -> None:
     names = {plan.policy.published(name): name for name, _ in model.named_modules()}
     for stack in plan.geometry.layers:
         config: Any = getattr(model.get_submodule(names[stack].rpartition(".")[0]), "config", None)
-        masked = stack == plan.geometry.text_stack
-        if getattr(config, "_attn_implementation", None) == "sdpa" and (masks is not None or not masked):
+        can = masks is not None or stack != plan.geometry.text_stack
+        if can and getattr(config, "_attn_implementation", None) == "sdpa":
             config._attn_implementation = FAST
 
 
