@@ -7,9 +7,12 @@ Releases 4.45-4.51 end attention with `view(bsz, q_len, self.hidden_size)`, othe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
@@ -56,6 +59,53 @@ def use_fast_attention(model: nn.Module, plan: Plan) -> None:
         can = masks is not None or stack != plan.geometry.text_stack
         if can and getattr(config, "_attn_implementation", None) == "sdpa":
             config._attn_implementation = FAST
+    towers = [row.module for row in plan.policy.head_numbers if row.tower == plan.policy.tower.heads]
+    for name in (name for row in towers for name in expand(row, plan.geometry.layers)):
+        attention = model.get_submodule(names[name])
+        if hasattr(attention, "scaling"):  # a release whose attention goes by the interface
+            attention.__class__ = _rotating(type(attention))  # type: ignore[arg-type]  # a class can be hashed
+
+
+class _Rotating:
+    """A vision tower's attention that rotates queries and keys where they are, in one pass, as Transformers' does in a
+    dozen; in half precision on CPU where the kernel below attends. Everything else is the release's own forward."""
+
+    def forward(self: Any, hidden_states: Tensor, cu_seqlens: Tensor, *args: Any,
+                position_embeddings: tuple[Tensor, Tensor] | None = None, **more: Any) -> Tensor:
+        given = position_embeddings is not None and not args and not self.training
+        if not (given and self.config._attn_implementation == FAST and _takes(hidden_states, self.head_dim)):
+            own: Tensor = super().forward(  # type: ignore[misc]
+                hidden_states, cu_seqlens, *args, position_embeddings=position_embeddings, **more)
+            return own
+        assert position_embeddings is not None
+        heads = self.qkv(hidden_states).view(len(hidden_states), 3 * self.num_heads, self.head_dim)
+        cos, sin = (t.float().contiguous() for t in position_embeddings)
+        torch.ops.qwenvl_tp.rotate(heads[:, :2 * self.num_heads], cos, sin)
+        out = [torch.ops.qwenvl_tp.attend_all(*heads[a:b].transpose(0, 1).chunk(3), self.scaling, False)
+               for a, b in pairwise(cu_seqlens.tolist())]
+        joined = out[0] if len(out) == 1 else torch.cat(out)
+        result: Tensor = self.proj(joined.flatten(1))
+        return result
+
+
+@cache
+def _rotating(attention: type) -> type:
+    """Of the same name, so that whoever prints the model sees what it is."""
+    return type(attention.__name__, (_Rotating, attention), {})
+
+
+def attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Of a prompt, every token sees those up to itself: query [H, S, D], key, value [KV, S, D] -> [S, H, D]."""
+    if _takes(query, query.shape[-1]) and torch.ops.qwenvl_tp.attend_all_supported():
+        out: Tensor = torch.ops.qwenvl_tp.attend_all(query, key, value, scale, True)
+        return out
+    return F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True, scale=scale,
+                                          enable_gqa=True)[0].transpose(0, 1)
+
+
+def _takes(x: Tensor, head_dim: int) -> bool:
+    """Whether csrc/attention.cpp is for such numbers and heads."""
+    return x.device.type == "cpu" and x.dtype is torch.bfloat16 and head_dim % 2 == 0 and head_dim <= 128
 
 
 def _attend_all(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -64,8 +114,8 @@ def _attend_all(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, at
     """In the form of Transformers' AttentionInterface: query [B, H, S, D], key, value [B, KV, S', D] -> [B, S, H, D].
     What the kernel does not take goes to sdpa as Transformers has it."""
     batch, _, tokens, dim = query.shape
-    fits = batch == 1 and tokens == key.shape[2] and dim % 2 == 0 and dim <= 128 and query.dtype is torch.bfloat16
-    if fits and attention_mask is None and dropout == 0.0 and query.device.type == "cpu":
+    fits = batch == 1 and tokens == key.shape[2] and _takes(query, dim)
+    if fits and attention_mask is None and dropout == 0.0:
         scale = dim ** -0.5 if scaling is None else scaling
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         return torch.ops.qwenvl_tp.attend_all(query[0], key[0], value[0], scale, causal)[None], None

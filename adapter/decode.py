@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from adapter import fused
+from adapter.attention import attend_causal
 from adapter.plan import Plan
 
 log = logging.getLogger("adapter")
@@ -88,6 +90,7 @@ class Decoder:
         if getattr(config.get_text_config(), "use_sliding_window", False):
             raise LookupError("the model attends to a sliding window")
         self.layers = [Layer(**{name: found[i] for name, found in parts.items()}) for i in range(count)]
+        self.whole = [modules[f"{stack}.{i}"] for i in range(count)]
         self.scale = plan.geometry.attention["text"].head_dim ** -0.5
         self.device = next(model.parameters()).device
         self.ops = fused.operators(self.device.type)
@@ -120,14 +123,16 @@ class Decoder:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             seen.append(kwargs["position_ids"] if "position_ids" in kwargs else args[1])
 
+        reading = Reading(self, mask, length)
         hook = self.rotary.register_forward_pre_hook(look, with_kwargs=True)
         try:
-            output = forward()
+            with reading.instead():
+                output = forward()
         finally:
             hook.remove()
         batch, prompt = mask.shape
-        keys, values = list[Tensor](), list[Tensor]()
-        for i in range(len(self.layers)):
+        keys, values = reading.keys, reading.values
+        for i in range(len(keys), len(self.layers)):  # none, or all of them
             for to, old in zip((keys, values), _cached(output.past_key_values, i), strict=True):
                 # torch multiplies what it masks by zero: nothing there may be no number
                 make = old.new_zeros if self.ops is fused.Plain else old.new_empty
@@ -147,6 +152,68 @@ class Decoder:
         place = torch.tensor([prompt], device=mask.device)
         cos, sin = cos.transpose(0, 1).contiguous(), sin.transpose(0, 1).contiguous()
         return output.logits[:, -1], State(keys, values, cos, sin, start, place)
+
+
+class Reading:
+    """The layers of the text tower over a prompt, on CPU: what their own forwards compute, with a step's operators;
+    keys and values go to their places in `State`. Of the last layer only the last position is computed: nobody asks
+    for other logits. What is around the layers (pictures, positions, rotary tables) stays Transformers'.
+
+    keys, values: as in `State`, of every layer; of none where the layers' own forwards ran.
+    """
+
+    def __init__(self, decoder: Decoder, mask: Tensor, length: int) -> None:
+        self.decoder, self.length = decoder, length
+        self.start = (mask.shape[1] - mask.sum(-1)).tolist()
+        self.keys, self.values = list[Tensor](), list[Tensor]()
+
+    @contextmanager
+    def instead(self) -> Iterator[None]:
+        """Within, a layer's forward is this one, unless somebody has put hooks or a forward of theirs into a layer."""
+        layers = self.decoder.whole
+        inside = [module for layer in layers for module in layer.modules()]
+        touched = any(m._forward_hooks or m._forward_pre_hooks for m in inside) \
+            or any("forward" in m.__dict__ for m in inside)
+        if self.decoder.ops is fused.Plain or touched:
+            yield
+            return
+        try:
+            for i, layer in enumerate(layers):
+                layer.forward = partial(self.layer, i, layer.forward)
+            yield
+        finally:
+            for layer in layers:
+                layer.__dict__.pop("forward", None)
+
+    def layer(self, i: int, own: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """x [B, S, hidden] -> the same, of the last layer [B, 1, hidden]; of a release whose layers get rotary tables
+        that are not yet those of the positions, what `own` returns."""
+        cos, sin = kwargs.get("position_embeddings") or (None, None)
+        if args or cos is None or sin is None or cos.ndim != 3:
+            return own(x, *args, **kwargs)
+        decoder, layer, ops = self.decoder, self.decoder.layers[i], self.decoder.ops
+        h = ops.rms_norm(x, layer.attention_norm.weight, decoder.eps)
+        q, k, v = (part.forward(h) for part in (layer.q, layer.k, layer.v))
+        last = i + 1 == len(decoder.layers)
+        a = self.attend(q, k, v, cos.float(), sin.float())
+        x, a = (t[:, -1:].contiguous() if last else t for t in (x.clone(), a))
+        h = ops.add_rms_norm(x, layer.o.forward(a), layer.mlp_norm.weight, decoder.eps)
+        return x.add_(layer.down.forward(ops.silu_mul(layer.gate.forward(h), layer.up.forward(h))))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """q [B, S, heads * D], k, v [B, S, KV heads * D], not rotated; cos, sin float32 [B, S, D] -> like q, zero where
+        a row is padding."""
+        dim, out = cos.shape[-1], torch.zeros_like(q)
+        q, k, v = (t.unflatten(-1, (-1, dim)) for t in (q, k, v))
+        for part in (q, k):
+            torch.ops.qwenvl_tp.rotate(part.view(-1, *part.shape[2:]), cos.flatten(0, 1), sin.flatten(0, 1))
+        for to, new in ((self.keys, k), (self.values, v)):
+            to.append(new.new_empty(len(new), new.shape[2], self.length, dim))
+            to[-1][:, :, :new.shape[1]] = new.transpose(1, 2)
+        for b, start in enumerate(self.start):
+            mine, keys, values = (t[b, start:].transpose(0, 1) for t in (q, k, v))
+            out[b, start:] = attend_causal(mine, keys, values, self.decoder.scale).flatten(1)
+        return out
 
 
 def _cached(cache: Any, layer: int) -> tuple[Tensor, Tensor]:

@@ -161,6 +161,34 @@ void rotate(const T* x, const T* c, const T* s, T* y, int64_t D) {
   }
 }
 
+// x [S, H, D], its last dimension contiguous, D even: every head rotated in place by cos, sin float32 [S, D]
+void rotate_rows(Tensor& x, const Tensor& cos, const Tensor& sin) {
+  TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && x.size(2) % 2 == 0, "x [S, H, D], D even and contiguous, is needed, not ",
+              x.sizes());
+  const int64_t S = x.size(0), H = x.size(1), D = x.size(2), half = D / 2;
+  for (const Tensor& t : {cos, sin})
+    TORCH_CHECK(t.is_contiguous() && t.scalar_type() == at::kFloat && t.dim() == 2 && t.size(0) == S && t.size(1) == D,
+                "cos and sin: float32 [", S, ", ", D, "] is needed, not ", t.scalar_type(), " ", t.sizes());
+  const float *cosines = cos.const_data_ptr<float>(), *sines = sin.const_data_ptr<float>();
+  DISPATCH(x.scalar_type(), [&] {
+    scalar_t* data = x.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, S, 64, [&](int64_t begin, int64_t end) {
+      std::vector<float> memory(2 * D);
+      float *from = memory.data(), *to = from + D;
+      for (int64_t i = begin; i < end; i++) {
+        const float *c = cosines + i * D, *s = sines + i * D;
+        for (int64_t h = 0; h < H; h++) {
+          scalar_t* at = data + i * x.stride(0) + h * x.stride(1);
+          widen(at, from, D);
+          for (int64_t j = 0; j < half; j++) to[j] = from[j] * c[j] - from[j + half] * s[j];
+          for (int64_t j = half; j < D; j++) to[j] = from[j] * c[j] + from[j - half] * s[j];
+          narrow(to, at, D);
+        }
+      }
+    });
+  });
+}
+
 struct Shape {
   int64_t batch, kv, groups, D, length;  // kv heads, query heads for each, head_dim, places of the cache
 };
@@ -264,6 +292,7 @@ TORCH_LIBRARY_FRAGMENT(qwenvl_tp, m) {
   m.def("add_rms_norm(Tensor(a!) x, Tensor delta, Tensor weight, float eps) -> Tensor");
   m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
   m.def("look_up(Tensor x, Tensor table) -> Tensor");
+  m.def("rotate(Tensor(a!) x, Tensor cos, Tensor sin) -> ()");
   m.def("attend(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor start, "
         "Tensor position, float scale) -> Tensor");
 }
@@ -272,6 +301,7 @@ TORCH_LIBRARY_IMPL(qwenvl_tp, CPU, m) {
   m.impl("add_rms_norm", add_rms_norm);
   m.impl("silu_mul", silu_mul);
   m.impl("look_up", look_up);
+  m.impl("rotate", rotate_rows);
   m.impl("attend", attend);
 }
 TORCH_LIBRARY_IMPL(qwenvl_tp, Meta, m) {
