@@ -5,6 +5,7 @@ This process becomes a rank, which is why it is not among the unit tests.
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import pytest
@@ -14,8 +15,9 @@ from checkpoints import Shape, cases, make_checkpoint
 from transformers.generation.streamers import BaseStreamer
 
 import adapter
+from adapter import native
 from adapter.config import from_dict
-from adapter.decode import Decoder, LeanGenerate
+from adapter.decode import Decoder, LeanGenerate, Reading
 from adapter.fused import Plain
 
 SHAPE = Shape(heads=6, kv_heads=2, head_dim=8, layers=2, mlp=96, vocab=203, v_heads=4, v_head_dim=8, v_layers=1)
@@ -29,10 +31,20 @@ def directory(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("decode") / "m", SHAPE)
 
 
+def started_from(directory, dtype="float32"):
+    config = {"model": {"path": str(directory), "dtype": dtype}, "tensor_parallel": {"tp_size": 1}}
+    return adapter.init_inference(from_dict(config, directory))
+
+
 @pytest.fixture(scope="module")
 def engine(directory):
-    config = {"model": {"path": str(directory), "dtype": "float32"}, "tensor_parallel": {"tp_size": 1}}
-    return adapter.init_inference(from_dict(config, directory))
+    return started_from(directory)
+
+
+@pytest.fixture
+def fresh(directory):
+    """An engine that nobody has asked for attentions: Transformers' hooks for those stay where they are."""
+    return started_from(directory)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +143,65 @@ def test_padding_on_the_right_goes_to_transformers_own_loop(engine, steps):
     inputs["attention_mask"][0, -2:] = 0
     engine.generate(**inputs, **TWELVE)
     assert not steps
+
+
+@lean
+@pytest.mark.parametrize("case", ["text", "two_images", "batch"])
+def test_a_prompts_layers_run_with_a_steps_operators(fresh, monkeypatch, case):
+    """All of them, once each, and no forward of theirs: the tokens are compared above."""
+    layers, read = fresh.module.model.language_model.layers, []
+    own = Reading.layer
+    monkeypatch.setattr(type(layers[0]), "forward", lambda *_, **__: pytest.fail("its own forward"))
+    monkeypatch.setattr(Reading, "layer", lambda self, i, *more, **kw: (read.append(i), own(self, i, *more, **kw))[1])
+    fresh.generate(**cases()[case], **TWELVE)
+    assert read == [*range(len(layers))] and not any("forward" in layer.__dict__ for layer in layers)
+
+
+@lean
+@pytest.mark.parametrize("inside", ["self_attn", "mlp.act_fn", "input_layernorm"])
+def test_a_hook_in_a_layer_is_called_for_the_prompt(fresh, plain, steps, inside):
+    """Transformers' own layers run then, and the steps after them are as many and right."""
+    seen, inputs = [], cases()["batch"]
+    fresh.generate(**inputs, **TWELVE)  # the first call looks at the layers, and tries their activations
+    steps.clear()
+    module = fresh.module.model.language_model.layers[1].get_submodule(inside)
+    hook = module.register_forward_hook(lambda *_: seen.append(1))
+    try:
+        ours = fresh.generate(**inputs, **TWELVE)
+    finally:
+        hook.remove()
+    assert seen == [1] and len(steps) == 11 and torch.equal(ours, plain.generate(**inputs, **TWELVE))
+
+
+@lean
+def test_a_prompt_that_fails_leaves_the_layers_their_forwards(fresh, monkeypatch):
+    monkeypatch.setattr(Reading, "attend", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fresh.generate(**cases()["text"], **TWELVE)
+    monkeypatch.undo()
+    assert not any("forward" in module.__dict__ for module in fresh.module.model.language_model.layers)
+
+
+@lean
+@pytest.mark.skipif(not native.unavailable() and not torch.ops.qwenvl_tp.attend_all_supported(),
+                    reason="this processor lacks AVX-512 BF16")
+@pytest.mark.parametrize("case", ["image", "two_images", "video"])
+def test_pictures_in_half_precision_are_as_near_as_transformers_own(directory, plain, monkeypatch, case):
+    """To those of float32; and by our attention, not by the release's."""
+    half = started_from(directory, "bfloat16").module
+    inputs = cases()[case]
+    pixels, grid = ((inputs["pixel_values"], inputs["image_grid_thw"]) if "pixel_values" in inputs else
+                    (inputs["pixel_values_videos"], inputs["video_grid_thw"]))
+
+    def features(model):
+        with torch.no_grad():
+            return model.model.visual(pixels.to(model.dtype), grid_thw=grid).pooler_output.double()
+
+    exact = features(plain)
+    theirs = features(copy.deepcopy(plain).bfloat16())
+    monkeypatch.setattr(type(plain.model.visual.blocks[0].attn), "forward", lambda *_, **__: pytest.fail("its own"))
+    ours = features(half)
+    assert float((ours - exact).norm()) < 1.2 * float((theirs - exact).norm())
 
 
 def test_another_activation_is_seen(engine):

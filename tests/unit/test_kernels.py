@@ -161,6 +161,10 @@ def test_not_a_number_stays_one():
     (lambda o: o.linear(torch.ones(64, 2).bfloat16().T, torch.ones(2, 64).bfloat16(), None), "contiguous"),
     (lambda o: o.attend_all(*[torch.ones(1, 3, 130).bfloat16()] * 3, 1.0, False), "head_dim 130"),
     (lambda o: o.silu_mul(torch.ones(2), torch.ones(3)), "not like"),
+    (lambda o: o.rotate(torch.ones(2, 3, 4).transpose(1, 2), *[torch.ones(2, 3)] * 2), "contiguous"),
+    (lambda o: o.rotate(torch.ones(2, 3, 5), *[torch.ones(2, 5)] * 2), "even"),
+    (lambda o: o.rotate(torch.ones(2, 3, 4), *[torch.ones(2, 4).bfloat16()] * 2), "float32"),
+    (lambda o: o.rotate(torch.ones(2, 3, 4), *[torch.ones(1, 4)] * 2), "float32"),
 ])
 def test_operators_refuse_what_they_cannot_take(call, words):
     with pytest.raises(RuntimeError, match=words):
@@ -227,6 +231,22 @@ def test_a_convolution_over_its_own_size_is_a_product(dtype):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if dtype is torch.float32 else 1e-2)
     wide = drawn(2, 3, 2, 28, 28, dtype=dtype)
     assert torch.equal(Patches(convolution)(wide), convolution(wide))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 1, 2), (7, 3, 80), (200, 2, 128), (65, 1, 36)])
+def test_heads_are_rotated_where_they_are(tokens, heads, dim, dtype):
+    """Rounded once; what lies beside them stays."""
+    fused, angles = drawn(tokens, 3 * heads, dim, dtype=dtype), drawn(tokens, dim, dtype=torch.float32)
+    before, cos, sin = fused.clone(), angles.cos(), angles.sin()
+    torch.ops.qwenvl_tp.rotate(fused[:, :2 * heads], cos, sin)
+    x = before[:, :2 * heads].double()
+    turned = torch.cat([-x[..., dim // 2:], x[..., :dim // 2]], -1)
+    exact = x * cos.double()[:, None] + turned * sin.double()[:, None]
+    bound = torch.finfo(dtype).eps * 0.5 * exact.abs() + 1e-6
+    assert bool(((fused[:, :2 * heads].double() - exact).abs() <= bound).all())
+    assert torch.equal(fused[:, 2 * heads:], before[:, 2 * heads:])
 
 
 @needs_kernels
