@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from adapter import fused
 from adapter.attention import attend_causal
+from adapter.graphs import Graphed
 from adapter.plan import Plan
 
 log = logging.getLogger("adapter")
@@ -224,10 +226,13 @@ def _cached(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
 
 
 class LeanGenerate:
-    """A model's `generate` whose decoding is `Decoder.step` wherever that is right. Every rank must call it."""
+    """A model's `generate` whose decoding is `Decoder.step` wherever that is right. Every rank must call it.
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self.model, self.plan, self.generate = model, plan, model.generate
+    graphs: capture the step of each answer as a graph of the accelerator's.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, graphs: bool = False) -> None:
+        self.model, self.plan, self.generate, self.graphs = model, plan, model.generate, graphs
         self.signature = inspect.signature(model.generate)  # type: ignore[arg-type]
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -273,6 +278,9 @@ class LeanGenerate:
         mask = torch.ones_like(input_ids) if mask is None else mask
         logits, state = decoder.prefill(lambda: _forward(model, input_ids, model_kwargs), mask,
                                         max(generation_config.max_length, input_ids.shape[1] + 1))
+        step: Callable[[Tensor], Tensor] = partial(decoder.step, state=state)
+        if self.graphs:
+            step = Graphed(step, get_accelerator())
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         unfinished = torch.ones(len(input_ids), dtype=torch.int64, device=input_ids.device)
         scored: list[Tensor] = []
@@ -294,7 +302,7 @@ class LeanGenerate:
             unfinished = unfinished & ~stopping_criteria(input_ids, tuple(scored) or None)
             if not unfinished.any():
                 break
-            logits = decoder.step(new, state)
+            logits = step(new)
         if streamer is not None:
             streamer.end()
         if not generation_config.return_dict_in_generate:

@@ -16,7 +16,7 @@ from deepspeed.inference.config import DeepSpeedInferenceConfig
 from pydantic import ValidationError
 from torch import nn
 
-from adapter import kernels, topology
+from adapter import graphs, kernels, topology
 from adapter.config import load_config
 from adapter.decode import LeanGenerate
 from adapter.desync import checked_generate
@@ -40,7 +40,6 @@ OWN_KEYS = {
     "config": "the deepspeed section itself",
     "replace_with_kernel_inject": "nothing: kernel injection and this policy exclude each other",
     "kernel_inject": "nothing: kernel injection and this policy exclude each other",
-    "enable_cuda_graph": "nothing: DeepSpeed captures no graph of a model over several ranks",
 }
 LIMITS = {"max_out_tokens", "max_tokens"}  # DeepSpeed's two names of one thing
 
@@ -82,7 +81,8 @@ def init_inference(
     if model is not None:
         check_arguments(deepspeed_section)
         _check_section(deepspeed_section)
-        return _start_engine(_shard_loaded(model, *_parallel(tensor_parallel, mpu)), deepspeed_section)
+        shard = _shard_loaded(model, *_parallel(tensor_parallel, mpu), deepspeed_section)
+        return _start_engine(shard, deepspeed_section)
     if stray := [*deepspeed_section, *(["tensor_parallel"] if tensor_parallel else [])]:
         raise UserError(f"init_inference with a config takes {', '.join(stray)} from it; use overrides=('key=value',)")
     if isinstance(config, (str, Path)):
@@ -101,7 +101,7 @@ def deepspeed_kwargs(model: nn.Module, tp_size: int | None = None, mpu: Any = No
     check_arguments(deepspeed_section)
     _check_section(deepspeed_section)
     section = {} if tp_size is None else {"tp_size": tp_size}
-    return _deepspeed_arguments(_shard_loaded(model, *_parallel(section, mpu)), deepspeed_section)
+    return _deepspeed_arguments(_shard_loaded(model, *_parallel(section, mpu), deepspeed_section), deepspeed_section)
 
 
 def _parallel(section: Mapping[str, Any] | None, mpu: Any) -> tuple[TensorParallelSection, Any]:
@@ -142,7 +142,8 @@ class _Shard:
     parallel: TensorParallelSection
 
 
-def _shard_loaded(model: nn.Module, parallel: TensorParallelSection, megatron: Any) -> _Shard:
+def _shard_loaded(model: nn.Module, parallel: TensorParallelSection, megatron: Any,
+                  section: Mapping[str, Any]) -> _Shard:
     model_config = getattr(model, "config", None)
     if model_config is None:
         raise UserError(f"{type(model).__name__} has no .config; a Transformers model is needed")
@@ -158,7 +159,7 @@ def _shard_loaded(model: nn.Module, parallel: TensorParallelSection, megatron: A
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, model_source(model, policy), dtype)
     report = LoadReport(0, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
-    return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole)
+    return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole, section)
 
 
 def _shard_from_files(config: Config, megatron: Any) -> _Shard:
@@ -176,7 +177,7 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), dtype)
     report = LoadReport(checkpoint.bytes_read, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
-    return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole)
+    return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole, config.deepspeed)
 
 
 def _token_bytes(plan: Plan, dtype: torch.dtype) -> int:
@@ -184,7 +185,7 @@ def _token_bytes(plan: Plan, dtype: torch.dtype) -> int:
     return plan.geometry.sizes["hidden"] * dtype.itemsize
 
 
-def _ready(shard: _Shard, whole: Mapping[str, nn.Module]) -> _Shard:
+def _ready(shard: _Shard, whole: Mapping[str, nn.Module], section: Mapping[str, Any]) -> _Shard:
     """Test the shards against `whole`, what some modules are for one process, and give the model a `generate` that
     draws the same numbers on every rank, whoever calls it."""
     tp = shard.mpu.tp
@@ -192,7 +193,7 @@ def _ready(shard: _Shard, whole: Mapping[str, nn.Module]) -> _Shard:
     if shard.parallel.self_test:
         self_test(shard.model, shard.plan, tp, whole)
     generate = checked_generate(shard.model, shard.plan, tp, shard.parallel.desync_check) \
-        if shard.parallel.desync_check else LeanGenerate(shard.model, shard.plan)
+        if shard.parallel.desync_check else LeanGenerate(shard.model, shard.plan, graphs.wanted(section, tp))
 
     def same(*inputs: Any, **kwargs: Any) -> Any:
         with torch.inference_mode(), same_draw(tp):
@@ -226,7 +227,7 @@ def _deepspeed_arguments(shard: _Shard, section: Mapping[str, Any]) -> dict[str,
     context = {} if LIMITS & section.keys() else {"max_out_tokens": shard.plan.geometry.context}
     return {
         **context,  # DeepSpeed's default of 1024 would refuse most pictures
-        **section,
+        **{key: value for key, value in section.items() if key != graphs.KEY},  # DeepSpeed has them for one rank only
         "dtype": shard.dtype,
         "tensor_parallel": {"tp_size": shard.plan.tp_size, "mpu": mpu, "tp_group": mpu.tp.group},
         "injection_policy": _policy_by_class(shard.model, shard.plan.policy),

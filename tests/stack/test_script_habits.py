@@ -238,7 +238,7 @@ def test_a_second_call_says_that_there_was_a_first(load, first, second):
     ("dtype", torch.bfloat16, "the dtype the model was loaded in"), ("mp_size", 4, "tp_size=N"),
     ("tp", {"tp_size": 4}, "tp_size=N"), ("replace_with_kernel_inject", True, "leave it out"),
     ("kernel_inject", True, "leave it out"), ("checkpoint", "shards.json", "the model's own"),
-    ("config", {"max_out_tokens": 7}, "its keys as arguments"), ("enable_cuda_graph", True, "captures no graph"),
+    ("config", {"max_out_tokens": 7}, "its keys as arguments"),
     ("max_new_token", 3, "Extra inputs"),
 ])
 def test_arguments_of_a_stock_call_that_must_go(load, argument, value, words):
