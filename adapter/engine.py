@@ -156,10 +156,11 @@ def _shard_loaded(model: nn.Module, parallel: TensorParallelSection, megatron: A
     require(policy.problems(geometry, tp_size), plan, type(model).__name__)
     _check_dtype(dtype)
     mpu = topology.start(tp_size, megatron, _token_bytes(plan, dtype))
+    graphed = graphs.wanted(section, mpu.tp)
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, model_source(model, policy), dtype)
     report = LoadReport(0, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
-    return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole, section)
+    return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole, graphed)
 
 
 def _shard_from_files(config: Config, megatron: Any) -> _Shard:
@@ -174,10 +175,11 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     kernels.check(plan.form, dtype, get_accelerator().device_name())
     model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)
     mpu = topology.start(plan.tp_size, megatron, _token_bytes(plan, dtype))
+    graphed = graphs.wanted(config.deepspeed, mpu.tp)
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), dtype)
     report = LoadReport(checkpoint.bytes_read, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
-    return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole, config.deepspeed)
+    return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole, graphed)
 
 
 def _token_bytes(plan: Plan, dtype: torch.dtype) -> int:
@@ -185,7 +187,7 @@ def _token_bytes(plan: Plan, dtype: torch.dtype) -> int:
     return plan.geometry.sizes["hidden"] * dtype.itemsize
 
 
-def _ready(shard: _Shard, whole: Mapping[str, nn.Module], section: Mapping[str, Any]) -> _Shard:
+def _ready(shard: _Shard, whole: Mapping[str, nn.Module], graphed: bool) -> _Shard:
     """Test the shards against `whole`, what some modules are for one process, and give the model a `generate` that
     draws the same numbers on every rank, whoever calls it."""
     tp = shard.mpu.tp
@@ -193,7 +195,7 @@ def _ready(shard: _Shard, whole: Mapping[str, nn.Module], section: Mapping[str, 
     if shard.parallel.self_test:
         self_test(shard.model, shard.plan, tp, whole)
     generate = checked_generate(shard.model, shard.plan, tp, shard.parallel.desync_check) \
-        if shard.parallel.desync_check else LeanGenerate(shard.model, shard.plan, graphs.wanted(section, tp))
+        if shard.parallel.desync_check else LeanGenerate(shard.model, shard.plan, graphed)
 
     def same(*inputs: Any, **kwargs: Any) -> Any:
         with torch.inference_mode(), same_draw(tp):

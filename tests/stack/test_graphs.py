@@ -131,6 +131,18 @@ def test_tokens_of_replayed_steps_are_transformers_own(plain, graphed, taping, c
 
 
 @lean
+def test_an_engine_that_may_have_graphs_replays_them(directory, taping, monkeypatch):
+    """All the way from init_inference; DeepSpeed, which refuses the key over several ranks, does not see it."""
+    monkeypatch.setattr(graphs, "wanted", lambda section, tp: section["enable_cuda_graph"])
+    config = {"model": {"path": str(directory), "dtype": "float32"}, "tensor_parallel": {"tp_size": 1},
+              "deepspeed": {"enable_cuda_graph": True}}
+    engine = adapter.init_inference(from_dict(config, directory))
+    assert not engine._config.enable_cuda_graph
+    engine.generate(**cases()["image"], **TWELVE)
+    assert (taping.captured, taping.replayed) == (1, 10)
+
+
+@lean
 @pytest.mark.parametrize("ops", [None, Plain], ids=["ours", "torch"])
 def test_a_replayed_step_is_the_step(engine, ops):
     """With either set of operators; those of torch are what runs on a GPU."""
