@@ -6,12 +6,12 @@ This process becomes a rank, which is why it is not among the unit tests.
 from __future__ import annotations
 
 import copy
-import inspect
 
 import pytest
 import torch
 import transformers
-from checkpoints import Shape, cases, make_checkpoint
+from checkpoints import cases, make_checkpoint
+from decoding import SHAPE, TWELVE, lean, started
 from transformers.generation.streamers import BaseStreamer
 
 import adapter
@@ -19,11 +19,6 @@ from adapter import native
 from adapter.config import from_dict
 from adapter.decode import Decoder, LeanGenerate, Reading
 from adapter.fused import Plain
-
-SHAPE = Shape(heads=6, kv_heads=2, head_dim=8, layers=2, mlp=96, vocab=203, v_heads=4, v_head_dim=8, v_layers=1)
-TWELVE = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-TAKES_A_LOOP = "custom_generate" in inspect.signature(transformers.GenerationMixin.generate).parameters
-lean = pytest.mark.skipif(not TAKES_A_LOOP, reason="this release takes no loop of a caller's")
 
 
 @pytest.fixture(scope="module")
@@ -212,17 +207,6 @@ def test_another_activation_is_seen(engine):
             Decoder(engine.module, engine.plan)
     finally:
         mlp.act_fn = own
-
-
-def started(engine, ops=None):
-    """A decoder after the prompt of a padded batch, with room for 8 tokens."""
-    decoder, inputs = Decoder(engine.module, engine.plan), cases()["batch"]
-    decoder.ops = ops or decoder.ops
-    prompt = inputs["input_ids"].shape[1]
-    with torch.no_grad():
-        logits, state = decoder.prefill(lambda: engine.module(**inputs, use_cache=True), inputs["attention_mask"],
-                                        prompt + 8)
-    return decoder, logits.argmax(-1), state
 
 
 @lean

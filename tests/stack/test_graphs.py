@@ -6,30 +6,26 @@ stay as they were when it was captured, and no value may be asked for on the way
 
 from __future__ import annotations
 
-import inspect
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed
 import transformers
-from checkpoints import Shape, cases, make_checkpoint
+from checkpoints import cases, make_checkpoint
+from decoding import SHAPE, TWELVE, lean, started
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import adapter
 from adapter import decode, graphs
 from adapter.config import from_dict
-from adapter.decode import Decoder, LeanGenerate
+from adapter.decode import LeanGenerate
 from adapter.fused import Plain
 from adapter.graphs import Graphed
 from adapter.topology import Group
 from policies.errors import UserError
-
-SHAPE = Shape(heads=6, kv_heads=2, head_dim=8, layers=2, mlp=96, vocab=203, v_heads=4, v_head_dim=8, v_layers=1)
-TWELVE = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-TAKES_A_LOOP = "custom_generate" in inspect.signature(transformers.GenerationMixin.generate).parameters
-lean = pytest.mark.skipif(not TAKES_A_LOOP, reason="this release takes no loop of a caller's")
 
 
 class Tape(TorchDispatchMode):
@@ -146,20 +142,11 @@ def test_an_engine_that_may_have_graphs_replays_them(directory, taping, monkeypa
 @pytest.mark.parametrize("ops", [None, Plain], ids=["ours", "torch"])
 def test_a_replayed_step_is_the_step(engine, ops):
     """With either set of operators; those of torch are what runs on a GPU."""
-    def started():
-        decoder, inputs = Decoder(engine.module, engine.plan), cases()["batch"]
-        decoder.ops = ops or decoder.ops
-        length = inputs["input_ids"].shape[1] + 8
-        with torch.no_grad():
-            logits, state = decoder.prefill(lambda: engine.module(**inputs, use_cache=True), inputs["attention_mask"],
-                                            length)
-        return lambda ids: decoder.step(ids, state), logits.argmax(-1)
-
-    (eager, ids), (captured, _), taping = started(), started(), Taping()
-    captured = Graphed(captured, taping)
+    (eager, ids, state), (same, _, other), taping = started(engine, ops), started(engine, ops), Taping()
+    captured = Graphed(partial(same.step, state=other), taping)
     with torch.no_grad():
         for _ in range(7):
-            logits = eager(ids)
+            logits = eager.step(ids, state)
             assert torch.equal(captured(ids), logits)
             ids = logits.argmax(-1)
     assert taping.replayed == 6
