@@ -29,7 +29,9 @@ def main() -> None:
     before, peak, done = proportional_set_size(), [0], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.005):
+        finished = False
+        while not finished:  # one look after the last weight: a short load may end between two
+            finished = done.wait(0.005)
             peak[0] = max(peak[0], proportional_set_size())
 
     thread = threading.Thread(target=watch)
