@@ -2,12 +2,15 @@
 of tests leaves its process the environment of a rank."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would ours
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -141,6 +141,7 @@ Quantised quantise(const T* x, int64_t rows, int64_t K, int bits) {
       float v[GROUP] = {}, most = 0.f;
       const int inputs = int(std::min<int64_t>(GROUP, K - g * GROUP));
       for (int i = 0; i < inputs; i++) v[i] = get(from + i);
+#pragma omp simd reduction(max : most)
       for (int i = 0; i < GROUP; i++) most = std::max(most, std::fabs(v[i]));
       const float inverse = most > 0.f ? 127.f / most : 0.f;
       int8_t c[GROUP];
