@@ -19,7 +19,7 @@ def spread(values: Sequence[Any]) -> Any:
         return {key: spread([value[key] for value in values if key in value]) for key in keys}
     if isinstance(values[0], list):
         return [spread(place) for place in zip(*values, strict=True)]
-    return {"min": min(values), "median": round(median(values), 4), "max": max(values)}
+    return {"min": min(values), "median": round(median(values), 6), "max": max(values)}
 
 
 def summary(rows: Sequence[Row], repeats: int) -> dict[str, Any]:

@@ -14,8 +14,10 @@ pytestmark = pytest.mark.ranks
 @pytest.mark.parametrize("what, refusal", [
     ("cores", "not DeepSpeed's shared-memory op: rank 1: it spins, too slow with 2 ranks on 1 cores"),
     ("build", "not the adapter's shared memory: rank 1: no compiler here"),
-    ("open", "not the adapter's shared memory: rank 1: rank 0's memory cannot be opened: not here"),
-    ("create", "not the adapter's shared memory: rank 0: no memory to share: not here"),
+    pytest.param("open", "not the adapter's shared memory: rank 1: rank 0's memory cannot be opened: not here",
+                 marks=pytest.mark.sweep),
+    pytest.param("create", "not the adapter's shared memory: rank 0: no memory to share: not here",
+                 marks=pytest.mark.sweep),
 ])
 def test_one_rank_that_cannot_decides_for_all(what, refusal):
     outcome = launch(2, Path(__file__).with_name("votes_worker.py"), what, timeout=120)

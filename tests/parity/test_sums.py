@@ -17,7 +17,7 @@ def rows(outcome) -> list[dict]:
     return sorted(found, key=lambda row: row["rank"])
 
 
-@pytest.mark.parametrize("ranks, tp", [(2, 2), (3, 3), (4, 4), (4, 2)])
+@pytest.mark.parametrize("ranks, tp", [(2, 2), pytest.param(3, 3, marks=pytest.mark.sweep), (4, 4), (4, 2)])
 def test_sums_and_gathers(ranks, tp):
     """(4, 2): two groups at once, each of which sums what is its own."""
     outcome = launch(ranks, WORKER, str(tp))

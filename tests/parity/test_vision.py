@@ -50,7 +50,8 @@ def job(root: Path, tp: int) -> dict[tuple[str, str], dict]:
     return {(row["model"], row["vision"]): row for row in rows}
 
 
-@pytest.fixture(params=RUNS, ids=lambda run: "-".join(map(str, run)), scope="module")
+@pytest.fixture(params=[pytest.param(run, id="-".join(map(str, run)), marks=[pytest.mark.sweep] if run[0] == 2 else [])
+                        for run in RUNS], scope="module")
 def ran(request, workplace):
     """(plain results, ours, facts, plan) of one run."""
     tp, name, vision = request.param

@@ -37,7 +37,7 @@ def shards_of(model: Path, directory: Path, form: str = "dense", vision: str = "
     return directory
 
 
-@pytest.mark.parametrize("vision", ["tensor", "data"])
+@pytest.mark.parametrize("vision", [pytest.param("tensor", marks=pytest.mark.sweep), "data"])
 def test_sound_shards_hold_against_themselves(tmp_path, vision):
     outcome, row, summary = run(shards_of(DEMO / "checkpoint", tmp_path, vision=vision),
                                 f"tensor_parallel.vision={vision}")

@@ -91,6 +91,7 @@ def test_the_product_that_is_timed_is_one(dtype):
 
 def test_spread_of_numbers_lists_and_mappings():
     assert spread([3.0, 1.0, 2.0]) == {"min": 1.0, "median": 2.0, "max": 3.0}
+    assert spread([0.00074, 0.00076])["median"] == 0.00075  # of operators, some microseconds
     assert spread([[1, 5], [3, 4]]) == [{"min": 1, "median": 2, "max": 3}, {"min": 4, "median": 4.5, "max": 5}]
     assert spread([{"a": 1}, {"a": 3, "b": 7}]) == {"a": {"min": 1, "median": 2, "max": 3},
                                                     "b": {"min": 7, "median": 7, "max": 7}}
