@@ -56,7 +56,8 @@ def self_test(model: nn.Module, plan: Plan, tp: Group, skeleton: Mapping[str, nn
             assert trace.checks, f"no module of {tops} ran"
             worst = max(worst, *(c.share for c in trace.checks))
             wrong += [first] if (first := trace.first_wrong()) else []
-    _agree(tp, wrong)
+        _agree(tp, wrong)
+        _check_finite(model, plan, tp)
     log.info("self-test: attention and MLP of both encoders hold on %d rank%s, largest error %.2g of its bound, "
              "%.0f ms", tp.size, "s" * (tp.size > 1), worst, (time.perf_counter() - began) * 1e3)
 
@@ -123,24 +124,42 @@ def _run(model: nn.Module, plan: Plan, stack: str, tops: list[str], split: bool)
     modules = [model.get_submodule(real[top]) for top in tops]
     handles = [m.register_forward_pre_hook(probe, with_kwargs=True, prepend=True) for m in modules]
     handles.append(modules[-1].register_forward_hook(stop))
-    device = next(model.parameters()).device
     try:
         with suppress(_Enough):
-            if stack == plan.geometry.text_stack:
-                ids = torch.arange(TOKENS, device=device)[None] % plan.geometry.sizes["vocab"]
-                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-            else:
-                values, merge = plan.geometry.picture
-                side = 2 * merge
-                pixels = torch.ones(side * side, values, device=device, dtype=model.dtype)  # type: ignore[call-overload]
-                grid = torch.tensor([[1, side, side]], device=device)
-                if dealt := data_parallel_of(model, plan):
-                    dealt.run(split, pixels, grid, {})
-                else:
-                    encoder_of(model, plan)(pixels, **{plan.policy.encoder.grid: grid})
+            _forward(model, plan, stack, split)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _forward(model: nn.Module, plan: Plan, stack: str, split: bool) -> Tensor:
+    """Logits [1, TOKENS, vocab] of a few tokens, or the vision encoder's features of a small image."""
+    device = next(model.parameters()).device
+    if stack == plan.geometry.text_stack:
+        ids = torch.arange(TOKENS, device=device)[None] % plan.geometry.sizes["vocab"]
+        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        return logits
+    values, merge = plan.geometry.picture
+    side = 2 * merge
+    pixels = torch.ones(side * side, values, device=device, dtype=model.dtype)  # type: ignore[call-overload]
+    grid = torch.tensor([[1, side, side]], device=device)
+    if dealt := data_parallel_of(model, plan):
+        output = dealt.run(split, pixels, grid, {})
+    else:
+        output = encoder_of(model, plan)(pixels, **{plan.policy.encoder.grid: grid})
+    features: Tensor = output if isinstance(output, Tensor) else getattr(output, plan.policy.encoder.features)
+    return features
+
+
+def _check_finite(model: nn.Module, plan: Plan, tp: Group) -> None:
+    """Raises CheckFailed on every rank where a forward of the whole model gives what is no number."""
+    bad = [stack for stack, split in _ways(model, plan) if not _forward(model, plan, stack, split).isfinite().all()]
+    flags = to_device(torch.tensor([bool(bad)], dtype=torch.uint8))
+    if tp.all_gather_last(flags, (1,) * tp.size).any():
+        raise CheckFailed(f"self-test failed: a forward through {' and '.join(bad) or 'the layers'} gives infinity or "
+                          f"NaN in {str(model.dtype).removeprefix('torch.')}. float16 overflows with this family: set "
+                          "model.dtype to bfloat16; otherwise the checkpoint is damaged: compare its files with their "
+                          "publisher's checksums")
 
 
 def _expected(plan: Plan, tp: Group, name: str, claim: Claim, layer: Any, x: Tensor) -> Iterator[Expected]:

@@ -22,7 +22,19 @@ from transformers import StoppingCriteriaList
 
 from adapter.config.schema import Config, Request
 from adapter.parallel.group import Group, to_device
-from adapter.requests.batching import Clock, Limits, Row, Run, Write, answer_batch, generate, rank_facts, room, share
+from adapter.requests.batching import (
+    Clock,
+    Generated,
+    Limits,
+    Row,
+    Run,
+    Write,
+    answer_batch,
+    generate,
+    rank_facts,
+    room,
+    share,
+)
 from adapter.requests.processing import Prepared, RequestError, RequestProcessor
 from adapter.requests.results import Answers
 from adapter.requests.scheduler import BatchQueue, ProgressTicks, join_queue
@@ -81,7 +93,7 @@ def answer_all(config: Config, engine: deepspeed.InferenceEngine, processor: Req
         assert processor is not None
         watched = {"stopping_criteria": StoppingCriteriaList([ProgressTicks(dealer)])} if mpu.replicas.size > 1 else {}
 
-        def run(inputs: dict[str, Tensor], clock: Clock) -> Tensor:
+        def run(inputs: dict[str, Tensor], clock: Clock) -> Generated:
             return generate(share(inputs, mpu.tp), partial(engine.generate, **watched), limits, clock)
 
         tally = _work(batches, dealer, processor, limits, run, answers)
