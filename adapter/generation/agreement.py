@@ -16,7 +16,7 @@ import transformers
 
 from adapter.parallel.group import CARD_BYTES, Group, exchange
 
-MOST_WORDS = CARD_BYTES // 4  # characters of a reason; in JSON one may take more bytes than one
+MOST_WORDS = CARD_BYTES // 5  # characters of a reason: a card has two, and a quotation mark takes two bytes in JSON
 
 
 @dataclass(frozen=True)
@@ -60,4 +60,7 @@ def _first(cards: list[dict[str, Any]] | list[Mapping[str, Any]], key: str) -> s
 
 
 def _short(words: str | None) -> str | None:
-    return words if words is None or len(words) <= MOST_WORDS else words[:MOST_WORDS - 3] + "..."
+    if words is None:
+        return None
+    words = words.encode("ascii", "replace").decode()
+    return words if len(words) <= MOST_WORDS else words[:MOST_WORDS - 3] + "..."
