@@ -217,6 +217,7 @@ def on_the_models_device(model: nn.Module, generate: Callable[..., Any]) -> Call
             return generate(*inputs, **kwargs)
         return move(generate(*move(inputs, device), **move(kwargs, device)), home)
 
+    moved.__wrapped__ = generate  # type: ignore[attr-defined]
     return moved
 
 

@@ -7,7 +7,6 @@ engine starts, and once for each `generate`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +20,20 @@ MOST_WORDS = CARD_BYTES // 5  # characters of a reason: a card has two, and a qu
 
 @dataclass(frozen=True)
 class Start:
-    """What holds for the engine's whole life. compiled: a step's operators are those in C++, on every rank. refusal:
-    why no call can be decoded by our loop; None where it can. remark: what the log should say of it."""
+    """What holds for the engine's whole life. compiled: a step's operators are those in C++, on every rank. graphs:
+    every rank replays steps as graphs. refusal: why no call can be decoded by our loop; None where it can. remark: what
+    the log should say of it."""
 
     compiled: bool
+    graphs: bool
     refusal: str | None
     remark: str | None
 
 
-def agree_at_start(tp: Group, no_operators: str | None, refusal: str | None) -> Start:
-    """no_operators: why this rank has no compiled operators. refusal: why this rank cannot use our loop at all. Every
-    rank must call it."""
-    cards = exchange(tp, {"operators": _short(no_operators), "refusal": _short(refusal),
+def agree_at_start(tp: Group, no_operators: str | None, refusal: str | None, graphs: bool) -> Start:
+    """no_operators: why this rank has no compiled operators. refusal: why this rank cannot use our loop at all. graphs:
+    whether this rank was asked to replay graphs. Every rank must call it."""
+    cards = exchange(tp, {"operators": _short(no_operators), "refusal": _short(refusal), "graphs": graphs,
                           "release": transformers.__version__})
     releases = [card["release"] for card in cards]
     refusal = _first(cards, "refusal")
@@ -41,7 +42,7 @@ def agree_at_start(tp: Group, no_operators: str | None, refusal: str | None) -> 
     lacking = _first(cards, "operators")
     alike = all(card["operators"] == cards[0]["operators"] for card in cards)
     remark = None if alike else f"decoding with torch's operators on all ranks, since one has no others: {lacking}"
-    return Start(lacking is None, refusal, remark)
+    return Start(lacking is None, all(card["graphs"] for card in cards), refusal, remark)
 
 
 def agree_on_call(tp: Group, why_not: str | None) -> tuple[int, str | None]:
@@ -51,7 +52,7 @@ def agree_on_call(tp: Group, why_not: str | None) -> tuple[int, str | None]:
     return cards[0]["seed"], _first(cards, "why")
 
 
-def _first(cards: list[dict[str, Any]] | list[Mapping[str, Any]], key: str) -> str | None:
+def _first(cards: list[dict[str, Any]], key: str) -> str | None:
     """The first rank's words; which rank that is unless all say the same."""
     words = [card[key] for card in cards]
     if len(set(words)) == 1:

@@ -105,11 +105,11 @@ class Decoder:
 
 
 def text_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """Name -> module of everything that is not inside the vision encoder, the model itself ("") included."""
-    vision = plan.policy.encoder.module
-    published = {name: plan.policy.published(name) for name, _ in model.named_modules()}
-    return {name: module for name, module in model.named_modules()
-            if published[name] != vision and not published[name].startswith(f"{vision}.")}
+    """Name -> module of everything that is not the vision encoder or inside it, the model itself ("") included."""
+    encoder, modules = plan.policy.encoder, dict(model.named_modules())
+    layers = next(name for name in modules if plan.policy.published(name) == encoder.stack)
+    vision = layers.removesuffix(encoder.stack.removeprefix(encoder.module))
+    return {name: module for name, module in modules.items() if name != vision and not name.startswith(f"{vision}.")}
 
 
 def check_total(model: nn.Module, plan: Plan) -> None:

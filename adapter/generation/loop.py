@@ -81,13 +81,13 @@ class DecodeLoop:
             refusal = "tensor_parallel.desync_check compares its steps"
         elif "custom_generate" not in self.signature.parameters:
             refusal = "this release of Transformers takes no loop of a caller's"
-        start = agree_at_start(tp, fused.unavailable(get_accelerator().device_name()), refusal)
+        start = agree_at_start(tp, fused.unavailable(get_accelerator().device_name()), refusal, graphs)
         self.refusal, self.ops = start.refusal, fused.operators(start.compiled)
         if start.remark:
             log.warning("%s", start.remark)
         self.before = TextDecoderState(model, plan)
         self.buffers = Buffers()
-        self.graphs = CudaGraphStep(get_accelerator()) if graphs else None
+        self.graphs = CudaGraphStep(get_accelerator()) if start.graphs else None
         self.reported = set[str]()
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -128,7 +128,7 @@ class DecodeLoop:
             why = str(unknown)
         if why and why not in self.reported:
             self.reported.add(why)
-            log.warning("decoding is slower from here on, with Transformers' own loop, while there is %s", why)
+            log.warning("decoding with Transformers' own loop, which is slower, while this holds: %s", why)
         return why
 
     def _report(self, why: str) -> None:

@@ -45,6 +45,7 @@ class Said(logging.Handler):
         super().__init__()
         self.lines: list[str] = []
         logging.getLogger("adapter").addHandler(self)
+        logging.getLogger("adapter").setLevel(logging.INFO)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())

@@ -24,11 +24,17 @@ def directory(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("changes") / "m", SHAPE)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def engine(directory):
     config = {"model": {"path": str(directory), "dtype": "float32"},
               "tensor_parallel": {"tp_size": 1, "self_test": False}}
     return adapter.init_inference(from_dict(config, directory))
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_said_yet(engine):
+    """A reason is a warning once for an engine."""
+    engine.module.generate.__wrapped__.reported.clear()
 
 
 @pytest.fixture
@@ -106,22 +112,20 @@ def test_a_module_of_the_same_kind_put_in_anothers_place_is_used(engine, steps, 
     before = engine.generate(**cases()["batch"], **TWELVE)
     first, second = engine.module.model.language_model.layers
     first.mlp, second.mlp = second.mlp, first.mlp
-    ours = engine.generate(**cases()["batch"], **TWELVE)
-    assert len(steps) == 22 and not torch.equal(ours, before)
-    assert torch.equal(ours, by_transformers(engine, monkeypatch))
+    ours, theirs = engine.generate(**cases()["batch"], **TWELVE), by_transformers(engine, monkeypatch)
+    first.mlp, second.mlp = second.mlp, first.mlp
+    assert len(steps) == 22 and not torch.equal(ours, before) and torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda model: setattr(model.model.language_model.layers[0], "forward", lambda x, **_: x), "forward of its own"),
-    (lambda model: setattr(model, "prepare_inputs_for_generation", model.prepare_inputs_for_generation),
-     "prepare_inputs_for_generation of its own"),
-    (lambda model: model.model.language_model.layers[0].add_module("lora", torch.nn.Linear(2, 2)), "a new module"),
-])
-def test_other_changes_are_seen(engine, steps, caplog, change, words):
-    change(engine.module)
-    with caplog.at_level(logging.WARNING, "adapter"):
-        engine.generate(**cases()["text"], **TWELVE)
-    assert not steps and words in caplog.text
+@pytest.mark.parametrize("place, kind, name, new, words", [
+    ("model.language_model.layers.0", "__dict__", "forward", lambda x, **_: x, "has a forward of its own"),
+    ("", "__dict__", "prepare_inputs_for_generation", lambda ids, **more: {"input_ids": ids},
+     "has a prepare_inputs_for_generation of its own"),
+    ("model.language_model.layers.0", "_modules", "lora", torch.nn.Linear(2, 2), "a new module"),
+], ids=["forward", "inputs", "module"])
+def test_other_changes_are_seen(engine, monkeypatch, place, kind, name, new, words):
+    monkeypatch.setitem(getattr(engine.module.get_submodule(place), kind), name, new)
+    assert words in engine.module.generate.__wrapped__.why_not((), {**cases()["text"], **TWELVE})
 
 
 def test_a_class_whose_forward_was_replaced_is_seen(engine, steps, monkeypatch):
@@ -150,16 +154,16 @@ def test_hooks_that_transformers_leaves_cost_nothing(engine, steps):
 @pytest.mark.parametrize("place, name", [
     ("model.language_model.layers.1.self_attn", "q_norm"), ("model.language_model.layers.1", "adapter"),
     ("model.language_model", "embed_norm"), ("model", "projector")])
-def test_a_module_that_the_page_does_not_name_is_refused(engine, place, name):
+def test_a_module_that_the_page_does_not_name_is_refused(engine, monkeypatch, place, name):
     """A family may have a norm of queries; the loop must not leave it out."""
-    engine.module.get_submodule(place).add_module(name, torch.nn.LayerNorm(8))
+    monkeypatch.setitem(engine.module.get_submodule(place)._modules, name, torch.nn.LayerNorm(8))
     with pytest.raises(LookupError, match=rf"{name} \(LayerNorm\) is not among the modules"):
         check_total(engine.module, engine.plan)
 
 
-def test_a_parameter_between_the_modules_is_refused(engine):
+def test_a_parameter_between_the_modules_is_refused(engine, monkeypatch):
     attention = engine.module.model.language_model.layers[1].self_attn
-    attention.sinks = torch.nn.Parameter(torch.zeros(6))
+    monkeypatch.setitem(attention._parameters, "sinks", torch.nn.Parameter(torch.zeros(6)))
     with pytest.raises(LookupError, match=r"self_attn has parameters of its own \(sinks\)"):
         check_total(engine.module, engine.plan)
 
@@ -167,20 +171,20 @@ def test_a_parameter_between_the_modules_is_refused(engine):
 def test_a_family_with_norms_of_queries_is_decoded_by_transformers(engine, monkeypatch, caplog):
     """From the start, so that no module is new: the reason is in the log."""
     for layer in engine.module.model.language_model.layers:
-        layer.self_attn.q_norm = torch.nn.Identity()
+        monkeypatch.setitem(layer.self_attn._modules, "q_norm", torch.nn.Identity())
     loop = loop_of(engine, monkeypatch)
     with caplog.at_level(logging.WARNING, "adapter"):
         assert "q_norm" in loop.why_not((), {**cases()["text"], **TWELVE})
     assert "q_norm (Identity) is not among the modules that the family's page names" in caplog.text
 
 
-def test_another_activation_is_seen(engine):
-    engine.module.model.language_model.layers[1].mlp.act_fn = torch.nn.GELU()
+def test_another_activation_is_seen(engine, monkeypatch):
+    monkeypatch.setattr(engine.module.model.language_model.layers[1].mlp, "act_fn", torch.nn.GELU())
     with pytest.raises(LookupError, match="SiLU"):
         Decoder(engine.module, engine.plan, fused.operators(False))
 
 
-def test_another_scale_of_attention_is_seen(engine):
-    engine.module.model.language_model.layers[1].self_attn.scaling = 1.0
+def test_another_scale_of_attention_is_seen(engine, monkeypatch):
+    monkeypatch.setattr(engine.module.model.language_model.layers[1].self_attn, "scaling", 1.0)
     with pytest.raises(LookupError, match="scale"):
         Decoder(engine.module, engine.plan, fused.operators(False))

@@ -77,10 +77,10 @@ def generate(request, engine, plain, monkeypatch):
                          ids=["greedy", "sampled", "sequences"])
 def test_a_row_that_is_not_finite_fails_and_the_others_are_answered(generate, plain, more):
     with pytest.raises(NonFiniteLogits, match=r"row 1: the logits of token 1 .* not finite in float32") as caught:
-        generate(**with_damage([1]), **{**TWELVE, **more})
+        generate(**with_damage([1]), **{**TWELVE, **more}, suppress_tokens=[DAMAGED])
     assert caught.value.rows == {1: 1}
     if not more:
-        right = plain.generate(**TEXT, **TWELVE)
+        right = plain.generate(**TEXT, **TWELVE, suppress_tokens=[DAMAGED])
         assert torch.equal(caught.value.output[[0, 2]], right[[0, 2]])
 
 
@@ -151,8 +151,7 @@ def test_ranks_that_are_compared_fail_alike(damaged):
         engine.generate(**with_damage([1]), **TWELVE)
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["sharded", "plain"])
-def test_a_request_that_is_not_finite_is_a_failed_row(tmp_path, plain):
+def test_a_request_that_is_not_finite_is_a_failed_row(tmp_path):
     """All the way through the command, on the demo: the others of its batch are answered, and the exit code is 2."""
     demo = ROOT / "launch" / "demo" / "checkpoint"
     other = tmp_path / "demo"
@@ -171,7 +170,7 @@ def test_a_request_that_is_not_finite_is_a_failed_row(tmp_path, plain):
         "model": {"path": str(other), "dtype": "float32"}, "tensor_parallel": {"tp_size": 1, "self_test": False},
         "generation": {"max_new_tokens": 3, "do_sample": False},
         "requests": [{"id": "sound", "prompt": "What"}, {"id": "spoiled", "prompt": "What?"}]}))
-    argv = [sys.executable, "launch/generate.py", "--config", str(config), *(["--plain"] if plain else [])]
+    argv = [sys.executable, "launch/generate.py", "--config", str(config)]
     outcome = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
     rows = [json.loads(line) for line in outcome.stdout.splitlines() if line.startswith("{")]
     assert outcome.returncode == 2, outcome.stderr[-3000:]
