@@ -9,7 +9,8 @@ stderr and where the job's process reports.
 A job is a process in a session of its own, as a launcher is: it forks the ranks, each runs `script` as `python script`
 would, and when one fails it ends the others, as the deepspeed launcher does. `launched`: the ranks get that launcher's
 variables and --local_rank; without it one process runs that no launcher has started. The job reports JSON lines:
-{"pid", "ranks": [process ids]}, and at its end {"code", "strays": [process ids that it has left]}.
+{"pid", "ranks": [process ids]}, and when the ranks have ended {"code"}. Its process stays, as the parent of whatever
+they have left running, until that has ended too.
 
 Nothing outlives its parent: the kernel ends the server with whoever started it, a job with the server, a rank with its
 job.
@@ -17,6 +18,7 @@ job.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import importlib.util
@@ -25,13 +27,14 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-GRACE_S, KILL_S = 1.0, 5.0  # the deepspeed launcher looks once a second; from asking a rank to end to ending it
+GRACE_S, KILL_S = 0.5, 5.0  # for the others after a failure; from asking a rank to end to ending it
 LARGEST = 1 << 20  # bytes of a message
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -85,9 +88,14 @@ def run_job(job: dict[str, Any], out: int, err: int, report: int) -> dict[str, A
             return job
         ranks.append(pid)
     tell(report, {"pid": mine, "ranks": ranks})
-    code = wait_for(ranks) & 0xFF
-    tell(report, {"code": code, "strays": children()})
-    os._exit(code)
+    tell(report, {"code": wait_for(ranks) & 0xFF})
+    for descriptor in (0, 1, 2, report):
+        os.close(descriptor)
+    while True:
+        try:
+            os.wait()
+        except (ChildProcessError, Stopped):
+            os._exit(0)
 
 
 def become(rank: int, job: dict[str, Any]) -> None:
@@ -137,16 +145,6 @@ def until(running: set[int], limit_s: float) -> None:
             time.sleep(0.01)
 
 
-def children() -> list[int]:
-    """Process ids of the children that have not ended."""
-    while True:
-        try:
-            if os.waitpid(-1, os.WNOHANG) == (0, 0):
-                return [int(pid) for pid in Path("/proc/thread-self/children").read_text().split()]
-        except ChildProcessError:
-            return []
-
-
 def tell(report: int, row: dict[str, Any]) -> None:
     os.write(report, (json.dumps(row) + "\n").encode())
 
@@ -159,15 +157,37 @@ def load(file: Path) -> None:
     spec.loader.exec_module(module)
 
 
-def run(script: str, args: list[str]) -> None:
-    """Run a file as `python script args...` does: it is __main__, its directory comes first on the path."""
+def run(script: str, args: list[str]) -> NoReturn:
+    """Run a file as `python script args...` does, to the end of this process: it is __main__, its directory comes first
+    on the path; threads are waited for and exit handlers called. Only what the parent made is not taken apart."""
     paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     sys.path[:] = [str(Path(script).parent), *paths, *(p for p in sys.path if p not in paths)]
     sys.argv[:] = [script, *args]
     sys.stdout.reconfigure(write_through=True)  # the launcher starts `python -u`
     main = sys.modules["__main__"] = ModuleType("__main__")
     main.__file__ = script
-    exec(compile(Path(script).read_bytes(), script, "exec"), vars(main))
+    code = 0
+    try:
+        exec(compile(Path(script).read_bytes(), script, "exec"), vars(main))
+    except SystemExit as end:
+        code = exit_code(end)
+    except BaseException as error:
+        sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code & 0xFF)
+
+
+def exit_code(end: SystemExit) -> int:
+    """What a process ends with after `end`; a text is written first."""
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    print(end.code, file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
@@ -178,6 +198,5 @@ if __name__ == "__main__":
     load(Path(sys.argv[2]))
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page of the parent
-    job = serve(control)
-    if job is not None:
+    if (job := serve(control)) is not None:
         run(job["script"], job["args"])

@@ -65,12 +65,11 @@ def stop_servers() -> None:
 
 
 class Forked:
-    """A forked job, in the words of subprocess.Popen. ranks: process ids; strays: what it left at its end."""
+    """A forked job, in the words of subprocess.Popen. ranks: their process ids."""
 
     def __init__(self, stdout, stderr, report) -> None:
         self.stdout, self.stderr = stdout, stderr
         self.returncode: int | None = None
-        self.strays: list[int] = []
         first = report.readline()
         assert first, "the fork server has ended: what it said is above"
         started = json.loads(first)
@@ -80,10 +79,8 @@ class Forked:
 
     def _follow(self, report) -> None:
         with report:
-            said = report.read()  # to the end of the job's process
-        end = json.loads(said) if said else {"code": -9, "strays": []}  # killed, it says nothing
-        self.strays = end["strays"]
-        self.returncode = end["code"]
+            said = report.readline()
+        self.returncode = json.loads(said)["code"] if said else -9  # killed, it says nothing
         self._ended.set()
 
     def poll(self) -> int | None:
@@ -95,12 +92,13 @@ class Forked:
         return self.returncode
 
     def members(self) -> set[int]:
-        """Living processes of the job: of its session, or begun by one of them, or left behind at its end."""
+        """Living processes of the job: of its session, or begun by one of them. When its ranks have ended, its own
+        process, which waits for those that they have left, is none."""
         living = processes()
-        found = {pid for pid, (_, session) in living.items() if session == self.pid or pid in self.strays}
+        found = {pid for pid, (_, session) in living.items() if self.pid in (pid, session)}
         while more := {pid for pid, (parent, _) in living.items() if parent in found} - found:
             found |= more
-        return found
+        return found if self.returncode is None else found - {self.pid}
 
 
 def processes() -> dict[int, tuple[int, int]]:

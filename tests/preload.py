@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 
 import adapter
 import policies
-from adapter import native
+from adapter.kernels import build
 
 LAZY = ("AutoConfig", "AutoProcessor", "AutoTokenizer", "GenerationConfig", "Qwen2VLForConditionalGeneration",
         "Qwen2VLImageProcessor", "Qwen2VLProcessor", "Qwen2VLVideoProcessor")
@@ -29,7 +29,7 @@ for name in LAZY:  # Transformers imports a class when it is first asked for
     getattr(transformers, name, None)  # an older release may lack it
 for name in (*modules(policies), *modules(adapter)):
     importlib.import_module(name)
-native.unavailable()
+build.unavailable()
 try:
     get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
 except Exception as error:

@@ -44,7 +44,7 @@ def end(job: Job, within_s: float) -> tuple[int, str]:
 def digests(model, tmp_path_factory) -> tuple[list[dict], int, str]:
     """What every rank saw, exit code and stderr of a job that ends by an uncaught Desync."""
     out = tmp_path_factory.mktemp("out")
-    code, err = end(Job(RANKS, WORKER, "digests", str(model), str(out)), 240)
+    code, err = end(Job(RANKS, WORKER, "digests", str(model), str(out)), 600)
     return [json.loads((out / f"rank{r}.json").read_text()) for r in range(RANKS)], code, err
 
 
@@ -93,10 +93,9 @@ def test_uncaught_it_is_a_message_and_exit_code_1(digests):
 def test_between_two_comparisons_a_rank_that_leaves_early_is_named_from_outside(model, tmp_path):
     """Without the check it would be in a collective of its own too, and with it only every 8th step as well.
 
-    Over torch's group, which sees nothing: without a compiler there is no other."""
-    env = {"CXX": "none", "TORCH_EXTENSIONS_DIR": str(tmp_path / "none")}
-    code, err = end(Job(RANKS, WORKER, "early", str(model), str(tmp_path), env=env), 120)
-    assert code == 3, err[-3000:]
+    Over torch's group, which sees nothing."""
+    code, err = end(Job(RANKS, WORKER, "early", str(model), str(tmp_path), "--route", "torch group"), 240)
+    assert "all-reduce: torch group" in err and code == 3, err[-3000:]
     said = [line for line in err.splitlines() if "elsewhere" in line]
     assert any(re.search(r"rank 1 \(process \d+, \w+\) has been elsewhere for 5 s", line) for line in said), err[-3000:]
     assert any(re.match(r"rank [02]: rank 1 .* gives up and ends", line) for line in said), err[-3000:]
@@ -104,17 +103,15 @@ def test_between_two_comparisons_a_rank_that_leaves_early_is_named_from_outside(
 
 def test_the_shared_memory_itself_sees_ranks_in_unlike_collectives(model, tmp_path):
     """At once, by the messages' sizes; a message on every rank, and no traceback."""
-    code, err = end(Job(RANKS, WORKER, "early", str(model), str(tmp_path)), 120)
-    if not re.search("all-reduce: the adapter's shared memory", err):
-        pytest.skip("another way to sum was faster when the job started")
-    assert code == 1, err[-3000:]
+    code, err = end(Job(RANKS, WORKER, "early", str(model), str(tmp_path)), 240)
+    assert "all-reduce: the adapter's shared memory" in err and code == 1, err[-3000:]
     said = r"^error on rank \d: the ranks do not run the same steps: rank 1 .*desync_check=1"
     assert re.search(said, err, re.MULTILINE), err[-3000:]
 
 
 def test_slow_preparation_is_a_warning_and_a_stopped_rank_is_named_and_ends_the_job(model, tmp_path):
     job = Job(RANKS, WORKER, "endless", str(model), str(tmp_path))
-    wait_for(job, "generating", 120)
+    wait_for(job, "generating", 240)
     said = job.said()
     for rank in (1, 2):
         assert re.search(rf"rank {rank}: rank 0 \(process {job.rank_pid(0)}, \w+\) has been preparing requests, "
@@ -122,7 +119,7 @@ def test_slow_preparation_is_a_warning_and_a_stopped_rank_is_named_and_ends_the_
     time.sleep(1)
     pid = job.rank_pid(PLANTED)
     os.kill(pid, signal.SIGSTOP)
-    assert wait_for(job, rf"rank 1 \(process {pid}, stopped\) has been late for 5 s at collective \d+ \(all-", 10) > 4
-    code, err = end(job, 20)
+    assert wait_for(job, rf"rank 1 \(process {pid}, stopped\) has been late for 5 s at collective \d+ \(all-", 60) > 4
+    code, err = end(job, 60)
     assert code == 3, err[-3000:]
-    assert re.search(rf"^rank [02]: rank 1 \(process {pid}, stopped\) .* for 8 s .* gives up", err, re.MULTILINE)
+    assert re.search(rf"^rank [02]: rank 1 \(process {pid}, stopped\) .* for 12 s .* gives up", err, re.MULTILINE)
