@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 HERE = Path(__file__).resolve().parent
+PRELOAD = HERE / "preload.py"
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
 
 
@@ -53,7 +54,7 @@ class Server:
 
 
 @cache
-def server(python: str = sys.executable, preload: Path = HERE / "preload.py") -> Server:
+def server(python: str = sys.executable, preload: Path = PRELOAD) -> Server:
     """The one server of this kind, started when first asked for."""
     return Server(python, preload)
 
@@ -115,10 +116,11 @@ def processes() -> dict[int, tuple[int, int]]:
     return found
 
 
-def forked(argv: Sequence[str], env: Mapping[str, str], cwd: Path, python: str, ranks: int, port: int | None) -> Forked:
+def forked(argv: Sequence[str], env: Mapping[str, str], cwd: Path, python: str, preload: Path, ranks: int,
+           port: int | None) -> Forked:
     """argv: a script and its arguments, run by ranks as the deepspeed launcher's; port None: by one process that no
     launcher has started."""
     if port is not None:
         env = {**env, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return server(python).fork({"ranks": ranks, "script": str(argv[0]), "args": list(argv[1:]), "env": dict(env),
-                                "cwd": str(cwd), "launched": port is not None})
+    return server(python, preload).fork({"ranks": ranks, "script": str(argv[0]), "args": list(argv[1:]),
+                                         "env": dict(env), "cwd": str(cwd), "launched": port is not None})

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from forking import Forked, forked
+from forking import PRELOAD, Forked, forked
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "QWENVL_TP_TEST"
@@ -156,14 +156,17 @@ class Job(Running):
     """Ranks of `script` on this host.
 
     launcher: one of `command`; or "fork", ranks forked from one process that has imported everything, with the
-    variables that the deepspeed launcher sets, or "alone", one such process that no launcher has started.
+    variables that the deepspeed launcher sets, or "alone", one such process that no launcher has started. preload: the
+    file that imports it.
     """
 
     def __init__(self, ranks: int, script: Path, *args: str, launcher: str = "fork", python: str = sys.executable,
-                 env: Mapping[str, str] | None = None, port: int | None = None, cwd: Path = ROOT) -> None:
+                 env: Mapping[str, str] | None = None, port: int | None = None, cwd: Path = ROOT,
+                 preload: Path = PRELOAD) -> None:
         port = port or free_port()
         if launcher in ("fork", "alone"):
-            start = partial(forked, python=python, ranks=ranks, port=port if launcher == "fork" else None)
+            told = port if launcher == "fork" else None
+            start = partial(forked, python=python, preload=preload, ranks=ranks, port=told)
             super().__init__([str(script), *args], env, port, cwd, start)
         else:
             super().__init__(command(ranks, script, args, launcher, port, python), env, port, cwd)
