@@ -18,7 +18,8 @@ from launching import launch
 from safetensors.torch import load_file
 
 OLD = os.environ.get("QWENVL_TP_OLD_PYTHON", "")
-pytestmark = [pytest.mark.ranks, pytest.mark.skipif(not OLD, reason="QWENVL_TP_OLD_PYTHON is not set")]
+pytestmark = [pytest.mark.ranks, pytest.mark.long,
+              pytest.mark.skipif(not OLD, reason="QWENVL_TP_OLD_PYTHON is not set")]
 RESHAPE = Path(__file__).with_name("reshape_worker.py")
 WORKER = Path(__file__).with_name("worker.py")
 ENGINE = Path(__file__).with_name("engine_worker.py")

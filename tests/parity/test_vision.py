@@ -106,6 +106,7 @@ def test_the_encoder_is_held_once(ran):
         assert row[-2] == row[-1] == plan.weight_bytes(rank)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not OLD, reason="QWENVL_TP_OLD_PYTHON is not set")
 def test_the_oldest_release(tmp_path):
     """Its encoder returns a tensor, and attends to all pieces at once under a mask."""

@@ -127,6 +127,7 @@ def test_a_report_that_cannot_be_written_is_said_before_the_run():
     assert outcome.code == 2 and "/nowhere/report.html" in outcome.err and not rows
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not OLD, reason="QWENVL_TP_OLD_PYTHON is not set")
 @pytest.mark.parametrize("vision", ["tensor", "data"])
 def test_the_oldest_releases_hold_with_eager_attention(vision):
