@@ -354,13 +354,12 @@ def put(model: Path, field: str, value: str) -> None:
     (model / "config.json").write_text(json.dumps(config).replace('"@here@"', value))
 
 
-@pytest.mark.parametrize("field", NUMBERS)
-@pytest.mark.parametrize("value", NOT_A_SIZE, ids=lambda value: value[:20])
+@pytest.mark.parametrize(("field", "value"), [
+    (field, value) for field in NUMBERS for value in NOT_A_SIZE
+    if not (field.endswith("mlp_ratio") and value == "12.5")  # a ratio may be a fraction
+], ids=lambda word: word[:20])
 def test_a_number_of_config_json(refuse, field, value):
-    key = field.split(".")[-1]
-    if (key, value) == ("mlp_ratio", "12.5"):
-        pytest.skip("a ratio may be a fraction")
-    refuse(lambda model: put(model, field, value), ["config.json", key])
+    refuse(lambda model: put(model, field, value), ["config.json", field.split(".")[-1]])
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field[:40])
