@@ -24,7 +24,7 @@ from adapter.benchmark.summary import OURS
 from adapter.commands import common
 from adapter.config.schema import Config
 from adapter.parallel import network
-from adapter.parallel.launchers import usable_cores
+from adapter.parallel.cpu import usable_cores
 from adapter.planning.plan import Plan
 from policies.errors import UserError
 

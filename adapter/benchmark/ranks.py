@@ -27,8 +27,9 @@ from adapter.config.schema import Config
 from adapter.doctor.machine import cpu
 from adapter.engine import init_inference
 from adapter.health.watchdog import watching
+from adapter.parallel.cpu import usable_cores
 from adapter.parallel.group import to_device
-from adapter.parallel.launchers import read_environment, usable_cores
+from adapter.parallel.launchers import read_environment
 from adapter.planning.cost_model import Workload
 from adapter.planning.plan import Plan
 from adapter.requests.batching import Clock, Limits, generate, rank_facts, share
@@ -89,7 +90,7 @@ def measure(config: Config, plan: Plan, args: argparse.Namespace, write: Callabl
     engine = init_inference(config)
     load_s = time.perf_counter() - began
     tp, first = engine.mpu.tp, launch.rank == 0
-    with watching(engine.mpu):
+    with watching(engine.mpu, heartbeat_s=config.tensor_parallel.heartbeat_s):
         job = Job(engine, config, share(one, tp), share(many, tp))
         row = _started(job, load_s) | {"case": _case(job, args)}
         if first:

@@ -33,7 +33,7 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
     leads = rank % plan.tp_size == 0
     processor = make_processor(config, plan.geometry.context) if leads else None
     engine = init_inference(config)
-    with watching(engine.mpu):
+    with watching(engine.mpu, heartbeat_s=config.tensor_parallel.heartbeat_s):
         return answer_all(config, engine, processor, answers, results.write).exit_code
 
 

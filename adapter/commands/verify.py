@@ -67,7 +67,7 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
             print(f"report: {args.report}", file=sys.stderr)
         return common.BAD_INPUT if any("error" in row for row in rows) else common.DONE
 
-    with watching(engine.mpu):
+    with watching(engine.mpu, heartbeat_s=config.tensor_parallel.heartbeat_s):
         passed = Verifier(config, engine, tp, checkpoint, processor, write, original).run()
         code = tp.agreed(report() if first else common.DONE)  # nobody leaves before the report is written
     return code or (common.DONE if passed else common.CHECK_FAILED)

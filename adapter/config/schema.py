@@ -201,7 +201,8 @@ class Model(Section):
 class TensorParallelSection(Section):
     tp_size: Count = 4
     vision: Literal["tensor", "data", "auto"] = "tensor"  # see planning/vision_balance.py
-    desync_check: Annotated[int, Field(ge=0)] = 0  # compare the ranks every that many steps of generate; 0: never
+    desync_check: Annotated[int, Field(ge=0, le=10_000)] = 0  # compare the ranks every so many steps; 0: never
+    heartbeat_s: Annotated[int, Field(ge=0, le=86_400)] = 30  # end when another host is silent for so long; 0: never
     self_test: bool = True  # one attention and one MLP of each encoder against the formula before anything is served
 
 

@@ -26,8 +26,8 @@ from adapter.checkpoint.digest import digest, unlike
 from adapter.checkpoint.safetensors import Checkpoint
 from adapter.checkpoint.sharded import Shards
 from adapter.config.schema import Config
+from adapter.parallel.cpu import usable_cores
 from adapter.parallel.group import Group, to_device
-from adapter.parallel.launchers import usable_cores
 from adapter.requests.batching import Limits, Write, rank_facts, share
 from adapter.requests.processing import TYPE_IDS, Prepared, RequestError, RequestProcessor, collate
 from adapter.verify import bounds
@@ -258,7 +258,7 @@ class Verifier:
         """Rank 0 compares with all cores, while the others sleep and do not spin in the next all-reduce."""
         with _all_cores() if self.tp.rank == 0 else nullcontext():
             yield
-        if self.tp.route.spins:
+        if self.tp.route.busy_waits:
             self.tp.agreed(0)
 
     def _wait(self) -> None:

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.ranks
 
 
 @pytest.mark.parametrize("what, refusal", [
-    ("cores", "not DeepSpeed's shared-memory op: rank 1: it spins, too slow with 2 ranks on 1 cores"),
+    ("cores", "not DeepSpeed's shared-memory op: it busy-waits, too slow with 2 ranks on 1 core"),
+    ("bound", "not DeepSpeed's shared-memory op: it busy-waits, too slow with 2 ranks on 1 core"),
     ("build", "not the adapter's shared memory: rank 1: no compiler here"),
     pytest.param("open", "not the adapter's shared memory: rank 1: rank 0's memory cannot be opened: not here",
                  marks=pytest.mark.sweep),
