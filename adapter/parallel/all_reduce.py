@@ -27,9 +27,9 @@ from adapter.parallel.shared_memory import common
 
 SHM_TRIED = Version("0.19")  # DeepSpeed's shared-memory op of releases from here on sums every dtype
 TOKEN_BYTES = 4096  # of a sum in a step that makes one token, where the caller does not know
-PROMPT_BYTES = 512 << 10  # of one over a prompt with a picture
+PROMPT_BYTES = 512 << 10  # of one over a prompt with an image
 LIMIT_S = 0.2  # after which no round begins
-TOKENS = 64  # steps that an answer takes for one prompt: how the two sizes are weighed
+TOKENS = 64  # decode steps of an answer, against its one prompt: how the two sizes are weighed
 BUDGET_S, ROUNDS, MOST_CALLS = 0.015, 3, 10  # for one way and size; calls in a round
 NOISE = 0.8  # a later way must take less than this share of an earlier one's time
 

@@ -18,7 +18,7 @@ from adapter.parallel.devices import take_device
 from adapter.parallel.launchers import Launch, how_to_start
 from policies.errors import UserError
 
-TIMEOUT = timedelta(minutes=10)  # of any collective: the longest a rank may wait while another decodes a film
+TIMEOUT = timedelta(minutes=10)  # of any collective: the longest a rank may wait while another decodes a video
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -78,7 +78,7 @@ def _listen(port: int) -> int:
 
 
 def need_a_compiler() -> None:
-    """Without ninja or a compiler DeepSpeed raises where it builds its shared-memory op; tell it that it has none."""
+    """Without ninja or a compiler DeepSpeed raises where it builds its shared-memory op; mark it as not there."""
     if not is_ninja_available() or not shutil.which(os.environ.get("CXX", "c++")):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
