@@ -16,7 +16,7 @@ def facts_of_model(model: nn.Module, plan: Plan, parallel: TensorParallelSection
                    section: Mapping[str, Any]) -> dict[str, str]:
     """section: of DeepSpeed. Objects in it are taken by their type alone, since their words may have an address."""
     config: Any = model.config
-    defaults: Any = model.generation_config
+    defaults: Any = getattr(model, "generation_config", None)
     return {
         "tensor_parallel": parallel.model_dump_json(),
         "deepspeed": _json(section),
@@ -24,7 +24,7 @@ def facts_of_model(model: nn.Module, plan: Plan, parallel: TensorParallelSection
         "weights.format": plan.form.name,
         "model.attn_implementation": str(getattr(config, "_attn_implementation", None)),
         "the model's config.json": repr(plan.geometry),
-        "its generation_config.json": "" if defaults is None else defaults.to_json_string(),
+        "its generation_config.json": _json({} if defaults is None else defaults.to_dict()),
     }
 
 
@@ -39,4 +39,4 @@ def facts_of_config(config: Config) -> dict[str, str]:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=lambda other: type(other).__name__)
+    return json.dumps(value, sort_keys=True, skipkeys=True, default=lambda other: type(other).__name__)
