@@ -23,9 +23,10 @@ from adapter.generation.loop import DecodeLoop
 from adapter.health.desync import checked_generate
 from adapter.health.self_test import self_test, skeletons
 from adapter.kernels import linear as kernels
-from adapter.model.checks import check_arguments, check_loaded
+from adapter.model.checks import check_arguments, check_loaded, check_prompt
 from adapter.model.inject import checkpoint_source, inject, model_source
 from adapter.model.meta_init import build_on_meta
+from adapter.model.published import PublishedModules
 from adapter.parallel import parallel_state
 from adapter.parallel.group import Group
 from adapter.parallel.launchers import read_environment
@@ -163,7 +164,7 @@ def _shard_loaded(model: nn.Module, parallel: TensorParallelSection, megatron: A
     mpu = parallel_state.start(tp_size, megatron, _token_bytes(plan, dtype))
     graphed = cuda_graph.wanted(section, mpu.tp)
     began, whole = time.perf_counter(), skeletons(model, plan)
-    inject(model, plan, mpu.tp, model_source(model, policy), dtype)
+    inject(model, plan, mpu.tp, model_source(model, policy), dtype, get_accelerator().current_device_name())
     report = LoadReport(0, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
     return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole, graphed)
 
@@ -182,7 +183,8 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     mpu = parallel_state.start(plan.tp_size, megatron, _token_bytes(plan, dtype))
     graphed = cuda_graph.wanted(config.deepspeed, mpu.tp)
     began, whole = time.perf_counter(), skeletons(model, plan)
-    inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), dtype)
+    inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), dtype,
+           get_accelerator().current_device_name())
     report = LoadReport(checkpoint.bytes_read, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
     return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole, graphed)
 
@@ -203,6 +205,8 @@ def _ready(shard: _Shard, whole: Mapping[str, nn.Module], graphed: bool) -> _Sha
         if shard.parallel.desync_check else DecodeLoop(shard.model, shard.plan, graphed)
 
     def same(*inputs: Any, **kwargs: Any) -> Any:
+        if (ids := _prompt(inputs, kwargs)) is not None:
+            check_prompt(ids, shard.plan.geometry.sizes["vocab"], tp)
         with torch.inference_mode(), same_draw(tp):
             return generate(*inputs, **kwargs)
 
@@ -243,7 +247,7 @@ def _deepspeed_arguments(shard: _Shard, section: Mapping[str, Any]) -> dict[str,
 
 def _policy_by_class(model: nn.Module, policy: Policy) -> dict[type[nn.Module], tuple[str, ...]]:
     """DeepSpeed's form of the policy: the class of each stack's layers -> its row-parallel linears."""
-    modules = {policy.published(name): module for name, module in model.named_modules()}
+    modules = PublishedModules(model, policy)
     return {type(modules[f"{stack}.0"]): rows for stack, rows in row_parallel(policy).items()}
 
 
@@ -259,12 +263,18 @@ def _generate(engine: deepspeed.InferenceEngine) -> Callable[..., Any]:
     limit = engine._config.max_out_tokens
 
     def generate(*inputs: Any, **kwargs: Any) -> Any:
-        ids = kwargs.get("input_ids", kwargs.get("inputs", inputs[0] if inputs else None))
+        ids = _prompt(inputs, kwargs)
         if ids is not None and ids.shape[-1] > limit:
             raise UserError(f"prompt of {ids.shape[-1]} tokens: deepspeed.max_out_tokens allows {limit}")
         return engine.module.generate(*inputs, **kwargs)
 
     return generate
+
+
+def _prompt(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The token ids, int64 [B, S], among the arguments of `generate`; None where there are none."""
+    ids: torch.Tensor | None = kwargs.get("input_ids", kwargs.get("inputs", inputs[0] if inputs else None))
+    return ids
 
 
 @contextmanager

@@ -216,8 +216,8 @@ def this_machine(ranks: int | None) -> Machine:
     if cards and ranks and ranks > cards:
         raise SystemExit(f"error: {ranks} ranks need {ranks} cards, this machine has {cards}")
     count = ranks or cards or 2
-    name = f"{count} ranks on CPU" if not cards else f"{count} x {torch.cuda.get_device_name() if device == 'cuda' else device}"
-    return Machine(count, device, name, tuple(dtypes))
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU ranks" if device == "cpu" else device
+    return Machine(count, device, f"{count} x {name}", tuple(dtypes))
 
 
 def main(arguments: list[str]) -> int:

@@ -44,6 +44,7 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
         _check_report(Path(args.report))
     from adapter.engine import init_inference
     from adapter.health.watchdog import watching
+    from adapter.kernels import malloc
     from adapter.parallel.launchers import read_environment
     from adapter.requests.runner import make_processor
     from adapter.verify.verifier import Verifier
@@ -53,6 +54,7 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
                         f"start `deepspeed --num_accelerators {plan.tp_size} ...`")
     processor = make_processor(config, plan.geometry.context) if first else None
     engine = init_inference(config)
+    malloc.keep()
     tp, rows = engine.mpu.tp, list[dict[str, Any]]()
 
     def write(row: dict[str, Any]) -> None:

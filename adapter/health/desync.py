@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from adapter.checkpoint.digest import pieces, to_int64, unlike
+from adapter.model.published import PublishedModules
 from adapter.parallel.group import Group
 from adapter.planning.plan import Plan
 from policies.errors import CheckFailed
@@ -89,7 +90,7 @@ def checked_generate(model: nn.Module, plan: Plan, tp: Group, every: int) -> Cal
 @contextmanager
 def _observed(model: nn.Module, plan: Plan, steps: Steps) -> Iterator[None]:
     """Within, `steps` sees what goes into the model and its text encoder and what comes out of the other encoders."""
-    names = {plan.policy.published(name): name for name, _ in model.named_modules()}
+    names = PublishedModules(model, plan.policy).names
     text, *others = (model.get_submodule(names[stack].rpartition(".")[0]) for stack in plan.geometry.layers)
     hooks = [
         model.register_forward_pre_hook(steps.before_forward, with_kwargs=True),

@@ -20,11 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter.kernels.linear import FEW_ROWS, Quantised
+from adapter.model.published import PublishedModules
 from adapter.model.vision_data_parallel import data_parallel_of, encoder_of
 from adapter.parallel.group import Group, to_device
 from adapter.planning.plan import Plan
 from adapter.verify import bounds
-from adapter.verify.trace import Check, Expected, Trace
+from adapter.verify.comparison import Comparison, Expected
+from adapter.verify.precision import full_precision
+from adapter.verify.trace import Trace
 from policies.errors import CheckFailed
 from policies.formats import GROUP
 from policies.rules import Claim, Row
@@ -35,26 +38,26 @@ TOKENS, ROWS = 6, 16  # tokens of the probe; rows of a weight that are gathered
 
 def skeletons(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """Published name -> what the tested modules are for one process, without their weights. Call before injection."""
-    names = {plan.policy.published(name): module for name, module in model.named_modules()}
+    modules = PublishedModules(model, plan.policy)
     found = dict[str, nn.Module]()
     for top in _tested(plan):
-        skeleton = _weightless(names[top])
+        skeleton = _weightless(modules[top])
         found |= {f"{top}.{name}".rstrip("."): module for name, module in skeleton.named_modules()}
     return found
 
 
 def self_test(model: nn.Module, plan: Plan, tp: Group, skeleton: Mapping[str, nn.Module]) -> None:
     """Every rank must call it. One line in the log, or CheckFailed on every rank, naming the module."""
-    began, worst, wrong = time.perf_counter(), 0.0, list[Check]()
+    began, worst, wrong = time.perf_counter(), 0.0, list[Comparison]()
     eager = getattr(model.config, "_attn_implementation", "eager") == "eager"
-    with torch.inference_mode():
+    with torch.inference_mode(), full_precision():
         for stack, split in _ways(model, plan):
             tops = [top for top in _tested(plan) if top.startswith(f"{stack}.")]
             trace = Trace(model, plan, tp, skeleton, _expected, eager, only=tops)
             with trace.watching():
                 _run(model, plan, stack, tops, split)
-            assert trace.checks, f"no module of {tops} ran"
-            worst = max(worst, *(c.share for c in trace.checks))
+            assert trace.comparisons, f"no module of {tops} ran"
+            worst = max(worst, *(c.share for c in trace.comparisons))
             wrong += [first] if (first := trace.first_wrong()) else []
     _agree(tp, wrong)
     log.info("self-test: attention and MLP of both encoders hold on %d rank%s, largest error %.2g of its bound, "
@@ -68,7 +71,7 @@ def _ways(model: nn.Module, plan: Plan) -> list[tuple[str, bool]]:
             for split in (ways if plan.whole_encoder and stack == plan.policy.encoder.stack else (True,))]
 
 
-def _agree(tp: Group, wrong: list[Check]) -> None:
+def _agree(tp: Group, wrong: list[Comparison]) -> None:
     """Raise on every rank what one rank found wrong."""
     flags = to_device(torch.tensor([bool(wrong)], dtype=torch.uint8))
     flags = tp.all_gather_last(flags, (1,) * tp.size)
@@ -106,7 +109,6 @@ class _Enough(Exception):
 
 def _run(model: nn.Module, plan: Plan, stack: str, tops: list[str], split: bool) -> None:
     """A forward of one encoder up to its first layer, whose tested modules get a random input."""
-    real = {plan.policy.published(name): name for name, _ in model.named_modules()}
     seeded = torch.Generator().manual_seed(1)
 
     def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -120,7 +122,8 @@ def _run(model: nn.Module, plan: Plan, stack: str, tops: list[str], split: bool)
     def stop(*_: Any) -> None:
         raise _Enough
 
-    modules = [model.get_submodule(real[top]) for top in tops]
+    published = PublishedModules(model, plan.policy)
+    modules = [published[top] for top in tops]
     handles = [m.register_forward_pre_hook(probe, with_kwargs=True, prepend=True) for m in modules]
     handles.append(modules[-1].register_forward_hook(stop))
     device = next(model.parameters()).device
@@ -134,8 +137,8 @@ def _run(model: nn.Module, plan: Plan, stack: str, tops: list[str], split: bool)
                 side = 2 * merge
                 pixels = torch.ones(side * side, values, device=device, dtype=model.dtype)  # type: ignore[call-overload]
                 grid = torch.tensor([[1, side, side]], device=device)
-                if dealt := data_parallel_of(model, plan):
-                    dealt.run(split, pixels, grid, {})
+                if parallel := data_parallel_of(model, plan):
+                    parallel.run(split, pixels, grid, {})
                 else:
                     encoder_of(model, plan)(pixels, **{plan.policy.encoder.grid: grid})
     finally:

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from adapter.model import layers
+from adapter.parallel.group import Group, to_device
 from policies.errors import UserError, told
 from policies.policy import Geometry, Policy
 
@@ -60,6 +61,16 @@ def check_loaded(model: nn.Module, policy: Policy, geometry: Geometry) -> None:
     _check_shapes(tensors, policy, geometry)
     _check_tie(tensors, policy, geometry)
     _check_flash(str(getattr(model.config, "_attn_implementation", "")), tensors[policy.tied[1]].dtype)
+
+
+def check_prompt(ids: Tensor, vocab: int, tp: Group) -> None:
+    """Raises OutOfVocabulary on every rank where a token id, int64 [B, S], of some rank is none of the vocabulary.
+
+    Once for each `generate`, for one all-gather of two numbers and, on a GPU, one synchronisation.
+    """
+    every = tp.all_gather_last(to_device(layers.ids_range(ids)), (2,) * tp.size)
+    for rank, found in enumerate(every.view(-1, 2).tolist()):
+        layers.refuse_unknown(found, vocab, rank if tp.size > 1 else None)
 
 
 def _check_class(model: nn.Module, policy: Policy) -> None:

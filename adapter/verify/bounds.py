@@ -4,8 +4,8 @@ Nothing here is tuned. u is the unit roundoff of the dtype that is named, half i
 bound of Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis" (SIAM J. Sci. Comput. 41(5), 2019,
 theorem 3.1): a sum of n products differs from the exact one by at most lambda * sqrt(n) * u * sum|terms|, except with a
 probability below 2 n exp(-lambda^2 / 2), which lambda = 8 puts at 3e-14 n. Short chains of roundings are just counted.
-Both sides err, so every bound is twice one side's. Sums accumulate in float32, as matrix kernels do unless CUDA is
-allowed reduced-precision reductions (torch.backends.cuda.matmul), which nothing here accounts for.
+Both sides err, so every bound is twice one side's. Sums accumulate in float32, which adapter.verify.precision sees to
+where torch's default on CUDA is another.
 """
 
 from __future__ import annotations
