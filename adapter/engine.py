@@ -23,7 +23,7 @@ from adapter.generation.loop import DecodeLoop
 from adapter.health.desync import checked_generate
 from adapter.health.self_test import self_test, skeletons
 from adapter.kernels import linear as kernels
-from adapter.model.checks import check_arguments, check_loaded, check_prompt
+from adapter.model.checks import check_arguments, check_loaded, checked_prompt, prompt_of
 from adapter.model.inject import checkpoint_source, inject, model_source
 from adapter.model.meta_init import build_on_meta
 from adapter.model.published import PublishedModules
@@ -205,12 +205,10 @@ def _ready(shard: _Shard, whole: Mapping[str, nn.Module], graphed: bool) -> _Sha
         if shard.parallel.desync_check else DecodeLoop(shard.model, shard.plan, graphed)
 
     def same(*inputs: Any, **kwargs: Any) -> Any:
-        if (ids := _prompt(inputs, kwargs)) is not None:
-            check_prompt(ids, shard.plan.geometry.sizes["vocab"], tp)
         with torch.inference_mode(), same_draw(tp):
             return generate(*inputs, **kwargs)
 
-    shard.model.generate = same  # type: ignore[assignment]
+    shard.model.generate = checked_prompt(same, shard.plan.geometry.sizes["vocab"], tp)  # type: ignore[assignment]
     return shard
 
 
@@ -263,18 +261,12 @@ def _generate(engine: deepspeed.InferenceEngine) -> Callable[..., Any]:
     limit = engine._config.max_out_tokens
 
     def generate(*inputs: Any, **kwargs: Any) -> Any:
-        ids = _prompt(inputs, kwargs)
+        ids = prompt_of(inputs, kwargs)
         if ids is not None and ids.shape[-1] > limit:
             raise UserError(f"prompt of {ids.shape[-1]} tokens: deepspeed.max_out_tokens allows {limit}")
         return engine.module.generate(*inputs, **kwargs)
 
     return generate
-
-
-def _prompt(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """The token ids, int64 [B, S], among the arguments of `generate`; None where there are none."""
-    ids: torch.Tensor | None = kwargs.get("input_ids", kwargs.get("inputs", inputs[0] if inputs else None))
-    return ids
 
 
 @contextmanager

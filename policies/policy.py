@@ -91,6 +91,7 @@ class Policy:
 
     head_axes: named dimension -> (encoder, "q" or "kv"): dimensions that are cut by heads; other cut ones go by grains.
     renames: (newer prefix, published prefix): module and tensor names of newer releases, in order of application.
+    media_tokens: keys of config.json with ids of tokens that stand for media: fed back they claim an image's place.
     ignored: tensors old releases saved that are computed, not loaded (name endings).
     tied: (parameter, the parameter it is tied to) where the config ties them.
     decoder: the text encoder's parts, for the decode loop.
@@ -104,6 +105,7 @@ class Policy:
     head_axes: Mapping[str, tuple[str, str]]
     head_numbers: tuple[HeadNumbers, ...]
     renames: tuple[tuple[str, str], ...]
+    media_tokens: tuple[str, ...]
     ignored: tuple[str, ...]
     tied: tuple[str, str]
     decoder: Decoder

@@ -93,7 +93,7 @@ def _original(config: Config, plan: Plan) -> Checkpoint | None:
 
 def _check_report(file: Path) -> None:
     """Before a long run: can the report be written at its end? Raises UserError."""
-    from adapter.verify.report import require_matplotlib
+    from adapter.verify.plot import require_matplotlib
 
     require_matplotlib()
     try:

@@ -33,6 +33,7 @@ from policies.formats import GROUP
 from policies.rules import Claim, Row
 
 log = logging.getLogger("adapter")
+MOST_NAMED = 5  # tensors in one message
 TOKENS, ROWS = 6, 16  # tokens of the probe; rows of a weight that are gathered
 
 
@@ -49,14 +50,17 @@ def skeletons(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
 def self_test(model: nn.Module, plan: Plan, tp: Group, skeleton: Mapping[str, nn.Module]) -> None:
     """Every rank must call it. One line in the log, or CheckFailed on every rank, naming the module."""
     began, worst, wrong = time.perf_counter(), 0.0, list[Comparison]()
+    _refuse_not_finite(tp, weights_not_finite(model, plan))
     eager = getattr(model.config, "_attn_implementation", "eager") == "eager"
     with torch.inference_mode(), full_precision():
         for stack, split in _ways(model, plan):
             tops = [top for top in _tested(plan) if top.startswith(f"{stack}.")]
-            trace = Trace(model, plan, tp, skeleton, _expected, eager, only=tops)
+            trace = Trace(model, plan, tp, skeleton, _expected, eager, only=tops, keep=frozenset(tops))
             with trace.watching():
                 _run(model, plan, stack, tops, split)
             assert trace.comparisons, f"no module of {tops} ran"
+            outputs = [f"the output of {name}, {x.dtype}" for name, x in trace.kept if not bool(x.isfinite().all())]
+            _refuse_not_finite(tp, outputs)
             worst = max(worst, *(c.share for c in trace.comparisons))
             wrong += [first] if (first := trace.first_wrong()) else []
     _agree(tp, wrong)
@@ -71,13 +75,37 @@ def _ways(model: nn.Module, plan: Plan) -> list[tuple[str, bool]]:
             for split in (ways if plan.whole_encoder and stack == plan.policy.encoder.stack else (True,))]
 
 
+def weights_not_finite(model: nn.Module, plan: Plan) -> list[str]:
+    """Name every parameter, with its dtype, that holds a number which is not finite: of a quantised one the scales."""
+    modules, found = PublishedModules(model, plan.policy), list[str]()
+    for name, suffix in plan.parameters():
+        held = getattr(modules[name], suffix)
+        values = held.scales if isinstance(held, Quantised) else held
+        if values.numel() and not bool(torch.stack(values.aminmax()).isfinite().all()):
+            found.append(f"{name}.{suffix}, {values.dtype}")
+    return found
+
+
+def _refuse_not_finite(tp: Group, mine: list[str]) -> None:
+    """Raise CheckFailed on every rank where something of one rank is not finite. mine: what is, of this rank."""
+    if failed := _ranks_with(tp, bool(mine)):
+        what = "; ".join(mine[:MOST_NAMED]) + (f" and {len(mine) - MOST_NAMED} more" if len(mine) > MOST_NAMED else "")
+        raise CheckFailed(
+            f"self-test failed on rank {failed}: not finite (infinity or NaN): {what or 'see that rank'}. Nothing could "
+            "be answered: float16 overflows above 65504, where bfloat16 does not (model.dtype); or the checkpoint is "
+            "damaged, download it again")
+
+
+def _ranks_with(tp: Group, flag: bool) -> str:
+    """The ranks that raise a flag, in words; "" where none does. The same on every rank."""
+    flags = tp.all_gather_last(to_device(torch.tensor([flag], dtype=torch.uint8)), (1,) * tp.size)
+    return ", ".join(map(str, flags.nonzero().flatten().tolist()))
+
+
 def _agree(tp: Group, wrong: list[Comparison]) -> None:
     """Raise on every rank what one rank found wrong."""
-    flags = to_device(torch.tensor([bool(wrong)], dtype=torch.uint8))
-    flags = tp.all_gather_last(flags, (1,) * tp.size)
-    if not flags.any():
+    if not (failed := _ranks_with(tp, bool(wrong))):
         return
-    failed = ", ".join(map(str, flags.nonzero().flatten().tolist()))
     what = "; ".join(f"{c.module}: {c.what}: error {c.error:.3g}, rounding explains {c.bound:.3g}"
                      + (f" (rank {', '.join(map(str, c.ranks))})" if c.ranks else "") for c in wrong)
     raise CheckFailed(

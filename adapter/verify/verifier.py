@@ -46,7 +46,6 @@ FP32_LOGITS = 1e-4  # of the largest logit: what float32 runs are held to end to
 DECODE_RATIO = 4.0  # error of decoded logits over that of the same positions in one forward; both are the same rounding
 BEAT_S = 2.0  # rank 0 says this often that it is still computing alone
 SAMPLING = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # not the checkpoint's
-MEDIA_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id")  # fed back they claim a picture's place
 PLAIN = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": True, "output_logits": True}
 
 
@@ -201,7 +200,8 @@ class Verifier:
         prompt = inputs["input_ids"].shape[1]
         new = min(NEW_TOKENS, limits.for_prompt(prompt)["max_new_tokens"])
         # a rank that differs must not stop earlier than the others, which would wait for it: the count is fixed
-        media = [t for t in (getattr(self.engine.module.config, name, None) for name in MEDIA_TOKENS) if t is not None]
+        media = [t for name in self.plan.policy.media_tokens
+                 if (t := getattr(self.engine.module.config, name, None)) is not None]
         greedy = PLAIN | {"max_new_tokens": new, "min_new_tokens": new, "suppress_tokens": media}
         decoded = self.engine.generate(**inputs, **greedy)
         draw = SAMPLING | {"max_new_tokens": min(SAMPLED, new), "min_new_tokens": min(SAMPLED, new)}

@@ -44,7 +44,8 @@ def mapped(directory: str) -> list[str]:
 def is_mapped(size: int) -> bool:
     """Whether malloc takes a block of this size from the system by itself: glibc marks it in the word before it."""
     libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
     block = libc.malloc(size)
     found = bool(ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & 2)
     libc.free(block)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import weakref
 from types import SimpleNamespace as Namespace
 
@@ -9,8 +11,11 @@ import pytest
 import torch
 import transformers
 from checkpoints import make_checkpoint
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from adapter.health import self_test as self_test_module
+from adapter.health.self_test import self_test, skeletons
 from adapter.kernels import build, fused
 from adapter.model import attention, inject
 from adapter.model.attention import CpuAttention
@@ -22,7 +27,7 @@ from adapter.parallel.group import Group
 from adapter.planning.load import checked_plan
 from adapter.requests import batching
 from adapter.verify.precision import full_precision
-from policies.errors import UserError
+from policies.errors import CheckFailed, UserError
 
 
 class Gpu:
@@ -147,6 +152,47 @@ def test_settings_by_the_newer_names_are_kept_too():
         assert matmul.fp32_precision == "tf32"
     finally:
         matmul.fp32_precision, conv.fp32_precision = before
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """Make (model, plan, skeletons) of a small random checkpoint in a dtype, loaded for tp 1."""
+    def make(dtype: str, name: str = "", factor: float = 1.0):
+        directory = make_checkpoint(tmp_path / "s", files=1)
+        if name:
+            tensors = load_file(directory / "model.safetensors")
+            save_file(tensors | {name: tensors[name] * factor}, directory / "model.safetensors")
+        plan, checkpoint = checked_plan(directory, 1, dtype)
+        model = build_on_meta(directory, plan.policy, getattr(torch, dtype), "sdpa")
+        whole = skeletons(model, plan)
+        inject.inject(model, plan, Group(0, 1), checkpoint.read, getattr(torch, dtype))
+        return model.eval(), plan, whole
+
+    return make
+
+
+@pytest.mark.parametrize(("dtype", "name", "factor"), [
+    ("float16", "model.layers.1.mlp.down_proj.weight", 1e30), ("bfloat16", "visual.blocks.1.norm1.bias", math.nan)])
+def test_weights_that_are_not_finite_are_refused_before_anything_is_served(shard, dtype, name, factor):
+    """A layer that the self-test does not run: its first layers only would pass."""
+    with pytest.raises(CheckFailed, match=f"not finite.*{re.escape(name)}, torch.{dtype}.*bfloat16.*damaged"):
+        self_test(*shard(dtype, name, factor)[:2], Group(0, 1), {})
+
+
+def test_an_output_that_is_not_finite_is_refused(shard):
+    """Two sides that are both infinite are alike, which is no answer."""
+    model, plan, whole = shard("float16", "model.layers.0.mlp.down_proj.weight", 6e4)
+    with pytest.raises(CheckFailed, match=r"not finite.*output of model.layers.0.mlp, torch.float16"):
+        self_test(model, plan, Group(0, 1), whole)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_sound_model_passes_in_full_precision_and_gets_its_settings_back(shard, dtype, monkeypatch):
+    before, seen, run = precision(), [], self_test_module._run
+    monkeypatch.setattr(self_test_module, "_run", lambda *args: [seen.append(precision()), run(*args)])
+    model, plan, whole = shard(dtype)
+    self_test(model, plan, Group(0, 1), whole)
+    assert seen == [[False] * 4] * 2 and precision() == before
 
 
 class Ranks:
