@@ -91,8 +91,8 @@ def _refuse_not_finite(tp: Group, mine: list[str]) -> None:
     if failed := _ranks_with(tp, bool(mine)):
         what = "; ".join(mine[:MOST_NAMED]) + (f" and {len(mine) - MOST_NAMED} more" if len(mine) > MOST_NAMED else "")
         raise CheckFailed(
-            f"self-test failed on rank {failed}: not finite (infinity or NaN): {what or 'see that rank'}. Nothing could "
-            "be answered: float16 overflows above 65504, where bfloat16 does not (model.dtype); or the checkpoint is "
+            f"self-test failed on rank {failed}: not finite (infinity or NaN): {what or 'see that rank'}. Answers would "
+            "mean nothing: float16 overflows above 65504, where bfloat16 does not (model.dtype); or the checkpoint is "
             "damaged, download it again")
 
 
