@@ -66,7 +66,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Encoder:
-    """The module that reads pictures. It looks at one picture, or one frame of a film, at a time.
+    """The vision encoder. Nothing in it looks from one image, or one frame of a video, at another.
 
     module, stack: its published name and that of its layers. heads: its key in Geometry.attention.
     patches, grid: arguments of its forward: [n, values], and int64 [media, 3], a row (t, h, w) standing for t frames of

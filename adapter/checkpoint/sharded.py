@@ -8,7 +8,7 @@
 
 A rank maps its file, and its weights are views of that: nothing is copied, and what the page cache has is not read
 again. As with every mapped file, replace it by a new one (mv), and never write into it, while a job runs. Nothing in a
-manifest or header is trusted: what does not fit the plan is a problem, told with all others.
+manifest or header is trusted: what does not fit the plan is a problem, reported with all others.
 """
 
 from __future__ import annotations

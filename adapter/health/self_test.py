@@ -1,4 +1,4 @@
-"""At start: one attention block and one MLP of each encoder against the formula, on the shards as they were loaded.
+"""The test of every start: weights are finite, and one attention and one MLP of each stack compute what they must.
 
 A random input goes through the sharded modules inside a real forward (so that positions, masks and lengths are the
 model's own), which ends right after them. What comes out is held against Transformers' forward for one process on the
@@ -48,12 +48,17 @@ def skeletons(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
 
 
 def self_test(model: nn.Module, plan: Plan, tp: Group, skeleton: Mapping[str, nn.Module]) -> None:
-    """Every rank must call it. One line in the log, or CheckFailed on every rank, naming the module."""
+    """Test the shards as they were loaded; every rank must call it.
+
+    skeleton: what `skeletons` returned before the model was injected. Logs one line, or raises CheckFailed on every
+    rank where a weight or an output is not finite (naming it and its dtype), or a module does not compute what one
+    process does.
+    """
     began, worst, wrong = time.perf_counter(), 0.0, list[Comparison]()
     _refuse_not_finite(tp, weights_not_finite(model, plan))
     eager = getattr(model.config, "_attn_implementation", "eager") == "eager"
     with torch.inference_mode(), full_precision():
-        for stack, split in _ways(model, plan):
+        for stack, split in _modes(model, plan):
             tops = [top for top in _tested(plan) if top.startswith(f"{stack}.")]
             trace = Trace(model, plan, tp, skeleton, _expected, eager, only=tops, keep=frozenset(tops))
             with trace.watching():
@@ -68,11 +73,11 @@ def self_test(model: nn.Module, plan: Plan, tp: Group, skeleton: Mapping[str, nn
              "%.0f ms", tp.size, "s" * (tp.size > 1), worst, (time.perf_counter() - began) * 1e3)
 
 
-def _ways(model: nn.Module, plan: Plan) -> list[tuple[str, bool]]:
-    """(stack, whether its encoder is to be split) of all that is tested: a whole encoder in each way it may run."""
-    ways = {"tensor": (True,), "data": (False,), "auto": (False, True)}[plan.vision]
+def _modes(model: nn.Module, plan: Plan) -> list[tuple[str, bool]]:
+    """(stack, whether it runs split) of all tests: one for each mode of an encoder that is whole on every rank."""
+    modes = {"tensor": (True,), "data": (False,), "auto": (False, True)}[plan.vision]
     return [(stack, split) for stack in plan.geometry.layers
-            for split in (ways if plan.whole_encoder and stack == plan.policy.encoder.stack else (True,))]
+            for split in (modes if plan.whole_encoder and stack == plan.policy.encoder.stack else (True,))]
 
 
 def weights_not_finite(model: nn.Module, plan: Plan) -> list[str]:
@@ -91,9 +96,9 @@ def _refuse_not_finite(tp: Group, mine: list[str]) -> None:
     if failed := _ranks_with(tp, bool(mine)):
         what = "; ".join(mine[:MOST_NAMED]) + (f" and {len(mine) - MOST_NAMED} more" if len(mine) > MOST_NAMED else "")
         raise CheckFailed(
-            f"self-test failed on rank {failed}: not finite (infinity or NaN): {what or 'see that rank'}. Answers would "
-            "mean nothing: float16 overflows above 65504, where bfloat16 does not (model.dtype); or the checkpoint is "
-            "damaged, download it again")
+            f"self-test failed on rank {failed}: not finite (infinity or NaN): {what or 'see that rank'}. Answers "
+            "would mean nothing: float16 overflows above 65504, where bfloat16 does not (model.dtype); or the "
+            "checkpoint is damaged, download it again")
 
 
 def _ranks_with(tp: Group, flag: bool) -> str:
@@ -103,7 +108,7 @@ def _ranks_with(tp: Group, flag: bool) -> str:
 
 
 def _agree(tp: Group, wrong: list[Comparison]) -> None:
-    """Raise on every rank what one rank found wrong."""
+    """Raise CheckFailed on every rank where one rank found a comparison that does not hold. wrong: this rank's."""
     if not (failed := _ranks_with(tp, bool(wrong))):
         return
     what = "; ".join(f"{c.module}: {c.what}: error {c.error:.3g}, rounding explains {c.bound:.3g}"

@@ -5,7 +5,7 @@ DeepSpeed.
     data     every rank holds the whole encoder and reads whole pictures and frames: one gather of the features
     auto     whole as in `data`; each call of the encoder takes the cheaper way
 
-A *piece* is a picture, or one frame of a film: nothing in a encoder looks from one piece at another.
+A *piece* is an image or one frame of a video: nothing in an encoder looks from one piece at another.
 
 The cost is in floating-point operations of the rank that the others wait for. A byte that a rank sends counts as
 FLOPS_PER_BYTE of them, each all-reduce sending 2 (n - 1) / n of its size over n ranks, each gather (n - 1) / n, as the

@@ -27,7 +27,7 @@ STATEMENT = (
     "sqrt(head_dim) * u32 where scores are rounded to the dtype (eager). Norms by 48 * sqrt(n) * u32 * (|y| + |b| + "
     "|w| mean|x| / std x) + 4 * u * (|y| + |b|), without the mean and b in RMSNorm. Gates and activations by 8 * u "
     "* |y| + 4 * u32 * the largest of the row. Residuals, masks, look-ups, positions, rotary tables and where "
-    "picture features go by nothing. Where weights are codes of 8 or 4 bits, at most 16 rows of x are rounded to 8 "
+    "image features go by nothing. Where weights are codes of 8 or 4 bits, at most 16 rows of x are rounded to 8 "
     "bits: sum over groups of 64 inputs of max|x| / 254 * sum|W_i|. u is the dtype's unit roundoff, u32 float32's."
 )
 

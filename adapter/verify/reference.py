@@ -68,7 +68,7 @@ class Reference:
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
             for name, weight in module._parameters.items():
                 if weight is not None:
-                    zero = torch.zeros((), dtype=dtype, device=self.device)  # some releases build a encoder in its own
+                    zero = torch.zeros((), dtype=dtype, device=self.device)  # some releases build an encoder in its own
                     module._parameters[name] = nn.Parameter(zero.expand(weight.shape), False)
         return PublishedModules(model, self.plan.policy)
 

@@ -92,8 +92,8 @@ def _media(request: Request) -> list[dict[str, Any]]:
         shown.append({"caption": caption, "pictures": [], "reason": None})
         try:
             shown[-1]["pictures"] = _thumbnails(kind, value)
-            shown[-1]["caption"] += f", {len(value)} pictures as frames" if isinstance(value, tuple) else ""
-        except Exception as error:  # whatever a decoder raises: the report of a long run is not lost for a picture
+            shown[-1]["caption"] += f", {len(value)} images as frames" if isinstance(value, tuple) else ""
+        except Exception as error:  # whatever a decoder raises: the report of a long run is not lost for an image
             shown[-1]["reason"] = str(error) or type(error).__name__
     return shown
 

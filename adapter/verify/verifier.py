@@ -112,7 +112,7 @@ class Verifier:
         unchecked = sorted(self.plan.claims.keys() - self.checked)
         if self.tp.rank == 0 and rows and unchecked:
             log.warning("%d modules did not run in any case, their weights were compared only: %s ...; add a request "
-                        "with a picture", len(unchecked), unchecked[0])
+                        "with an image", len(unchecked), unchecked[0])
         ranks = rank_facts(self.engine)
         passed = bool(self.tp.agreed(not problems))
         if self.tp.rank == 0:
@@ -249,7 +249,7 @@ class Verifier:
 
     @contextmanager
     def _alone(self) -> Iterator[Callable[[], None]]:
-        """Rank 0 computes while the others `_wait`; the tick it is given tells them now and then that it still does, so
+        """Let rank 0 compute while the others `_wait`; the tick that it calls reports from time to time that it does, so
         that no collective's time limit ends a long run."""
         last = [time.monotonic()]
 
@@ -263,7 +263,7 @@ class Verifier:
 
     @contextmanager
     def _judging(self) -> Iterator[None]:
-        """Rank 0 compares with all cores, while the others sleep and do not spin in the next all-reduce."""
+        """Rank 0 compares with all cores, while the others sleep and do not busy-wait in the next all-reduce."""
         with _all_cores() if self.tp.rank == 0 else nullcontext():
             yield
         if self.tp.route.spins:

@@ -14,8 +14,9 @@ def test_each_way_a_job_may_end_is_a_line(capsys):
             raise error
         return job
 
-    lines = [gpu.outcome_of("a", 1, lambda: "fine"), gpu.outcome_of("b", 2, raising(gpu.DoesNotApply("no card"))),
-             gpu.outcome_of("c", 2, raising(gpu.Failed("exit code 1"))), gpu.outcome_of("d", 2, raising(KeyError("x|y")))]
+    ends = (lambda: "fine", raising(gpu.DoesNotApply("no card")), raising(gpu.Failed("exit code 1")),
+            raising(KeyError("x|y")))
+    lines = [gpu.outcome_of("a job", 2, end) for end in ends]
     assert [line.result for line in lines] == ["passed", "does not apply", "FAILED", "FAILED"]
     assert [gpu.exit_code(lines[:2]), gpu.exit_code(lines[:3]), gpu.exit_code(lines[3:])] == [0, 1, 1]
     rows = gpu.table(CPU, lines).splitlines()
