@@ -249,8 +249,8 @@ class Verifier:
 
     @contextmanager
     def _alone(self) -> Iterator[Callable[[], None]]:
-        """Let rank 0 compute while the others `_wait`; the tick that it calls reports from time to time that it does, so
-        that no collective's time limit ends a long run."""
+        """Let rank 0 compute while the others `_wait`. Yields a tick for it to call, which tells them from time to time
+        that it still computes, so that no collective's time limit ends a long run."""
         last = [time.monotonic()]
 
         def tick() -> None:
