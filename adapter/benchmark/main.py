@@ -72,7 +72,7 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
 def _check_files(args: argparse.Namespace) -> None:
     """Before a long run: can its files be made at its end? Raises UserError."""
     if args.png:
-        from adapter.verify.report import require_matplotlib
+        from adapter.verify.plot import require_matplotlib
 
         require_matplotlib()
     for option, file in (("--png", args.png), ("--write-hardware", args.write_hardware)):

@@ -27,6 +27,7 @@ from adapter.config.schema import Config
 from adapter.doctor.machine import cpu
 from adapter.engine import init_inference
 from adapter.health.watchdog import watching
+from adapter.kernels import malloc
 from adapter.parallel.cpu import usable_cores
 from adapter.parallel.group import to_device
 from adapter.parallel.launchers import read_environment
@@ -89,6 +90,7 @@ def measure(config: Config, plan: Plan, args: argparse.Namespace, write: Callabl
     began = time.perf_counter()
     engine = init_inference(config)
     load_s = time.perf_counter() - began
+    malloc.keep()
     tp, first = engine.mpu.tp, launch.rank == 0
     with watching(engine.mpu, heartbeat_s=config.tensor_parallel.heartbeat_s):
         job = Job(engine, config, share(one, tp), share(many, tp))
@@ -120,16 +122,17 @@ def _inputs(config: Config, plan: Plan, args: argparse.Namespace) -> tuple[Input
 def _started(job: Job, load_s: float) -> Row:
     """Loading, memory after it, and the first request, before the machine is measured: its buffers are no part of the
     product."""
-    facts = rank_facts(job.engine)
     rows = everyone(job.engine.mpu.world, [load_s, *memory().values()])
     cold = job.run(job.one, WARM_UP_TOKENS)
+    facts = rank_facts(job.engine)
+    cards = [fact["device_peak_bytes"] for fact in facts if "device_peak_bytes" in fact]
     of_ranks = {name: [int(row[1 + place]) for row in rows] for place, name in enumerate(memory())}
     return {
         "load_s": round(max(row[0] for row in rows), 4), "read_s": round(max(fact["load_s"] for fact in facts), 4),
         "bytes_read": sum(fact["bytes_read"] for fact in facts), **of_ranks,
         "pss_per_weight_byte": [round(pss / fact["weight_bytes"], 4)
                                 for pss, fact in zip(of_ranks["pss_bytes"], facts, strict=True)],
-        "cold_ttft_s": cold["ttft_s"],
+        "cold_ttft_s": cold["ttft_s"], **({"device_peak_bytes": cards} if cards else {}),
     }
 
 

@@ -13,11 +13,11 @@ from deepspeed.accelerator import get_accelerator
 
 from adapter.model.vision_data_parallel import VisionDataParallel, data_parallel_of
 from adapter.parallel.group import to_device
-from adapter.planning.vision_balance import EXAMPLES, deal
+from adapter.planning.vision_balance import EXAMPLES, assign
 
 
 def ways(engine: deepspeed.InferenceEngine) -> dict[str, dict[str, float]]:
-    """What is read -> seconds split over the ranks (tensor_s), dealt to them (data_s), and of the two the way that
+    """What is read -> seconds in tensor mode (tensor_s), in data-parallel mode (data_s), and those of the mode that
     `auto` takes (auto_s). Empty unless the engine's encoder is whole on every rank. Every rank must call it."""
     encoder = data_parallel_of(engine.module, engine.plan)
     if encoder is None or encoder.tp.size == 1:
@@ -26,7 +26,7 @@ def ways(engine: deepspeed.InferenceEngine) -> dict[str, dict[str, float]]:
 
 
 def _both(engine: deepspeed.InferenceEngine, encoder: VisionDataParallel, rows: list[list[int]]) -> dict[str, float]:
-    grid, who = to_device(torch.tensor(rows)), deal(rows, encoder.tp.size)
+    grid, who = to_device(torch.tensor(rows)), assign(rows, encoder.tp.size)
     dtype = next(engine.module.parameters()).dtype
     patches = to_device(torch.zeros(sum(who.sizes), engine.plan.geometry.picture[0], dtype=dtype))
 
@@ -39,5 +39,5 @@ def _both(engine: deepspeed.InferenceEngine, encoder: VisionDataParallel, rows: 
         return round(time.perf_counter() - began, 4)
 
     split = seconds(lambda: encoder.run(True, patches, grid, {}))
-    dealt = seconds(lambda: encoder.by_share(who, patches, grid, {}))
-    return {"tensor_s": split, "data_s": dealt, "auto_s": dealt if encoder.cost.deals(who) else split}
+    data = seconds(lambda: encoder.by_share(who, patches, grid, {}))
+    return {"tensor_s": split, "data_s": data, "auto_s": data if encoder.cost.prefers_data(who) else split}

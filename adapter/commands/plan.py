@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from adapter.commands import common
 from adapter.planning.load import make_plan
 from adapter.planning.plan import DTYPE_BYTES, Plan
-from adapter.planning.vision_balance import EXAMPLES, FLOPS_PER_BYTE, cost, deal
+from adapter.planning.vision_balance import EXAMPLES, FLOPS_PER_BYTE, assign, cost
 from policies.rules import Replicated
 
 
@@ -84,9 +84,9 @@ def _vision_report(plan: Plan, item: int) -> dict[str, Any]:
     held = [_held(plan, r, item) for r in ranks]
     examples = []
     for name, grid in EXAMPLES.items():
-        dealt = deal(grid, plan.tp_size)
-        examples.append({"what": name, "tensor": price.tensor(dealt.sizes), "data": price.data(dealt),
-                         "auto": "data" if price.deals(dealt) else "tensor"})
+        assignment = assign(grid, plan.tp_size)
+        examples.append({"what": name, "tensor": price.tensor(assignment.sizes), "data": price.data(assignment),
+                         "auto": "data" if price.prefers_data(assignment) else "tensor"})
     return {
         "mode": plan.vision, "encoder": encoder.module, "held_bytes": held,
         "replica_bytes": [a - b for a, b in zip(held, shares, strict=True)],

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from adapter.checkpoint.digest import digest, unlike
+from adapter.model.published import PublishedModules
 from adapter.parallel.group import Group, to_device
 from adapter.planning.plan import Plan
 from policies.errors import CheckFailed
@@ -68,7 +69,7 @@ def checked_generate(model: nn.Module, plan: Plan, tp: Group, every: int) -> Cal
 @contextmanager
 def _observed(model: nn.Module, plan: Plan, digests: StepDigests) -> Iterator[None]:
     """Within, `digests` sees what goes into the model and its text decoder and what comes out of the other encoders."""
-    names = {plan.policy.published(name): name for name, _ in model.named_modules()}
+    names = PublishedModules(model, plan.policy).names
     text, *others = (model.get_submodule(names[stack].rpartition(".")[0]) for stack in plan.geometry.layers)
     hooks = [
         model.register_forward_pre_hook(digests.before_forward, with_kwargs=True),

@@ -5,7 +5,7 @@ DeepSpeed.
     data     every rank holds the whole encoder and reads whole pictures and frames: one gather of the features
     auto     whole as in `data`; each call of the encoder takes the cheaper way
 
-A *piece* is a picture, or one frame of a film: nothing in a encoder looks from one piece at another.
+A *piece* is an image or one frame of a video: nothing in an encoder looks from one piece at another.
 
 The cost is in floating-point operations of the rank that the others wait for. A byte that a rank sends counts as
 FLOPS_PER_BYTE of them, each all-reduce sending 2 (n - 1) / n of its size over n ranks, each gather (n - 1) / n, as the
@@ -50,9 +50,9 @@ def pieces(grid: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
     return tuple((h, w) for t, h, w in grid for _ in range(t))
 
 
-def deal(grid: Sequence[Sequence[int]], ranks: int) -> Assignment:
+def assign(grid: Sequence[Sequence[int]], ranks: int) -> Assignment:
     """Longest processing time first: the largest piece left goes to the rank with the fewest patches, the first of
-    those. Its fullest rank has at most 4/3 - 1/(3 ranks) times the patches that it must have in the best deal (Graham,
+    those. Its fullest rank has at most 4/3 - 1/(3 ranks) times the patches that it must have in the best one (Graham,
     "Bounds on multiprocessing timing anomalies", SIAM J. Appl. Math. 17(2), 1969)."""
     found = pieces(grid)
     sizes = [h * w for h, w in found]
@@ -79,7 +79,7 @@ class Work:
 @dataclass(frozen=True)
 class Cost:
     """whole: the encoder on one rank; parts: each rank's part of it. reduced, gathered: bytes a rank sends for each
-    patch of a call, in the all-reduces of a split encoder, in the gather of a dealt one."""
+    patch of a call, in the all-reduces of a split encoder, in the all-gather of a data-parallel one."""
 
     whole: Work
     parts: tuple[Work, ...]
@@ -90,13 +90,13 @@ class Cost:
         """Pieces of these sizes, the encoder split."""
         return max(part.of(sizes) for part in self.parts) + FLOPS_PER_BYTE * self.reduced * sum(sizes)
 
-    def data(self, dealt: Assignment) -> float:
-        slowest = max(self.whole.of([dealt.sizes[i] for i in share]) for share in dealt.shares)
-        return slowest + FLOPS_PER_BYTE * self.gathered * sum(dealt.sizes)
+    def data(self, assignment: Assignment) -> float:
+        slowest = max(self.whole.of([assignment.sizes[i] for i in share]) for share in assignment.shares)
+        return slowest + FLOPS_PER_BYTE * self.gathered * sum(assignment.sizes)
 
-    def deals(self, dealt: Assignment) -> bool:
-        """Whether dealing is the cheaper way. A single piece is never one rank's work."""
-        return len(dealt.pieces) > 1 and self.data(dealt) < self.tensor(dealt.sizes)
+    def prefers_data(self, assignment: Assignment) -> bool:
+        """Whether data-parallel is the cheaper mode. A single piece is never one rank's work."""
+        return len(assignment.pieces) > 1 and self.data(assignment) < self.tensor(assignment.sizes)
 
 
 def cost(plan: Plan, item: int) -> Cost:

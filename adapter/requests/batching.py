@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import safetensors.torch
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
@@ -152,20 +153,29 @@ def _until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
 
 
 def rank_facts(engine: deepspeed.InferenceEngine) -> list[dict[str, Any]]:
-    """What each rank of the job holds and read, in bytes; every rank must call it. PSS: shared pages are split among
-    sharers."""
+    """What each rank of the job holds and read, in bytes; every rank must call it.
+
+    pss_bytes: host memory, shared pages split among sharers. device_peak_bytes: the most that torch has held on the
+    rank's card so far; only where there is one.
+    """
     load, mpu = engine.load_report, engine.mpu
     numbers = [load.weight_bytes, load.bytes_read, int(load.seconds * 1e6), proportional_set_size(),
-               mpu.replicas.rank, mpu.tp.rank]
+               mpu.replicas.rank, mpu.tp.rank, device_peak_bytes()]
     mine = to_device(torch.tensor(numbers))
-    rows = mpu.world.all_gather_last(mine, (6,) * mpu.world.size).view(mpu.world.size, 6).tolist()
+    rows = mpu.world.all_gather_last(mine, (7,) * mpu.world.size).view(mpu.world.size, 7).tolist()
     text, vision = (engine.plan.heads[encoder] for encoder in ("text", "vision"))
     return [
         {"rank": r, "replica": row[4], "q_heads": list(text[row[5]].q), "kv_heads": list(text[row[5]].kv),
          "vision_heads": list(vision[row[5]].q), "weight_bytes": row[0], "bytes_read": row[1], "load_s": row[2] / 1e6,
-         "pss_bytes": row[3]}
+         "pss_bytes": row[3]} | ({"device_peak_bytes": row[6]} if row[6] else {})
         for r, row in enumerate(rows)
     ]
+
+
+def device_peak_bytes() -> int:
+    """The most bytes that torch has held on this rank's card so far. 0 on CPU."""
+    accelerator = get_accelerator()
+    return 0 if accelerator.device_name() == "cpu" else int(accelerator.max_memory_allocated())
 
 
 def proportional_set_size() -> int:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from adapter.commands.plan import report
 from adapter.planning.plan import DTYPE_BYTES, Plan
-from adapter.planning.vision_balance import FLOPS_PER_BYTE, Assignment, cost, deal, pieces
+from adapter.planning.vision_balance import FLOPS_PER_BYTE, Assignment, assign, cost, pieces
 from policies.families.qwen2_vl import POLICY
 
 ROOT = Path(__file__).parents[2]
@@ -38,16 +38,16 @@ def test_a_film_is_its_frames_and_a_picture_one_piece():
 
 @given(GRIDS, st.integers(1, 9))
 def test_dealing_is_a_partition_and_the_same_for_everyone(grid, ranks):
-    dealt = deal(grid, ranks)
+    dealt = assign(grid, ranks)
     assert len(dealt.shares) == ranks and all(list(s) == sorted(s) for s in dealt.shares)
     assert sorted(i for share in dealt.shares for i in share) == list(range(len(pieces(grid))))
     assert sum(dealt.patches(r) for r in range(ranks)) == sum(t * h * w for t, h, w in grid)
-    assert deal([tuple(row) for row in grid], ranks) == dealt  # whatever the container
+    assert assign([tuple(row) for row in grid], ranks) == dealt  # whatever the container
 
 
 @given(FEW, st.integers(1, 3))
 def test_the_fullest_rank_is_within_grahams_bound_of_the_best_deal(grid, ranks):
-    dealt = deal(grid, ranks)
+    dealt = assign(grid, ranks)
     best = min(max(sum(n for n, r in zip(dealt.sizes, who, strict=True) if r == rank) for rank in range(ranks))
                for who in itertools.product(range(ranks), repeat=len(dealt.sizes)))
     fullest = max(dealt.patches(r) for r in range(ranks))
@@ -56,14 +56,14 @@ def test_the_fullest_rank_is_within_grahams_bound_of_the_best_deal(grid, ranks):
 
 @given(GRIDS, st.integers(1, 9))
 def test_no_rank_is_idle_while_another_has_two_pieces(grid, ranks):
-    counts = [len(share) for share in deal(grid, ranks).shares]
+    counts = [len(share) for share in assign(grid, ranks).shares]
     assert min(counts) > 0 or max(counts) == 1
 
 
 def test_the_largest_goes_first_and_the_first_rank_wins_a_tie():
-    assert deal([[1, 2, 2], [1, 4, 4], [1, 2, 4], [1, 2, 2]], 2).shares == ((1,), (0, 2, 3))
-    assert deal([[3, 4, 4]], 2).shares == ((0, 2), (1,))
-    assert deal([[1, 4, 4]], 3).shares == ((0,), (), ())
+    assert assign([[1, 2, 2], [1, 4, 4], [1, 2, 4], [1, 2, 2]], 2).shares == ((1,), (0, 2, 3))
+    assert assign([[3, 4, 4]], 2).shares == ((0, 2), (1,))
+    assert assign([[1, 4, 4]], 3).shares == ((0,), (), ())
 
 
 def test_cost_by_hand():
@@ -80,7 +80,7 @@ def test_cost_by_hand():
     assert found.reduced == pytest.approx(4 * (2 * layers * v + out / 4) * 2 * 2 / 3)
     assert found.gathered == pytest.approx(4 * out / 4 * 2 / 3)
     grid = [[1, 4, 8], [2, 4, 6]]
-    dealt = deal(grid, 3)
+    dealt = assign(grid, 3)
     one = found.whole.patch * 32 + found.whole.pair * 32 ** 2
     assert found.data(dealt) == pytest.approx(one + FLOPS_PER_BYTE * found.gathered * 80)
     slowest = max(p.patch * 80 + p.pair * (32 ** 2 + 2 * 24 ** 2) for p in found.parts)
@@ -99,18 +99,18 @@ def published(tp: int) -> Plan:
     (3, [[1, 32, 32]] * 6, True),
 ])
 def test_what_auto_takes(tp, grid, deals):
-    assert price(published(tp)).deals(deal(grid, tp)) is deals
+    assert price(published(tp)).prefers_data(assign(grid, tp)) is deals
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([2, 3, 4, 8]))
 def test_a_single_piece_is_never_dealt(h, w, tp):
-    assert not price(plan_of(tp=tp)).deals(deal([[1, 2 * h, 2 * w]], tp))
+    assert not price(plan_of(tp=tp)).prefers_data(assign([[1, 2 * h, 2 * w]], tp))
 
 
 def test_one_rank_has_nothing_to_choose():
     found = price(plan_of(tp=1))
     assert found.reduced == found.gathered == 0 and found.parts == (found.whole,)
-    assert not found.deals(Assignment(((2, 2), (2, 2)), ((0, 1),)))
+    assert not found.prefers_data(Assignment(((2, 2), (2, 2)), ((0, 1),)))
 
 
 @pytest.mark.parametrize("vision", ["data", "auto"])
