@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adapter.hardware import AllReduce, Efficiency, Hardware, Tflops
-from adapter.plan import Plan
-from adapter.predict import Workload, predict
+from adapter.planning.cost_model import Workload, predict
+from adapter.planning.hardware import AllReduce, Efficiency, Hardware, Tflops
+from adapter.planning.plan import Plan
 
 Figures = Mapping[str, Any]
 LEAST_PART = 1e-3  # of a rate, that is taken for achieved

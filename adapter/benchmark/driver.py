@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapter import command, network
 from adapter.benchmark.request import as_line, first_request
 from adapter.benchmark.summary import OURS
+from adapter.commands import common
 from adapter.commands.subprocesses import Ended, run
-from adapter.launchers import usable_cores
-from adapter.plan import Plan
-from adapter.schema import Config
+from adapter.config.schema import Config
+from adapter.parallel import network
+from adapter.parallel.launchers import usable_cores
+from adapter.planning.plan import Plan
 from policies.errors import UserError
 
 log = logging.getLogger("adapter")
@@ -51,7 +52,7 @@ class Task:
 def drive(config: Config, plan: Plan, args: argparse.Namespace, write: Callable[[Record], None]) -> int:
     """Run every task `args.repeats` times. Returns the exit code of a job of ours which failed, or 1 if a peer did."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are ended on the way out
-    code = command.DONE
+    code = common.DONE
     with ExitStack() as files:
         requests = files.enter_context(memory_file(as_line(first_request(config))))
         tasks = [_ours(plan, args, OURS, args.requests_at_once), _first_answer(plan, args, requests),
@@ -59,14 +60,14 @@ def drive(config: Config, plan: Plan, args: argparse.Namespace, write: Callable[
         if args.against:
             inputs = files.enter_context(memory_file())
             prepared = _run(Task("inputs", OURS, lambda _: _inputs(args, inputs), 1, lambda _: []), args)
-            if prepared.code != command.DONE:
+            if prepared.code != common.DONE:
                 return _failed(prepared)
             tasks += [_peer(name, config, plan, args, inputs) for name in args.against]
         for repeat in range(args.repeats):
             for task in list(tasks):
                 log.info("repeat %d of %d: %s", repeat + 1, args.repeats, task.name)
                 ended = _run(task, args)
-                if ended.code == command.DONE:
+                if ended.code == common.DONE:
                     for record in task.records(ended):
                         write({"engine": task.engine, **record, "repeat": repeat})
                 elif task.own:
@@ -75,7 +76,7 @@ def drive(config: Config, plan: Plan, args: argparse.Namespace, write: Callable[
                     log.warning("%s: %s; its last lines:\n%s", task.name, ended.how, "\n".join(ended.err[-20:]))
                     write({"engine": task.engine, "repeat": repeat, "error": ended.how})
                     tasks.remove(task)
-                    code = command.CHECK_FAILED
+                    code = common.CHECK_FAILED
     return code
 
 
@@ -87,7 +88,7 @@ def check(args: argparse.Namespace, plan: Plan) -> None:
         raise UserError(f"--vllm-python {args.vllm_python}: no such program; the interpreter of an environment that "
                         "has vLLM is needed, such as venv/bin/python")
     if "deepspeed" in args.against:
-        from policies.dialects import injection_policy
+        from policies.export import injection_policy
 
         injection_policy(plan.policy, plan.geometry, plan.tp_size)  # raises where stock DeepSpeed cannot
 
@@ -100,10 +101,10 @@ def _run(task: Task, args: argparse.Namespace) -> Ended:
 
 def _failed(ended: Ended) -> int:
     """A job of ours has said why on stderr, which is ours too; a launcher that was killed has not."""
-    if ended.code in (command.CHECK_FAILED, command.BAD_INPUT):
+    if ended.code in (common.CHECK_FAILED, common.BAD_INPUT):
         return ended.code
     print(f"error: the job ended without a result: {ended.how}", file=sys.stderr, flush=True)
-    return command.CRASHED if ended.code is None or ended.code < 0 else ended.code
+    return common.CRASHED if ended.code is None or ended.code < 0 else ended.code
 
 
 def _launcher(ranks: int, port: int) -> list[str]:
@@ -113,7 +114,7 @@ def _launcher(ranks: int, port: int) -> list[str]:
 
 def _ours(plan: Plan, args: argparse.Namespace, engine: str, at_once: int, *overrides: str) -> Task:
     """`bench` itself as ranks. Its record of the start and the one of its only repeat."""
-    own = ["--module", "adapter.bench", "--config", args.config, "--repeats", "1", "--new", str(args.new),
+    own = ["--module", "adapter.benchmark.main", "--config", args.config, "--repeats", "1", "--new", str(args.new),
            "--requests-at-once", str(at_once), *(["--profile"] if args.profile else []), *args.overrides, *overrides]
 
     def records(ended: Ended) -> list[Record]:
@@ -125,7 +126,7 @@ def _ours(plan: Plan, args: argparse.Namespace, engine: str, at_once: int, *over
 
 def _first_answer(plan: Plan, args: argparse.Namespace, requests: str) -> Task:
     """From the start of the command until the answer of one token is on its stdout."""
-    own = ["--module", "adapter.generate", "--config", args.config, *args.overrides, f"requests={requests}",
+    own = ["--module", "adapter.commands.generate", "--config", args.config, *args.overrides, f"requests={requests}",
            "generation={max_new_tokens: 1, do_sample: false, num_beams: 1}", "output=null"]
     return Task("command to first answer", OURS, lambda port: [*_launcher(plan.tp_size, port), *own], plan.tp_size,
                 lambda ended: [{"command_to_first_answer_s": round(ended.rows[0][0], 4)}])

@@ -14,10 +14,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from adapter.launchers import Launch
+from adapter.parallel.launchers import Launch
 
 if TYPE_CHECKING:
-    from adapter.config import Config
+    from adapter.config.load import Config
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 PATIENCE_S = 60.0  # for one check: a name server or a file system may not answer

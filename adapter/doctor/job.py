@@ -7,11 +7,11 @@ import os
 import sys
 from dataclasses import asdict
 
-from adapter import network
 from adapter.commands import subprocesses
 from adapter.doctor.check import OK, Case, Finding, Trial, failed, ok, warning
 from adapter.doctor.trial import STEPS
-from adapter.launchers import Launch
+from adapter.parallel import network
+from adapter.parallel.launchers import Launch
 
 WITHOUT_OP = ("CXX=none and TORCH_EXTENSIONS_DIR=<an empty directory> in the environment of the ranks sum over torch's "
               "group instead; report it with all of this")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 
-from adapter import network
 from adapter.doctor import machine
 from adapter.doctor.check import Case, Finding, failed, ok, warning
-from adapter.launchers import usable_cores
+from adapter.parallel import network
+from adapter.parallel.launchers import usable_cores
 from policies.errors import UserError
 
 FIXED_BYTES = 700_000_000  # of a rank without weights: torch, DeepSpeed, Transformers
@@ -20,7 +20,7 @@ def plan(case: Case) -> Finding | None:
     """Can the checkpoint of --config be cut so, and are its files here?"""
     if case.config is None:
         return None
-    from adapter.plan import checked_plan
+    from adapter.planning.load import checked_plan
 
     model, tp_size = case.config.model, case.config.tensor_parallel.tp_size
     try:
@@ -37,7 +37,7 @@ def memory(case: Case) -> Finding | None:
     """Do the shards of this host's ranks, their KV caches and what a rank takes without weights fit its memory?"""
     if case.config is None:
         return None
-    from adapter.plan import make_plan
+    from adapter.planning.load import make_plan
 
     config = case.config
     plan, _, problems = make_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from adapter.commands.subprocesses import ROOT, SHM
-from adapter.launchers import Launch, environment_rank, launcher_of
+from adapter.parallel.launchers import Launch, environment_rank, launcher_of
 
 CGROUP = Path("/sys/fs/cgroup")
 LOCAL_SIZES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")

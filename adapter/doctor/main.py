@@ -23,11 +23,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any, NoReturn
 
-from adapter import command
-from adapter.commands import subprocesses
+from adapter.commands import common, subprocesses
 from adapter.doctor import check, host, job, launched, machine
 from adapter.doctor.check import FAILED, OK, WARNING, Case, Finding, Trial
-from adapter.launchers import usable_cores
+from adapter.parallel.launchers import usable_cores
 from policies.errors import UserError
 
 LIMIT_S, COMPILING_S = 120.0, 600.0  # for a job of ranks; for one that may have to compile the shared-memory ops
@@ -37,7 +36,7 @@ RELEASES = ("torch", "torchvision", "deepspeed", "transformers", "safetensors", 
 Facts = dict[str, Any]
 
 
-def main(args: argparse.Namespace, results: command.Results) -> int:
+def main(args: argparse.Namespace, results: common.Results) -> int:
     place = machine.place(os.environ)
     if place and args.ranks:
         raise UserError("--ranks starts a job of its own; under a launcher, whose ranks are here already, leave it out")
@@ -57,7 +56,7 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
     findings += [*check.run(job.JOB, case), *_of_other_hosts(ranks)]
     report = {"facts": facts, "checks": [asdict(finding) for finding in findings], "ranks": list(ranks)}
     results.text(json.dumps(report, ensure_ascii=False) if args.json else text(facts, findings))
-    return command.CHECK_FAILED if any(finding.status == FAILED for finding in findings) else command.DONE
+    return common.CHECK_FAILED if any(finding.status == FAILED for finding in findings) else common.DONE
 
 
 def _look(args: argparse.Namespace, case: Case) -> tuple[Case, list[Finding]]:
@@ -65,7 +64,7 @@ def _look(args: argparse.Namespace, case: Case) -> tuple[Case, list[Finding]]:
     findings, place = list[Finding](), case.place
     if args.config:
         try:
-            from adapter.config import load_config
+            from adapter.config.load import load_config
 
             case = replace(case, config=load_config(args.config, args.overrides))
         except ImportError as error:
@@ -100,12 +99,12 @@ def _follow(case: Case, findings: list[Finding], left_s: float) -> int:
     launchers end a job with its first rank."""
     trial, rank = case.trial or Trial(), case.place.rank if case.place else 0
     if trial.code == 0:
-        return command.DONE
+        return common.DONE
     lines = [f"{f.check}: {f.found}; {f.do}" for f in findings if f.status == FAILED]
     for line in [*lines, trial.not_tried or job.failure(trial)]:
         print(f"rank {rank} on {socket.gethostname()}: {line}", file=sys.stderr, flush=True)
-    time.sleep(max(0.0, left_s) + command.GRACE_S)
-    return command.CHECK_FAILED
+    time.sleep(max(0.0, left_s) + common.GRACE_S)
+    return common.CHECK_FAILED
 
 
 def _of_other_hosts(ranks: tuple[Mapping[str, Any], ...]) -> list[Finding]:
@@ -172,12 +171,12 @@ def _count(stated: str) -> int:
 
 
 def start() -> NoReturn:
-    arguments = command.parser(__doc__, config_required=False)
+    arguments = common.parser(__doc__, config_required=False)
     arguments.add_argument("--ranks", type=_count, default=0, metavar="N", help="start a job of N ranks on this host")
     arguments.add_argument("--limit", type=float, metavar="SECONDS", help="that the job of ranks may take, default "
                            f"{LIMIT_S:.0f}, and {COMPILING_S:.0f} where a shared-memory op is not built yet")
     arguments.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the text")
-    command.run(main, arguments)
+    common.run(main, arguments)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
-from adapter.command import Results
+from adapter.commands.common import Results
 
 ENVIRONMENT = ("os", "libc_version", "python_platform", "gcc_version", "nvidia_driver_version", "nvidia_gpu_models",
                "cuda_runtime_version", "cudnn_version")  # of torch.utils.collect_env

@@ -17,12 +17,12 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
-from adapter import command
+from adapter.commands import common
 from adapter.doctor.machine import installed, place
-from adapter.launchers import Launch
+from adapter.parallel.launchers import Launch
 
 if TYPE_CHECKING:
-    from adapter.topology import Group
+    from adapter.parallel.group import Group
 
 STEPS = {"import": "importing torch and DeepSpeed", "environment": "asking the launcher, or MPI, for its place",
          "join": "joining the job", "sum": "summing over the ranks"}
@@ -30,7 +30,7 @@ SIZES = (3_000, 870_000)  # bytes: the sums of a token, and of a prompt with an 
 SAME = ("torch", "deepspeed", "transformers", "safetensors", "numpy")  # releases that all ranks of a job must share
 
 
-def main(args: argparse.Namespace, results: command.Results) -> int:
+def main(args: argparse.Namespace, results: common.Results) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # torch then removes the lock of a build
     rank = (place(os.environ) or Launch(0, 1, 0, 1)).rank
 
@@ -41,8 +41,8 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
         _take_part(rank, json.loads(sys.stdin.read() or "[]"), report)
     except Exception as error:
         report("failed", error=f"{type(error).__name__}: {error}"[:1000])
-        return command.CHECK_FAILED
-    return command.DONE
+        return common.CHECK_FAILED
+    return common.DONE
 
 
 def _take_part(rank: int, found: list[Any], report: Any) -> None:
@@ -50,12 +50,12 @@ def _take_part(rank: int, found: list[Any], report: Any) -> None:
     import torch
     from deepspeed.accelerator import get_accelerator
 
-    from adapter import launchers, topology
+    from adapter.parallel import launchers, parallel_state
 
     report("environment")
     launch = launchers.read_environment()
     report("join")
-    mpu = topology.start(launch.world_size)
+    mpu = parallel_state.start(launch.world_size)
     report("sum")
     row = {"rank": rank, "host": socket.gethostname(), "cores": sorted(os.sched_getaffinity(0)),
            "threads": torch.get_num_threads(), "device": str(get_accelerator().current_device_name()),
@@ -87,7 +87,7 @@ def _wrong_sums(tp: Group) -> list[str]:
 def start() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
-    command.run(main, arguments)
+    common.run(main, arguments)
 
 
 if __name__ == "__main__":
