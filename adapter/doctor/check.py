@@ -1,9 +1,9 @@
 """What a check of the doctor looks at, and what it finds.
 
-A check is a function of a Case that returns a Finding, or None where it has nothing to say about such a machine or job.
-The checks are in host.py (this machine and what is installed), launched.py (a job's config and its launcher's
-environment) and job.py (what the ranks of a real job reported), each with a list at its end: a new check is one function
-and its name there. None imports a package that may be broken: probe.py asks the packages in a process of its own.
+A check is a function of a Case that returns a Finding, or None where it has nothing to say about such a machine or
+job. The checks are in host.py (this machine and what is installed), launched.py (a job's config and its launcher's
+environment) and job.py (what the ranks of a real job reported), each with a list at its end: a new check is one
+function and its name there. None imports a package that may be broken: probe.py asks those in a process of its own.
 """
 
 from __future__ import annotations

@@ -141,13 +141,14 @@ def extensions_cache(case: Case) -> Finding:
     old = [str(lock) for lock in locks if time.time() - lock.stat().st_mtime > BUILD_S]
     if old:
         return failed(f"{', '.join(old)}: older than any build takes, left by a killed process; every start waits for "
-                      "it to go away", "if no other host or container is compiling: rm " + " ".join(map(shlex.quote, old)))
+                      "it to go away",
+                      f"if no other host or container is compiling: rm {' '.join(map(shlex.quote, old))}")
     return ok(str(root))
 
 
 def waits_for_lock_files() -> bool:
-    """Does this torch wait for a lock file to go away? Later releases lock through the kernel, which frees the lock of a
-    killed process. Read from its source, not imported: torch may be broken."""
+    """Does this torch wait for a lock file to go away? Later releases lock through the kernel, which frees the lock of
+    a killed process. Read from its source, not imported: torch may be broken."""
     spec = importlib.util.find_spec("torch")
     source = Path(spec.origin).parent / "utils" / "cpp_extension.py" if spec and spec.origin else None
     return source is None or not source.exists() or "FileBaton(" in source.read_text(errors="replace")
@@ -165,9 +166,9 @@ def dev_shm(case: Case) -> Finding:
                    "Memory at /dev/shm; else mount -o remount,size=2G /dev/shm")
     left = segments_of_ended_jobs()
     if left:
-        return warning(f"{len(left)} segments that no process of this host has mapped, e.g. {left[0]}: each holds 69 MB, "
-                       "and a job on the same port would take them for its own",
-                       "if no other container shares /dev/shm: rm " + " ".join(map(shlex.quote, left)))
+        return warning(f"{len(left)} segments that no process of this host has mapped, e.g. {left[0]}: each holds 69 "
+                       "MB, and a job on the same port would take them for its own",
+                       f"if no other container shares /dev/shm: rm {' '.join(map(shlex.quote, left))}")
     return ok(found)
 
 

@@ -108,8 +108,8 @@ def binding(case: Case) -> Finding | None:
         if together < len(here):
             tight.append(f"{len(here)} ranks of {host} share {together} core{'s' * (together > 1)}")
     if tight:
-        return warning(f"{'; '.join(tight)} ({found})", "fewer ranks, or more cores for the job: mpirun --bind-to none, "
-                       "srun --cpus-per-task, deepspeed --bind_cores_to_rank")
+        return warning(f"{'; '.join(tight)} ({found})", "fewer ranks, or more cores for the job: mpirun --bind-to "
+                       "none, srun --cpus-per-task, deepspeed --bind_cores_to_rank")
     return ok(found)
 
 

