@@ -23,14 +23,14 @@ from adapter.planning.plan import Plan
 from adapter.requests.batching import Clock
 
 READ_BYTES = 512 << 20  # a rank; beyond any cache
-MATMUL = (1024, 1280, 5120)  # rows, in, out: the vision encoder's MLP on a picture of 448 x 448
+MATMUL = (1024, 1280, 5120)  # rows, in, out: the vision encoder's MLP on an image of 448 x 448
 AT_LEAST_S = 0.25  # that each figure is measured for
 EVERY = 8  # tokens from one look at the machine to the next
 
 
 @dataclass(frozen=True)
 class Moment:
-    """GB/s and GFLOP/s of every rank, all of them at it at once; powers of ten."""
+    """GB/s and GFLOP/s of every rank, measured on all of them at once; powers of ten."""
 
     read_gb_s: list[float]
     matmul_gflop_s: list[float]
@@ -89,7 +89,7 @@ class Paused(Clock):
             self._products.append(self._machine.multiplies())
         if new % EVERY == 1:
             self._reads.append(self._machine.reads())
-            self._machine.world.barrier()  # or a rank that is through first would wait for the others in the next step
+            self._machine.world.barrier()  # or a rank that is done first would wait for the others in the next step
         self._stood += time.perf_counter() - now
 
     def end(self) -> None:
@@ -125,7 +125,7 @@ def decode_bytes(plan: Plan, rank: int) -> int:
 
 
 def prefill_flop(plan: Plan, load: Workload, rank: int) -> int:
-    """Multiplications and additions of `rank` before the first token, those of attention included. Pictures as a split
-    encoder has them: where they are dealt to whole encoders, the busiest rank has no less."""
+    """Multiplications and additions of `rank` before the first token, those of attention included. Images are counted
+    as for a split encoder: where whole images are assigned to the ranks, the busiest rank has no less."""
     work = text_work(plan, load.batch, load.prompt_tokens, 0, rank) + vision_work(plan.divided, load, rank)
     return work.linear_flop + work.attention_flop

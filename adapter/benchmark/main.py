@@ -3,9 +3,9 @@
     deepspeed --num_accelerators 2 launch/bench.py --config C [key=value ...]    these ranks measure themselves
     python launch/bench.py --config C [--against hf,hf-tp,deepspeed,vllm] ...    starts such a job, and peers, in turn
     ... [--formats int8,int4]                                                    and the same job in other formats
-    python -m adapter.benchmark.main ...                                                  where it is installed
+    python -m adapter.benchmark.main ...                                         where it is installed
 
-Times the config's first request (without any: a drawn picture of 448 x 448), greedily, --new tokens exactly. stdout: a
+Times the config's first request (without any: a drawn image of 448 x 448), greedily, --new tokens exactly. stdout: a
 JSON line per start and repeat, then a summary: load_s, peak_rss_bytes of each rank, ttft_s, decode_tok_s, collective_us
 and more, each as min, median and max of the repeats. Exit 0: measured; 1: a peer failed; 2: bad input.
 
@@ -121,7 +121,7 @@ def start() -> NoReturn:
     arguments.add_argument("--formats", type=_some_of(tuple(FORMATS)), default=[], metavar="FORMATS",
                            help=f"time one request with other weights.format too, of {','.join(FORMATS)}")
     arguments.add_argument("--vllm-python", metavar="PATH", help="interpreter of an environment with vLLM")
-    arguments.add_argument("--profile", action="store_true", help="tell the operators that take the most time, too")
+    arguments.add_argument("--profile", action="store_true", help="report the operators that take the most time, too")
     arguments.add_argument("--png", type=Path, metavar="FILE", help="draw first token and tokens/s of all")
     arguments.add_argument("--write-hardware", type=Path, metavar="FILE",
                            help="write this machine, as measured, for launch/plan.py --hardware")

@@ -1,13 +1,16 @@
-"""What one job measures of itself, over the ranks it was started with: a row for its start, and a row each repeat."""
+"""What the ranks of one job measure of themselves: a record of the start, and a record of each repeat."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,10 +24,9 @@ from adapter.benchmark.limits import Machine, Moment, Paused, decode_bytes, ever
 from adapter.benchmark.operators import operators
 from adapter.benchmark.peers.peer import ENDLESS, WARM_UP_TOKENS, memory, speed
 from adapter.benchmark.request import first_request, make_processor
-from adapter.benchmark.vision import ways
+from adapter.benchmark.vision import both_modes
 from adapter.commands import common
 from adapter.config.schema import Config
-from adapter.doctor.machine import cpu
 from adapter.engine import init_inference
 from adapter.health.watchdog import watching
 from adapter.parallel.group import to_device
@@ -37,14 +39,14 @@ from policies.errors import UserError
 from policies.rules import Head
 
 log = logging.getLogger("adapter")
-Row = dict[str, Any]
+Record = dict[str, Any]
 Inputs = dict[str, Tensor]
-CALLS = 20  # of a collective, of which the middle one counts
+CALLS = 20  # of a collective, of which the median counts
 
 
 @dataclass(frozen=True)
 class Job:
-    """One rank's part. one, many: the request, and as many of it as are asked for at once, on every rank."""
+    """One rank's part of the job. one: the inputs of the request; many: of `--requests-at-once` of it."""
 
     engine: deepspeed.InferenceEngine
     config: Config
@@ -62,7 +64,7 @@ class Job:
 
     @property
     def load(self) -> Workload:
-        """The request, as adapter.planning.cost_model counts: a film is a picture for every two of its frames."""
+        """The request as adapter.planning.cost_model counts it: two frames of a video are one image."""
         grids = [row for name, grid in self.one.items() if name.endswith("_grid_thw") for row in grid.tolist()]
         patches = tuple(height * width for times, height, width in grids for _ in range(times))
         return Workload(self.tokens, patches)
@@ -78,7 +80,7 @@ class Job:
         return speed(began, clock.times[1:])  # the first is the prompt
 
 
-def measure(config: Config, plan: Plan, args: argparse.Namespace, write: Callable[[Row], None]) -> int:
+def measure(config: Config, plan: Plan, args: argparse.Namespace, write: Callable[[Record], None]) -> int:
     """Every rank of the job must call it. `write` gets the rows, on rank 0. Raises UserError."""
     launch = read_environment()
     if launch.world_size > plan.tp_size:
@@ -116,13 +118,13 @@ def _inputs(config: Config, plan: Plan, args: argparse.Namespace) -> tuple[Input
     return prepared.tensors, collate([prepared] * args.requests_at_once, processor.pad_token_id)
 
 
-def _started(job: Job, load_s: float) -> Row:
+def _started(job: Job, load_s: float) -> Record:
     """Loading, memory after it, and the first request, before the machine is measured: its buffers are no part of the
     product."""
     facts = rank_facts(job.engine)
     rows = everyone(job.engine.mpu.world, [load_s, *memory().values()])
     cold = job.run(job.one, WARM_UP_TOKENS)
-    of_ranks = {name: [int(row[1 + place]) for row in rows] for place, name in enumerate(memory())}
+    of_ranks = {name: [int(row[1 + column]) for row in rows] for column, name in enumerate(memory())}
     return {
         "load_s": round(max(row[0] for row in rows), 4), "read_s": round(max(fact["load_s"] for fact in facts), 4),
         "bytes_read": sum(fact["bytes_read"] for fact in facts), **of_ranks,
@@ -132,7 +134,7 @@ def _started(job: Job, load_s: float) -> Row:
     }
 
 
-def _case(job: Job, args: argparse.Namespace) -> Row:
+def _case(job: Job, args: argparse.Namespace) -> Record:
     """What is the same in every repeat."""
     ranks = range(job.plan.tp_size)
     return {
@@ -148,18 +150,20 @@ def _case(job: Job, args: argparse.Namespace) -> Row:
     }
 
 
-def _machine(plan: Plan) -> Row:
+def _machine(plan: Plan) -> Record:
     """Devices as adapter.planning.hardware counts them, and bytes of one of their memories."""
     accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        cores = usable_cores()
-        return {"machine": f"{cpu()['model']}, {cores} cores", "devices": cores,
-                "memory_bytes": psutil.virtual_memory().total}
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else accelerator.device_name()
-    return {"machine": f"{name} x {plan.tp_size}", "devices": plan.tp_size, "memory_bytes": accelerator.total_memory()}
+    if accelerator.device_name() != "cpu":
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else accelerator.device_name()
+        return {"machine": f"{name} x {plan.tp_size}", "devices": plan.tp_size,
+                "memory_bytes": accelerator.total_memory()}
+    model = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    cores = usable_cores()
+    return {"machine": f"{model[1] if model else platform.machine()}, {cores} cores", "devices": cores,
+            "memory_bytes": psutil.virtual_memory().total}
 
 
-def _repeated(job: Job, machine: Machine, args: argparse.Namespace) -> Row:
+def _repeated(job: Job, machine: Machine, args: argparse.Namespace) -> Record:
     def timed(inputs: Inputs) -> tuple[dict[str, float], Moment]:
         clock = Paused(machine)
         return job.run(inputs, args.new, clock), clock.moment()
@@ -171,12 +175,12 @@ def _repeated(job: Job, machine: Machine, args: argparse.Namespace) -> Row:
         **one, **_against_limits(job.plan, moment, one["decode_tok_s"], job),
         "at_once": {"ttft_s": many["ttft_s"], "decode_tok_s": round(total, 4),
                     "times_one": round(total / one["decode_tok_s"], 4), **moment_of_many.facts()},
-        "collective_us": {name: round(_microseconds(job, call, x), 2) for name, (call, x) in _collectives(job).items()},
-        **({"vision_s": seconds} if (seconds := ways(job.engine)) else {}),
+        "collective_us": _collective_us(job),
+        **({"vision_s": seconds} if (seconds := both_modes(job.engine)) else {}),
     }
 
 
-def _against_limits(plan: Plan, moment: Moment, tok_s: float, job: Job) -> Row:
+def _against_limits(plan: Plan, moment: Moment, tok_s: float, job: Job) -> Record:
     """The machine while it ran, what it allowed, and each rank's part of the reading that decode came to."""
     ranks = range(plan.tp_size)
     reading = [decode_bytes(plan, rank) / (moment.read_gb_s[rank] * 1e9) for rank in ranks]
@@ -205,13 +209,16 @@ def _collectives(job: Job) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor
     }
 
 
-def _microseconds(job: Job, call: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """The middle of some calls one after another, on this rank."""
-    job.engine.mpu.world.barrier()
-    took = []
-    for _ in range(CALLS):
-        began = time.perf_counter()
-        call(x)
-        get_accelerator().synchronize()
-        took.append((time.perf_counter() - began) * 1e6)
-    return median(took)
+def _collective_us(job: Job) -> dict[str, float]:
+    """Microseconds of each collective on this rank: the median of CALLS calls one after another."""
+    found = {}
+    for name, (call, x) in _collectives(job).items():
+        job.engine.mpu.world.barrier()
+        took = []
+        for _ in range(CALLS):
+            began = time.perf_counter()
+            call(x)
+            get_accelerator().synchronize()
+            took.append((time.perf_counter() - began) * 1e6)
+        found[name] = round(median(took), 2)
+    return found

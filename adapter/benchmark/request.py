@@ -1,9 +1,9 @@
-"""The request that is timed, and its tensors for those that cannot prepare it themselves.
+"""The request that is timed, and its tensors for engines that cannot prepare it themselves.
 
     python -m adapter.benchmark.request --config C --into FILE [key=value ...]
 
-writes safetensors: what the model's forward takes, as adapter.requests.processing.Prepared has it, and the pictures as
-they were before any resizing, uint8 [height, width, 3], under picture.000 and so on.
+writes safetensors: what the model's forward takes, as adapter.requests.processing.Prepared has it, and the images as
+they were before any resizing, uint8 [height, width, 3], under image.000 and so on.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PROMPT, SIDE = "Describe this image in detail.", 448  # where a config has no re
 
 
 def first_request(config: Config) -> Request:
-    """The config's first request, or a question about a drawn picture; no answer is expected of it."""
+    """The config's first request, or a question about a drawn image; no answer is expected of it."""
     if config.requests:
         return config.requests[0].model_copy(update={"expected": None})
-    return parse_request({"id": "drawn", "prompt": PROMPT, "images": [drawn_picture(SIDE)]})
+    return parse_request({"id": "drawn", "prompt": PROMPT, "images": [drawn_image(SIDE)]})
 
 
-def drawn_picture(side: int) -> str:
+def drawn_image(side: int) -> str:
     """A data: URL of a square PNG whose red grows to the right, its green downwards, its blue both ways."""
     import numpy as np
     from PIL import Image
@@ -76,11 +76,10 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
                            config.tensor_parallel.vision, config.weights.format)
     request = first_request(config)
     tensors = dict(make_processor(config, plan.geometry.context, args.new).prepare(request).tensors)
-    pictures = [value for _, parts in request.turns() for kind, value in parts if kind == "image"]
-    for number, value in enumerate(pictures):
-        picture = load_image(value)
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        tensors[f"picture.{number:03}"] = pixels.view(picture.height, picture.width, 3)
+    images = [value for _, parts in request.turns() for kind, value in parts if kind == "image"]
+    for number, image in enumerate(map(load_image, images)):
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        tensors[f"image.{number:03}"] = pixels.view(image.height, image.width, 3)
     Path(args.into).write_bytes(safetensors.torch.save(tensors))
     results.write({"prompt_tokens": tensors["input_ids"].shape[1]})
     return common.DONE

@@ -20,7 +20,7 @@ from adapter.model import layers
 from adapter.model.attention import override_heads
 from adapter.parallel.group import Group
 from adapter.planning.plan import Plan
-from adapter.planning.vision_balance import Assignment, cost, deal
+from adapter.planning.vision_balance import Assignment, assign, cost
 from policies.errors import UserError
 from policies.heads import HeadShard
 from policies.rules import Claim, Range, Row, TensorSlice
@@ -122,8 +122,8 @@ class VisionDataParallel:
 
     def decide(self, grid: Tensor) -> Assignment | None:
         """Who reads what; None where all ranks read everything, the encoder split. The same on every rank."""
-        dealt = deal(grid.tolist(), self.tp.size)
-        return dealt if self.plan.vision == "data" or self.cost.deals(dealt) else None
+        dealt = assign(grid.tolist(), self.tp.size)
+        return dealt if self.plan.vision == "data" or self.cost.prefers_data(dealt) else None
 
     def run(self, split: bool, patches: Tensor, grid: Tensor, others: Mapping[str, Any]) -> Any:
         """The module's own forward, whole or split."""
@@ -133,7 +133,7 @@ class VisionDataParallel:
     def read(self, dealt: Assignment, patches: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's share of a call: its patches and its grid, a row for each piece."""
         share, pieces = dealt.shares[self.tp.rank], patches.split(dealt.sizes)
-        return torch.cat([pieces[i] for i in share]), grid.new_tensor([[1, *dealt.pieces[i]] for i in share])
+        return torch.cat([pieces[i] for i in share]), grid.new_tensor([[1, *dealt.frames[i]] for i in share])
 
     def gather(self, dealt: Assignment, features: Tensor) -> Tensor:
         """[tokens of this rank, width] -> [tokens, width] in the order of the pieces: the one collective of a call."""

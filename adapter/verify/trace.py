@@ -209,7 +209,7 @@ class Trace:
         shares = [list(share) for share in deal.shares if share] if deal else [list(range(len(sizes)))]
         self._frames.append((name, {}))
         for share in shares:
-            part = (torch.cat([pieces[i] for i in share]), grid.new_tensor([[1, *deal.pieces[i]] for i in share])) \
+            part = (torch.cat([pieces[i] for i in share]), grid.new_tensor([[1, *deal.frames[i]] for i in share])) \
                 if deal else (patches, grid)
             self._frames.append((name, {}))
             outs.append(self.dealt.run(not deal, *part, others))

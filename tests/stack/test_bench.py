@@ -72,7 +72,7 @@ def test_ranks_measure_themselves(measured):
 def test_both_ways_of_reading_pictures_are_timed_and_operators_are_told(measured):
     _, total, _ = measured
     seconds, profile = total["vision_s"], total["profile"]
-    assert len(seconds) == 4 and not any("1 picture" in what for what in seconds)
+    assert len(seconds) == 4 and not any("1 image" in what for what in seconds)
     for each in seconds.values():
         assert all(map(ordered, each.values()))
         assert each["auto_s"] in (each["tensor_s"], each["data_s"])

@@ -81,7 +81,7 @@ def main() -> None:
     load_s = time.perf_counter() - began
     tell({"ready": True})
     inputs = {name: tensor.to(model.device) for name, tensor in load_file(args.inputs).items()
-              if not name.startswith("picture.")}
+              if not name.startswith("image.")}
 
     def run(new: int) -> dict[str, float]:
         if WORLD > 1:
