@@ -59,7 +59,9 @@ def drive(config: Config, plan: Plan, args: argparse.Namespace, write: Callable[
                  *(_ours(plan, args, name, 1, f"weights.format={name}") for name in args.formats)]
         if args.against:
             inputs = files.enter_context(memory_file())
-            prepared = _run(Task("inputs", OURS, lambda _: _inputs(args, inputs), 1, lambda _: []), args)
+            command = [sys.executable, "-m", "adapter.benchmark.main", "--config", args.config, "--inputs-into", inputs,
+                       "--new", str(args.new), *args.overrides]
+            prepared = _run(Task("inputs", OURS, lambda _: command, 1, lambda _: []), args)
             if prepared.code != common.DONE:
                 return _failed(prepared)
             tasks += [_peer(name, config, plan, args, inputs) for name in args.against]
@@ -130,11 +132,6 @@ def _first_answer(plan: Plan, args: argparse.Namespace, requests: str) -> Task:
            "generation={max_new_tokens: 1, do_sample: false, num_beams: 1}", "output=null"]
     return Task("command to first answer", OURS, lambda port: [*_launcher(plan.tp_size, port), *own], plan.tp_size,
                 lambda ended: [{"command_to_first_answer_s": round(ended.rows[0][0], 4)}])
-
-
-def _inputs(args: argparse.Namespace, file: str) -> list[str]:
-    return [sys.executable, "-m", "adapter.benchmark.request", "--config", args.config, "--into", file,
-            "--new", str(args.new), *args.overrides]
 
 
 def _peer(name: str, config: Config, plan: Plan, args: argparse.Namespace, inputs: str) -> Task:

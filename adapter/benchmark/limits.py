@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -26,18 +26,6 @@ READ_BYTES = 512 << 20  # a rank; beyond any cache
 MATMUL = (1024, 1280, 5120)  # rows, in, out: the vision encoder's MLP on an image of 448 x 448
 AT_LEAST_S = 0.25  # that each figure is measured for
 EVERY = 8  # tokens from one look at the machine to the next
-
-
-@dataclass(frozen=True)
-class Moment:
-    """GB/s and GFLOP/s of every rank, measured on all of them at once; powers of ten."""
-
-    read_gb_s: list[float]
-    matmul_gflop_s: list[float]
-
-    def facts(self) -> dict[str, float | list[float]]:
-        return {"read_gb_s": [round(x, 3) for x in self.read_gb_s], "read_total_gb_s": round(sum(self.read_gb_s), 3),
-                "matmul_gflop_s": [round(x, 2) for x in self.matmul_gflop_s]}
 
 
 class Machine:
@@ -95,18 +83,20 @@ class Paused(Clock):
     def end(self) -> None:
         self._reads.append(self._machine.reads())
 
-    def moment(self) -> Moment:
-        """The means of what every rank measured. Every rank must call it."""
+    def figures(self) -> dict[str, Any]:
+        """GB/s and GFLOP/s of every rank, the means of what it measured, in powers of ten. Every rank must call it."""
         rows = everyone(self._machine.world, [mean(self._reads), mean(self._products)])
-        return Moment([row[0] for row in rows], [row[1] for row in rows])
+        return {"read_gb_s": [round(row[0], 3) for row in rows],
+                "read_total_gb_s": round(sum(row[0] for row in rows), 3),
+                "matmul_gflop_s": [round(row[1], 2) for row in rows]}
 
 
 def product(dtype: torch.dtype) -> Callable[[], Tensor]:
-    """MATMUL at its fastest: on a CPU with a weight that oneDNN has packed for so many rows before."""
+    """MATMUL at its fastest: on a CPU whose bfloat16 oneDNN knows, with a weight packed for so many rows before."""
     rows, inner, outer = MATMUL
     left, right = (to_device(torch.ones(n, inner, dtype=dtype)) for n in (rows, outer))
-    if left.device.type == "cpu" and dtype is torch.bfloat16 and torch.backends.mkldnn.is_available():
-        ops = torch.ops.mkldnn
+    ops = torch.ops.mkldnn
+    if left.device.type == "cpu" and dtype is torch.bfloat16 and ops._is_mkldnn_bf16_supported():
         packed = ops._reorder_linear_weight(right, rows)
         return lambda: ops._linear_pointwise(left, packed, None, "none", [], "")
     return lambda: torch.nn.functional.linear(left, right)

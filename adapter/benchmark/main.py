@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from adapter.benchmark.driver import PEERS, check, drive
+from adapter.benchmark.request import write_inputs
 from adapter.benchmark.summary import summary
 from adapter.commands import common
 from adapter.parallel.launchers import launcher_of
@@ -49,6 +50,9 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
         if ranked and names:
             raise UserError(f"{option} starts jobs of its own, which need the cores that this job's ranks would hold: "
                             f"start `python launch/bench.py {option} {','.join(names)} ...`, without a launcher")
+    if args.inputs_into:
+        write_inputs(config, plan, args.new, args.inputs_into)
+        return common.DONE
     if rank == 0:
         check(args, plan)
         _check_files(args)
@@ -102,20 +106,13 @@ def _some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def _count(least: int, most: int) -> Callable[[str], int]:
-    def parse(stated: str) -> int:
-        if not stated.isdecimal() or not least <= int(stated) <= most:
-            raise argparse.ArgumentTypeError(f"{stated!r} is not a whole number from {least} to {most}")
-        return int(stated)
-
-    return parse
-
-
 def start() -> NoReturn:
     arguments = common.parser(__doc__)
-    arguments.add_argument("--repeats", type=_count(1, 1000), default=3, metavar="N", help="default 3")
-    arguments.add_argument("--new", type=_count(2, 2**20), default=32, metavar="N", help="tokens an answer, default 32")
-    arguments.add_argument("--requests-at-once", type=_count(1, 4096), default=8, metavar="N", help="default 8")
+    arguments.add_argument("--repeats", type=common.whole_number(1, 1000), default=3, metavar="N", help="default 3")
+    arguments.add_argument("--new", type=common.whole_number(2, 2**20), default=32, metavar="N",
+                           help="tokens an answer, default 32")
+    arguments.add_argument("--requests-at-once", type=common.whole_number(1, 4096), default=8, metavar="N",
+                           help="default 8")
     arguments.add_argument("--against", type=_some_of(PEERS), default=[], metavar="PEERS",
                            help=f"time others on the same request too, of {','.join(PEERS)}")
     arguments.add_argument("--formats", type=_some_of(tuple(FORMATS)), default=[], metavar="FORMATS",
@@ -125,8 +122,9 @@ def start() -> NoReturn:
     arguments.add_argument("--png", type=Path, metavar="FILE", help="draw first token and tokens/s of all")
     arguments.add_argument("--write-hardware", type=Path, metavar="FILE",
                            help="write this machine, as measured, for launch/plan.py --hardware")
-    arguments.add_argument("--limit", type=_count(1, 10**6), default=1800, metavar="SECONDS",
+    arguments.add_argument("--limit", type=common.whole_number(1, 10**6), default=1800, metavar="SECONDS",
                            help="that one job may take before it is ended, default 1800")
+    arguments.add_argument("--inputs-into", type=Path, help=argparse.SUPPRESS)  # for the peers, which see request.py
     common.run(main, arguments)
 
 

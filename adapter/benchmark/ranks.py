@@ -20,7 +20,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from adapter.benchmark.limits import Machine, Moment, Paused, decode_bytes, everyone, prefill_flop
+from adapter.benchmark.limits import Machine, Paused, decode_bytes, everyone, prefill_flop
 from adapter.benchmark.operators import operators
 from adapter.benchmark.peers.peer import ENDLESS, WARM_UP_TOKENS, memory, speed
 from adapter.benchmark.request import first_request, make_processor
@@ -164,30 +164,23 @@ def _machine(plan: Plan) -> Record:
 
 
 def _repeated(job: Job, machine: Machine, args: argparse.Namespace) -> Record:
-    def timed(inputs: Inputs) -> tuple[dict[str, float], Moment]:
+    """One repeat: the request alone, beside what the machine allowed meanwhile, then many of it at once."""
+    def timed(inputs: Inputs) -> Record:
         clock = Paused(machine)
-        return job.run(inputs, args.new, clock), clock.moment()
+        return {**job.run(inputs, args.new, clock), **clock.figures()}
 
-    one, moment = timed(job.one)
-    many, moment_of_many = timed(job.many)
+    one, many, plan = timed(job.one), timed(job.many), job.plan
+    reading = [decode_bytes(plan, rank) / (gb_s * 1e9) for rank, gb_s in enumerate(one["read_gb_s"])]
+    products = [prefill_flop(plan, job.load, rank) / (gflop_s * 1e9)
+                for rank, gflop_s in enumerate(one["matmul_gflop_s"])]
     total = many["decode_tok_s"] * args.requests_at_once
+    many |= {"decode_tok_s": round(total, 4), "times_one": round(total / one["decode_tok_s"], 4)}
+    vision_s = both_modes(job.engine)
     return {
-        **one, **_against_limits(job.plan, moment, one["decode_tok_s"], job),
-        "at_once": {"ttft_s": many["ttft_s"], "decode_tok_s": round(total, 4),
-                    "times_one": round(total / one["decode_tok_s"], 4), **moment_of_many.facts()},
-        "collective_us": _collective_us(job),
-        **({"vision_s": seconds} if (seconds := both_modes(job.engine)) else {}),
+        **one, "read_share": [round(seconds * one["decode_tok_s"], 4) for seconds in reading],
+        "limit_ttft_s": round(max(products), 4), "limit_decode_tok_s": round(1 / max(reading), 4), "at_once": many,
+        "collective_us": _collective_us(job), **({"vision_s": vision_s} if vision_s else {}),
     }
-
-
-def _against_limits(plan: Plan, moment: Moment, tok_s: float, job: Job) -> Record:
-    """The machine while it ran, what it allowed, and each rank's part of the reading that decode came to."""
-    ranks = range(plan.tp_size)
-    reading = [decode_bytes(plan, rank) / (moment.read_gb_s[rank] * 1e9) for rank in ranks]
-    products = [prefill_flop(plan, job.load, rank) / (moment.matmul_gflop_s[rank] * 1e9)
-                for rank in ranks]
-    return {**moment.facts(), "read_share": [round(seconds * tok_s, 4) for seconds in reading],
-            "limit_ttft_s": round(max(products), 4), "limit_decode_tok_s": round(1 / max(reading), 4)}
 
 
 def _collectives(job: Job) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:

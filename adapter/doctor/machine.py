@@ -13,7 +13,7 @@ from pathlib import Path
 from adapter.commands.subprocesses import ROOT, SHM
 from adapter.parallel.launchers import Launch, environment_rank, launcher_of
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 LOCAL_SIZES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 SHOWN = (  # beginnings of the names of environment variables that say how a job was started and what steers it
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "CROSS_", "MASTER_",
@@ -39,14 +39,17 @@ def _shown(name: str, value: str) -> str:
 
 
 def available_memory() -> int:
-    """Bytes that new processes can have: of the machine, or what is left of the container's limit (cgroup v2), in which
-    files in the page cache do not count as used."""
+    """Bytes that new processes can have: of the machine, or what the limits of this process's cgroup (v2) and of those
+    around it leave, in which files in the page cache do not count as used."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB$", _read(Path("/proc/meminfo")), re.MULTILINE)
     available = int(found[1]) * 1024 if found else 0
-    limit, used = (_read(CGROUP / name).strip() for name in ("memory.max", "memory.current"))
-    if limit.isdigit() and used.isdigit():
-        cached = re.search(r"^inactive_file (\d+)$", _read(CGROUP / "memory.stat"), re.MULTILINE)
-        available = min(available, max(0, int(limit) - int(used) + (int(cached[1]) if cached else 0)))
+    own = re.search(r"^0::/(.*)$", _read(OWN_CGROUP), re.MULTILINE)
+    group = CGROUPS / (own[1] if own else "")
+    for directory in (group, *group.parents):
+        limit, used = (_read(directory / name).strip() for name in ("memory.max", "memory.current"))
+        if limit.isdigit() and used.isdigit():
+            cached = re.search(r"^inactive_file (\d+)$", _read(directory / "memory.stat"), re.MULTILINE)
+            available = min(available, max(0, int(limit) - int(used) + (int(cached[1]) if cached else 0)))
     return available
 
 

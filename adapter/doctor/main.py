@@ -158,15 +158,10 @@ def text(facts: Mapping[str, Any], findings: list[Finding]) -> str:
     return "\n".join(lines)
 
 
-def _count(stated: str) -> int:
-    if not stated.isdigit() or not 0 < int(stated) <= 1024:
-        raise argparse.ArgumentTypeError(f"{stated!r} is not a number of ranks")
-    return int(stated)
-
-
 def start() -> NoReturn:
     arguments = common.parser(__doc__, config_required=False)
-    arguments.add_argument("--ranks", type=_count, default=0, metavar="N", help="start a job of N ranks on this host")
+    arguments.add_argument("--ranks", type=common.whole_number(1, 1024), default=0, metavar="N",
+                           help="start a job of N ranks on this host")
     arguments.add_argument("--limit", type=float, metavar="SECONDS", help="that the job of ranks may take, default "
                            f"{LIMIT_S:.0f}, and {COMPILING_S:.0f} where a shared-memory op is not built yet")
     arguments.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the text")

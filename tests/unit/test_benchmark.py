@@ -230,7 +230,7 @@ def test_peers_need_the_cores_that_ranks_hold():
 
 def test_the_driver_imports_neither_torch_nor_deepspeed():
     """It waits while jobs run: what it had mapped, ranks would share, and their memory would look smaller."""
-    code = ("import json, sys; from adapter import bench; from adapter.config import load_config;"
+    code = ("import json, sys; from adapter.benchmark import main; from adapter.config.load import load_config;"
             f"from adapter.benchmark.request import first_request; first_request(load_config({DEMO!r}));"
             "print(json.dumps([name for name in ('torch', 'deepspeed') if name in sys.modules]))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,

@@ -48,13 +48,16 @@ def test_secrets_are_not_shown():
 
 
 def test_the_limit_of_a_container(monkeypatch, tmp_path):
-    """cgroup v2: what is left of its limit, files in the page cache not counted."""
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    """cgroup v2: what is left of the limit around this process's group, files in the page cache not counted."""
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN_CGROUP", tmp_path / "own")
+    (tmp_path / "job" / "step").mkdir(parents=True)
+    (tmp_path / "own").write_text("0::/job/step\n")
     free = machine.available_memory()
     assert free > 2_000_000
     for name, text in {"memory.max": "2000000", "memory.current": "1500000",
                        "memory.stat": "inactive_file 500000\n"}.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / "job" / name).write_text(text)
     assert machine.available_memory() == 1_000_000
 
 
@@ -91,7 +94,7 @@ def test_the_doctor_needs_no_package():
 
 @pytest.mark.parametrize("args, words", [
     (["--config", "no-such.yaml"], "no-such.yaml"), (["model.dtype=float32"], "--config"),
-    (["--ranks", "0"], "number of ranks"),
+    (["--ranks", "0"], "--ranks"),
 ])
 def test_bad_input(args, words):
     run = doctor(*args)

@@ -22,7 +22,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True, help="directory of the checkpoint")
     parser.add_argument("--dtype", required=True)
-    parser.add_argument("--inputs", required=True, help="safetensors: the request as adapter.benchmark.request has it")
+    parser.add_argument("--inputs", required=True, help="safetensors: the request as `bench --inputs-into` writes it")
     parser.add_argument("--new", type=int, required=True, help="tokens to generate")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
