@@ -102,7 +102,7 @@ def _run(task: Task, args: argparse.Namespace) -> Ended:
 
 
 def _failed(ended: Ended) -> int:
-    """A job of ours has said why on stderr, which is ours too; a launcher that was killed has not."""
+    """The exit code of a job of ours that failed. It has reported why on stderr, unless it was killed."""
     if ended.code in (common.CHECK_FAILED, common.BAD_INPUT):
         return ended.code
     print(f"error: the job ended without a result: {ended.how}", file=sys.stderr, flush=True)

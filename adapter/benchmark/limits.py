@@ -95,8 +95,8 @@ def product(dtype: torch.dtype) -> Callable[[], Tensor]:
     """MATMUL at its fastest: on a CPU whose bfloat16 oneDNN knows, with a weight packed for so many rows before."""
     rows, inner, outer = MATMUL
     left, right = (to_device(torch.ones(n, inner, dtype=dtype)) for n in (rows, outer))
-    ops = torch.ops.mkldnn
-    if left.device.type == "cpu" and dtype is torch.bfloat16 and ops._is_mkldnn_bf16_supported():
+    ops, onednn = torch.ops.mkldnn, torch.backends.mkldnn.is_available() and left.device.type == "cpu"
+    if onednn and dtype is torch.bfloat16 and ops._is_mkldnn_bf16_supported():
         packed = ops._reorder_linear_weight(right, rows)
         return lambda: ops._linear_pointwise(left, packed, None, "none", [], "")
     return lambda: torch.nn.functional.linear(left, right)

@@ -112,7 +112,7 @@ def measure(config: Config, plan: Plan, args: argparse.Namespace, write: Callabl
 
 
 def _inputs(config: Config, plan: Plan, args: argparse.Namespace) -> tuple[Inputs, Inputs]:
-    """Before the ranks join, so that a request that cannot be prepared is said at once."""
+    """Before the ranks join, so that a request that cannot be prepared is reported at once."""
     processor = make_processor(config, plan.geometry.context, args.new)
     prepared = processor.prepare(first_request(config))
     return prepared.tensors, collate([prepared] * args.requests_at_once, processor.pad_token_id)

@@ -64,7 +64,7 @@ class Tflops(Section):
 
 class Efficiency(Section):
     """The part of matmul_tflop_s and memory_read_gb_s that this project's kernels reach: 1 where those were measured
-    with them, and said in the open where those are a data sheet's."""
+    with them, and stated openly where those are a data sheet's."""
 
     matmul: Part  # linear layers over the rows of a prompt
     attention: Part  # scores, and their product with the values

@@ -34,11 +34,11 @@ def json_lines() -> Callable[[dict[str, Any]], None]:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def tell(row: dict[str, Any]) -> None:
+    def write(row: dict[str, Any]) -> None:
         out.write(json.dumps(row) + "\n")
         out.flush()
 
-    return tell
+    return write
 
 
 def speed(began: float, times: Sequence[float]) -> dict[str, float]:

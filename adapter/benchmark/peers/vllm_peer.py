@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, required=True, help="ranks")
     parser.add_argument("--binding", required=True, help="cores of each rank, as VLLM_CPU_OMP_THREADS_BIND has them")
     parser.add_argument("--limits", type=json.loads, default={}, help="JSON: min_pixels and max_pixels of a image")
-    args, tell = parser.parse_args(), json_lines()
+    args, write = parser.parse_args(), json_lines()
     os.environ |= {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": args.binding}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB a rank
     import vllm
@@ -41,7 +41,7 @@ def main() -> None:
         limit_mm_per_prompt={"image": images, "video": 0}, seed=0,
         **({"distributed_executor_backend": "mp"} if args.tp > 1 else {}))
     load_s = time.perf_counter() - began
-    tell({"ready": True})
+    write({"ready": True})
 
     def run(new: int) -> Any:
         sampling = vllm.SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True)
@@ -49,7 +49,7 @@ def main() -> None:
 
     cold, done = run(WARM_UP_TOKENS).metrics, run(args.new)
     own = done.metrics
-    tell({"rank": 0, "load_s": round(load_s, 4), "cold_ttft_s": round(cold.first_token_latency, 4),
+    write({"rank": 0, "load_s": round(load_s, 4), "cold_ttft_s": round(cold.first_token_latency, 4),
           "ttft_s": round(own.first_token_latency, 4),
           "decode_tok_s": round((args.new - 1) / (own.last_token_ts - own.first_token_ts), 4), **family_memory(),
           "case": {"version": vllm.__version__, "prompt_tokens": len(done.prompt_token_ids),
