@@ -62,7 +62,8 @@ def run(argv: Sequence[str], limit_s: float, env: Mapping[str, str] | None = Non
 
     env: variables beside this process's own. echo: called with each line of its stderr. port: where the ranks of the
     job meet, which is in the names of their shared memory; such names that it leaves in /dev/shm are removed. To be
-    called from the main thread: the process gets SIGTERM when the thread that started it ends.
+    called from the main thread, since the process gets SIGTERM when the thread that started it ends, and while no other
+    thread starts processes, which would be taken for this one's.
     """
     others, names = _children(), segments(port)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what outlives its parent becomes a child of this process, and is found

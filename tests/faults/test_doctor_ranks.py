@@ -38,8 +38,11 @@ def test_as_ranks(launcher):
 
 
 def test_ranks_of_its_own():
+    """And the facts that torch and DeepSpeed report of themselves."""
     outcome = launch(1, DOCTOR, "--ranks", "2", "--json", launcher="none")
     found = rows(outcome.out)
+    facts = json.loads(outcome.out.splitlines()[-1])["facts"]
+    assert facts["ds_report"]["torch version"] == facts["torch"]["version"] and facts["system"]["os"]
     assert outcome.code == 0, (found, outcome.err[-3000:])
     assert "2 ranks on" in found["rendezvous"]["found"] and found["all reduce"]["status"] == "ok"
 
