@@ -128,13 +128,13 @@ def _vision_lines(facts: dict[str, Any]) -> list[str]:
     """The same for people."""
     price, mode = facts["cost"], facts["mode"]
     how = {"tensor": "each rank holds its part of the encoder",
-           "data": "each rank holds the whole encoder and reads whole pictures and frames",
+           "data": "each rank holds the whole encoder and reads whole images and frames",
            "auto": "each rank holds the whole encoder; a call takes the cheaper way"}[mode]
     out = [f"vision {mode}: {how}: {max(facts['held_bytes']) / 1e9:.3f} GB a rank, at most "
            f"{max(facts['replica_bytes']) / 1e9:.3f} GB more than split"]
     part = max(price["parts"], key=lambda p: p["patch"])
     out += [f"vision cost, {price['unit']}: data {price['whole']['patch']:.4g} a patch + {price['whole']['pair']:.4g} "
-            f"n^2 for n patches of a piece, over the fullest rank's share; tensor {part['patch']:.4g} a patch + "
+            f"n^2 for n patches of a frame, over the fullest rank's share; tensor {part['patch']:.4g} a patch + "
             f"{part['pair']:.4g} n^2 over all; {price['flops_per_byte']:g} a byte sent, of all patches "
             f"{price['gather_bytes_per_patch']:.5g} bytes each (data) and {price['all_reduce_bytes_per_patch']:.5g} "
             "(tensor)"]
