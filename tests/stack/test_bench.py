@@ -55,7 +55,7 @@ def measured(tmp_path_factory):
     """Ranks that measure themselves: rows, summary, the machine's file."""
     file = tmp_path_factory.mktemp("bench") / "machine.yaml"
     outcome = launch(2, BENCH, *SMALL, "--repeats", "2", "--profile", "tensor_parallel.vision=auto", "--write-hardware",
-                     str(file))
+                     str(file), launcher="deepspeed")
     assert outcome.code == 0, outcome.err[-3000:]
     return *rows(outcome), file
 
@@ -96,6 +96,7 @@ def driven(tmp_path_factory):
     return *rows(outcome), file
 
 
+@pytest.mark.long
 def test_the_driver_times_ours_and_a_peer_and_draws_them(driven):
     found, total, picture = driven
     assert [row["engine"] for row in found] == ["ours", "ours", "ours", "vllm", "hf"]
@@ -108,6 +109,7 @@ def test_the_driver_times_ours_and_a_peer_and_draws_them(driven):
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+@pytest.mark.long
 def test_the_driver_times_other_formats(tmp_path):
     """On one rank: the demo's shards over two do not end between groups, which is said before anything starts."""
     formats = [sys.executable, str(BENCH), *SMALL, "--repeats", "1", "--formats", "int8"]
@@ -125,6 +127,7 @@ def test_the_driver_times_other_formats(tmp_path):
     assert (tmp_path / "a.png").exists()
 
 
+@pytest.mark.long
 def test_a_peer_that_fails_is_a_row_and_costs_the_others_nothing(driven):
     found, total, _ = driven
     failed = found[3]
@@ -141,7 +144,9 @@ def test_a_request_that_cannot_be_prepared_is_said_once(tmp_path):
     assert outcome.err.count("bad.png") == 1 and "Traceback" not in outcome.err, outcome.err[-3000:]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "code"), [
+    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long),
+    pytest.param(signal.SIGKILL, -9, marks=pytest.mark.long)])
 def test_nothing_is_left_of_a_benchmark_that_is_ended(number, code):
     """While its ranks run; they are in sessions of their own, so that Ctrl-C reaches the driver alone."""
     job = Running([sys.executable, str(BENCH), *SMALL, "--repeats", "1000", "--new", "64"])

@@ -145,7 +145,8 @@ def test_generate_over_ranks(installed, away):
     """deepspeed --module adapter.commands.generate, started from the environment's own launcher."""
     outcome = launch(2, Path("--module"), "adapter.commands.generate", "--config",
                      str(away / "configs" / "demo_tp4.yaml"),
-                     "tensor_parallel.tp_size=2", python=str(installed), cwd=away, env={"PYTHONPATH": ""})
+                     "tensor_parallel.tp_size=2", launcher="deepspeed", python=str(installed), cwd=away,
+                     env={"PYTHONPATH": ""})
     assert outcome.code == 0, outcome.err[-3000:]
     rows = [json.loads(line) for line in outcome.out.splitlines() if line.startswith("{")]
     assert rows[-1]["summary"] and rows[-1]["answered"] == len(rows) - 1 == 12

@@ -138,7 +138,7 @@ def _target(fd: str) -> str:
         return ""
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_compiles_as_one_graph(backend):
     """A graph keeps the sum where it is: values before it are not those after it."""
     (region,) = opened([os.getpid()])
