@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from output_files import NAMES, complete, config, forked, refused, row, rows
 
-from adapter import answers
-from adapter.answers import Recorded
+from adapter.requests import results
+from adapter.requests.results import Recorded
 from policies.errors import UserError
 
 
@@ -47,7 +47,7 @@ def test_a_file_replaced_between_opening_and_locking_is_not_written(file, whole,
         os.replace(file.with_name("ordered"), file)
         lock(fd, how)
 
-    monkeypatch.setattr(answers.fcntl, "flock", late)
+    monkeypatch.setattr(results.fcntl, "flock", late)
     refused(file, "another job is writing it")
 
 
@@ -55,7 +55,7 @@ def test_a_file_system_without_locks_is_said(file, monkeypatch, caplog):
     def refuse(fd, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(answers.fcntl, "flock", refuse)
+    monkeypatch.setattr(results.fcntl, "flock", refuse)
     assert complete(file) == list(NAMES) and "cannot be locked (No locks available)" in caplog.text
 
 
@@ -135,7 +135,7 @@ def test_a_crash_while_putting_in_order_leaves_the_old_file_whole(file, whole):
 
         def work(call=call):
             recorded = Recorded(config(file))
-            setattr(answers.os, call, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+            setattr(results.os, call, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
             recorded.finish()
 
         job = forked(work)
