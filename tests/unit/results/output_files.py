@@ -10,8 +10,8 @@ import pytest
 from launching import ROOT
 from tqdm import tqdm
 
-from adapter.requests.results import Recorded
 from adapter.config.load import from_dict
+from adapter.requests.results import Recorded
 from policies.errors import UserError
 
 DEMO = ROOT / "launch" / "demo" / "checkpoint"

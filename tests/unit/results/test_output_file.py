@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from output_files import DEMO, NAMES, complete, config, forked, refused, row, rows
 
-from adapter.requests.results import Printed, Recorded, open_answers
 from adapter.config.load import from_dict
+from adapter.requests.results import Printed, Recorded, open_answers
 
 
 @settings(deadline=None)

@@ -15,7 +15,7 @@ from PIL import Image
 @pytest.mark.parametrize("changed", [
     {"requests": [{"id": n, "prompt": "What else?"} for n in NAMES]},
     {"requests": [{"id": n, "prompt": f"What is {n}?", "max_pixels": 3136} for n in NAMES]},
-    {"requests": [{"id": n, "prompt": f"What is {n}?", "images": ["one.png"]} for n in NAMES]},
+    {"requests": [{"id": n, "prompt": f"What is {n}?", "images": ["one.bmp"]} for n in NAMES]},
     {"generation": {"max_new_tokens": 5}},
     {"processor": {"fps": 1.0}},
     {"model": {"path": str(DEMO), "dtype": "float32"}},
@@ -116,7 +116,7 @@ def test_files_that_no_answer_depends_on(file, whole, trained):
 
 @pytest.mark.parametrize("kind", ["images", "videos", "frames", "messages"])
 def test_a_media_file_replaced_by_another_of_the_same_name(file, kind):
-    media = file.with_name("one.png")
+    media = file.with_name("one.bmp")
     Image.new("RGB", (56, 56), "red").save(media)
     stated = {"images": {"prompt": "x", "images": [str(media)]}, "videos": {"prompt": "x", "videos": [str(media)]},
               "frames": {"prompt": "x", "videos": [[str(media), str(media)]]},
@@ -138,4 +138,4 @@ def test_a_media_file_replaced_by_another_of_the_same_name(file, kind):
 def test_a_file_of_another_version_is_refused_as_such(file, whole, asked):
     old = [row | {"asked": asked} for row in rows(file)]
     file.write_text("".join(json.dumps(row) + "\n" for row in old))
-    refused(file, "line 1 was written by (an older|another) version of this program")
+    refused(file, "line 1 was written by (an older|a newer) version of this program")
