@@ -22,7 +22,7 @@ import jinja2
 from PIL import Image
 
 from adapter.config.schema import Config, Processor, Request
-from adapter.requests.media import MOST_PIXELS, film_of_file, load_image
+from adapter.requests.media import MOST_PIXELS, load_image, video_of_file
 from policies.errors import UserError
 
 Row = Mapping[str, Any]
@@ -120,7 +120,7 @@ def _thumbnails(kind: str, value: str | tuple[str, ...]) -> list[str]:
 
     whole = SimpleNamespace(temporal_patch_size=1, size={"longest_edge": math.inf})  # no frame twice, none resized
     return [_jpeg(Image.fromarray(f), FRAME_SIDE)
-            for f in film_of_file(value, whole, Processor(max_frames=FRAMES), room).frames]
+            for f in video_of_file(value, whole, Processor(max_frames=FRAMES), room).frames]
 
 
 def _jpeg(image: Image.Image, side: int) -> str:
