@@ -1,4 +1,4 @@
-"""Memory that ends on the ranks of one model: smaller batches and failed rows, or one clear message and no rank left."""
+"""Memory that ends on ranks of one model: smaller batches and failed rows, or one clear message and no rank."""
 
 from __future__ import annotations
 
