@@ -16,19 +16,24 @@ from deepspeed.inference.config import DeepSpeedInferenceConfig
 from pydantic import ValidationError
 from torch import nn
 
-from adapter import graphs, kernels, topology
-from adapter.config import load_config
-from adapter.decode import LeanGenerate
-from adapter.desync import checked_generate
-from adapter.inject import build_on_meta, checkpoint_source, inject, model_source
-from adapter.launchers import read_environment
-from adapter.loaded import check_arguments, check_loaded
-from adapter.plan import Plan, checked_plan, require
-from adapter.schema import Config, TensorParallelSection
-from adapter.selftest import self_test, skeletons
-from adapter.topology import Group, Mpu
-from policies.dialects import row_parallel
+from adapter.config.load import load_config
+from adapter.config.schema import Config, TensorParallelSection
+from adapter.generation import cuda_graph
+from adapter.generation.loop import DecodeLoop
+from adapter.health.desync import checked_generate
+from adapter.health.self_test import self_test, skeletons
+from adapter.kernels import linear as kernels
+from adapter.model.checks import check_arguments, check_loaded
+from adapter.model.inject import checkpoint_source, inject, model_source
+from adapter.model.meta_init import build_on_meta
+from adapter.parallel import parallel_state
+from adapter.parallel.group import Group
+from adapter.parallel.launchers import read_environment
+from adapter.parallel.parallel_state import Mpu
+from adapter.planning.load import checked_plan, require
+from adapter.planning.plan import Plan
 from policies.errors import UserError
+from policies.export import row_parallel
 from policies.policy import Policy
 from policies.registry import policy_for
 
@@ -62,13 +67,13 @@ def init_inference(
     mpu: Any = None,
     **deepspeed_section: Any,
 ) -> deepspeed.InferenceEngine:
-    """A real deepspeed.InferenceEngine whose module is this rank's shard of both towers.
+    """A real deepspeed.InferenceEngine whose module is this rank's shard of both encoders.
 
     Either `config` (a YAML file or a Config; `overrides` as on the command line), or `model`, a Transformers model the
     caller loaded on every rank, with `tensor_parallel={"tp_size": N}` (the keys of the YAML's section) and any argument
     of deepspeed.init_inference. `mpu` is a Megatron-style one the caller has; without it the ranks of the job make as
     many replicas of tp_size as they can. Every rank must call it. The engine has three more attributes: `plan`,
-    `load_report` and `mpu`, the groups (adapter.topology.Mpu).
+    `load_report` and `mpu`, the groups (adapter.parallel.parallel_state.Mpu).
 
     Raises UserError for anything a user can cause: a bad config, a tp_size the model or the job cannot have, a
     checkpoint with missing, extra, truncated or misshapen tensors. Raises CheckFailed where the shards, once loaded, do
@@ -123,7 +128,7 @@ def _sized(parallel: TensorParallelSection, mpu: Any) -> TensorParallelSection:
     """Raises UserError where the section states another tp_size than the mpu has."""
     if mpu is None:
         return parallel
-    size = topology.tp_size_of(mpu)
+    size = parallel_state.tp_size_of(mpu)
     if "tp_size" in parallel.model_fields_set and parallel.tp_size != size:
         raise UserError(f"tensor_parallel.tp_size is {parallel.tp_size}, the tensor-parallel group of the given mpu "
                         f"has {size} ranks; leave tp_size out or make them equal")
@@ -155,8 +160,8 @@ def _shard_loaded(model: nn.Module, parallel: TensorParallelSection, megatron: A
     plan = Plan(policy, geometry, tp_size, str(dtype).removeprefix("torch."), parallel.vision)
     require(policy.problems(geometry, tp_size), plan, type(model).__name__)
     _check_dtype(dtype)
-    mpu = topology.start(tp_size, megatron, _token_bytes(plan, dtype))
-    graphed = graphs.wanted(section, mpu.tp)
+    mpu = parallel_state.start(tp_size, megatron, _token_bytes(plan, dtype))
+    graphed = cuda_graph.wanted(section, mpu.tp)
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, model_source(model, policy), dtype)
     report = LoadReport(0, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
@@ -170,12 +175,12 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     plan, checkpoint = checked_plan(directory, parallel.tp_size, config.model.dtype, parallel.vision,
                                     config.weights.format)
     if megatron is None:
-        topology.check_world(read_environment().world_size, plan.tp_size)
+        parallel_state.check_world(read_environment().world_size, plan.tp_size)
     _check_dtype(dtype)
     kernels.check(plan.form, dtype, get_accelerator().device_name())
     model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)
-    mpu = topology.start(plan.tp_size, megatron, _token_bytes(plan, dtype))
-    graphed = graphs.wanted(config.deepspeed, mpu.tp)
+    mpu = parallel_state.start(plan.tp_size, megatron, _token_bytes(plan, dtype))
+    graphed = cuda_graph.wanted(config.deepspeed, mpu.tp)
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), dtype)
     report = LoadReport(checkpoint.bytes_read, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
@@ -195,7 +200,7 @@ def _ready(shard: _Shard, whole: Mapping[str, nn.Module], graphed: bool) -> _Sha
     if shard.parallel.self_test:
         self_test(shard.model, shard.plan, tp, whole)
     generate = checked_generate(shard.model, shard.plan, tp, shard.parallel.desync_check) \
-        if shard.parallel.desync_check else LeanGenerate(shard.model, shard.plan, graphed)
+        if shard.parallel.desync_check else DecodeLoop(shard.model, shard.plan, graphed)
 
     def same(*inputs: Any, **kwargs: Any) -> Any:
         with torch.inference_mode(), same_draw(tp):
@@ -229,7 +234,7 @@ def _deepspeed_arguments(shard: _Shard, section: Mapping[str, Any]) -> dict[str,
     context = {} if LIMITS & section.keys() else {"max_out_tokens": shard.plan.geometry.context}
     return {
         **context,  # DeepSpeed's default of 1024 would refuse most pictures
-        **{key: value for key, value in section.items() if key != graphs.KEY},  # DeepSpeed has them for one rank only
+        **{key: value for key, value in section.items() if key != cuda_graph.KEY},  # DeepSpeed: one rank only
         "dtype": shard.dtype,
         "tensor_parallel": {"tp_size": shard.plan.tp_size, "mpu": mpu, "tp_group": mpu.tp.group},
         "injection_policy": _policy_by_class(shard.model, shard.plan.policy),

@@ -14,12 +14,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adapter import command
+from adapter.commands import common
 from policies.errors import UserError
 
 
-def main(args: argparse.Namespace, results: command.Results) -> int:
-    from adapter.config import load_config
+def main(args: argparse.Namespace, results: common.Results) -> int:
+    from adapter.config.load import load_config
 
     one, many = _read(args.one), _read(args.many)
     good = True
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
     verdict = "all right, and the same tokens as one process" if good else "NOT all right or not the same tokens"
     results.text(f"{summary.get('answered', 0)} of {summary.get('requests', 0)} answered by {summary.get('tp_size')} "
                  f"ranks in {summary.get('seconds')} s: {verdict}")
-    return command.DONE if good else command.CHECK_FAILED
+    return common.DONE if good else common.CHECK_FAILED
 
 
 def _read(file: str) -> dict[str, dict[str, Any]]:
@@ -59,7 +59,7 @@ def _read(file: str) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    arguments = command.parser(__doc__)
+    arguments = common.parser(__doc__)
     arguments.add_argument("--one", required=True, metavar="FILE", help="results of launch/one_process.py")
     arguments.add_argument("--many", required=True, metavar="FILE", help="results of launch/generate.py")
-    command.run(main, arguments)
+    common.run(main, arguments)

@@ -10,18 +10,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adapter import command
+from adapter.commands import common
 
 
-def main(args: argparse.Namespace, results: command.Results) -> int:
-    from adapter.config import load_config
+def main(args: argparse.Namespace, results: common.Results) -> int:
+    from adapter.config.load import load_config
 
     config = load_config(args.config, args.overrides)
-    from adapter.answers import open_answers
-    from adapter.plain import answer_plain
+    from adapter.requests.one_process import answer_plain
+    from adapter.requests.results import open_answers
 
     return answer_plain(config, open_answers(config, results.write), results.write).exit_code
 
 
 if __name__ == "__main__":
-    command.run(main, command.parser(__doc__))
+    common.run(main, common.parser(__doc__))

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What each rank would own, before anything is loaded: `adapter.plan` from a checkout."""
+"""What each rank would own, before anything is loaded: `adapter.planning.plan` from a checkout."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adapter.plan import start
+from adapter.commands.plan import start
 
 if __name__ == "__main__":
     start()

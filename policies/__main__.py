@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from policies.dialects import DIALECTS
 from policies.errors import UserError
+from policies.export import DIALECTS
 from policies.registry import policy_for
 
 MOST_BYTES = 16 << 20  # no config.json comes near; more is another file

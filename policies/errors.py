@@ -17,6 +17,7 @@ class CheckFailed(RuntimeError):
     """
 
 
+DONE, CHECK_FAILED, BAD_INPUT, CRASHED = 0, 1, 2, 70  # exit codes of the commands
 MOST_TOLD = 60  # problems in one message
 
 

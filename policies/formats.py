@@ -28,7 +28,7 @@ FORMATS: Mapping[str, Format] = {f.name: f for f in (DENSE, INT8, INT4)}
 
 
 def format_of(claim: Claim, wanted: Format, text_stack: str) -> Format:
-    """What a module's weight is held in where the config wants `wanted`: the text tower's linear layers take it, the
+    """What a module's weight is held in where the config wants `wanted`: the text encoder's linear layers take it, the
     vocabulary 8 bits, since an error in a logit is seen at once; everything else stays as it is."""
     if not wanted.bits:
         return DENSE

@@ -15,7 +15,7 @@ Rows = Literal["patch", "merged", "token", "last"]
 
 @dataclass(frozen=True)
 class Attention:
-    """The heads of one tower's attention, before any cut."""
+    """The heads of one encoder's attention, before any cut."""
 
     q_heads: int
     kv_heads: int
@@ -48,7 +48,7 @@ class Geometry:
     """What config.json says, in one family's terms.
 
     sizes: every named dimension of the table, in elements.
-    attention: "text" and "vision" -> heads. layers: stack ("model.layers") -> count, the text tower's first.
+    attention: "text" and "vision" -> heads. layers: stack ("model.layers") -> count, the text encoder's first.
     context: longest sequence in tokens. picture: values of one patch, and how many patches a side make one token.
     """
 
@@ -65,7 +65,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Tower:
+class Encoder:
     """The module that reads pictures. It looks at one picture, or one frame of a film, at a time.
 
     module, stack: its published name and that of its layers. heads: its key in Geometry.attention.
@@ -89,13 +89,13 @@ class Tower:
 class Policy:
     """One model family: what is sharded how. Data, but for `geometry`, which reads a config.json mapping.
 
-    head_axes: named dimension -> (tower, "q" or "kv"): dimensions that are cut by heads; other cut ones go by grains.
+    head_axes: named dimension -> (encoder, "q" or "kv"): dimensions that are cut by heads; other cut ones go by grains.
     renames: (newer prefix, published prefix): module and tensor names of newer releases, in order of application.
     ignored: tensors old releases saved that are computed, not loaded (name endings).
     tied: (parameter, the parameter it is tied to) where the config ties them.
-    decoder: the text tower's parts, for the decode loop.
+    decoder: the text encoder's parts, for the decode loop.
     rows: (start of a module's name, what one row of its input is), the first that fits: "patch", "merged" (the patches
-        that make one token), "token", or "last" (a sequence's last position). The first two are the vision tower.
+        that make one token), "token", or "last" (a sequence's last position). The first two are the vision encoder.
     """
 
     model_type: str
@@ -108,7 +108,7 @@ class Policy:
     tied: tuple[str, str]
     decoder: Decoder
     rows: tuple[tuple[str, Rows], ...]
-    tower: Tower
+    encoder: Encoder
     geometry: Callable[[Mapping[str, Any]], Geometry]
     problems: Callable[[Geometry, int], list[str]]
 
@@ -156,7 +156,7 @@ class Policy:
             raise UserError(f"policy {self.model_type} does not fit the model:\n  " + "\n  ".join(problems))
 
     def heads(self, geometry: Geometry, tp_size: int) -> dict[str, tuple[HeadShard, ...]]:
-        """Tower -> every rank's heads."""
+        """Encoder -> every rank's heads."""
         return {t: split_heads(a.q_heads, a.kv_heads, a.head_dim, tp_size) for t, a in geometry.attention.items()}
 
     def splits(self, geometry: Geometry, tp_size: int) -> dict[str, Split]:
@@ -168,7 +168,7 @@ class Policy:
     def _split(self, axis: str, geometry: Geometry, heads: Mapping[str, tuple[HeadShard, ...]]) -> Split | None:
         if axis not in self.head_axes:
             return None
-        tower, kind = self.head_axes[axis]
-        dim = geometry.attention[tower].head_dim
-        owned = [shard.q if kind == "q" else shard.kv for shard in heads[tower]]
+        encoder, kind = self.head_axes[axis]
+        dim = geometry.attention[encoder].head_dim
+        owned = [shard.q if kind == "q" else shard.kv for shard in heads[encoder]]
         return Split(geometry.sizes[axis], tuple((a * dim, b * dim) for a, b in owned))

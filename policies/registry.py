@@ -1,16 +1,26 @@
-"""model_type -> policy: the only place that knows model names."""
+"""model_type -> policy, found in policies/families/: the only place that knows model names."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from policies import qwen2_vl
+from policies import families
 from policies.errors import UserError
 from policies.policy import Policy
 
-POLICIES: Mapping[str, Policy] = {p.model_type: p for p in (qwen2_vl.POLICY,)}
+
+def _pages() -> dict[str, Policy]:
+    """Model type -> POLICY of every module in policies/families/."""
+    names = [page.name for page in pkgutil.iter_modules(families.__path__)]
+    pages: list[Policy] = [importlib.import_module(f"{families.__name__}.{name}").POLICY for name in names]
+    return {policy.model_type: policy for policy in pages}
+
+
+POLICIES: Mapping[str, Policy] = _pages()
 
 
 def policy_for(config: Mapping[str, Any], where: str = "config.json") -> Policy:
@@ -22,4 +32,4 @@ def policy_for(config: Mapping[str, Any], where: str = "config.json") -> Policy:
     near = difflib.get_close_matches(model_type, POLICIES, n=1, cutoff=0.5)
     hint = f" The nearest known one is {near[0]!r}." if near else ""
     raise UserError(f"{where}: no policy for model_type {model_type!r}; known: {', '.join(sorted(POLICIES))}.{hint} "
-                    "A new family is one page in policies/ and an entry in policies/registry.py.")
+                    "A new family is one page in policies/families/.")

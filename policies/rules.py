@@ -1,7 +1,7 @@
 """The vocabulary of sharding: what a rule does to the tensors of one module, and which slice of each a rank owns.
 
 A rule is pure data. It names the dimension of `weight` that is cut and what becomes of `bias`; the sizes come from a
-family's page (`Claim`), the boundaries from `policies.heads` (`Split`), the collectives from `adapter.layers`.
+family's page (`Claim`), the boundaries from `policies.heads` (`Split`), the collectives from `adapter.model.layers`.
 Terms are Megatron-LM's: column-parallel cuts a linear layer's outputs, row-parallel its inputs.
 """
 
@@ -133,10 +133,10 @@ def slice_of(
 
 @dataclass(frozen=True)
 class HeadNumbers:
-    """Attention attributes that must be true for a shard: module pattern, its tower, attribute -> HeadShard field."""
+    """Attention attributes that must be true for a shard: module pattern, its encoder, attribute -> HeadShard field."""
 
     module: str
-    tower: str
+    encoder: str
     numbers: Mapping[str, str]
 
 

@@ -16,7 +16,7 @@ PATCH_VALUES = 3 * 2 * 14 * 14  # channels x frames x patch x patch, as pixel_va
 
 @dataclass(frozen=True)
 class Shape:
-    """Geometry of a test model; head_dim 8 in both towers unless said."""
+    """Geometry of a test model; head_dim 8 in both encoders unless said."""
 
     heads: int = 28
     kv_heads: int = 4

@@ -13,5 +13,6 @@ export QWENVL_TP_OLD_PYTHON=$ROW_PYTHON
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy
+"$PYTHON" -c "from importlinter.cli import lint_imports_command as c; c()" --no-cache  # imports between rooms: pyproject.toml
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$PYTHON" -m pytest --durations=10 tests/unit tests/stack tests/launchers tests/faults tests/proof tests/parity "$@"

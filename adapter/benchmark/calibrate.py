@@ -1,4 +1,4 @@
-"""The summary of a benchmark -> what adapter.hardware calls a machine, for `launch/plan.py --hardware`.
+"""The summary of a benchmark -> what adapter.planning.hardware calls a machine, for `launch/plan.py --hardware`.
 
 Reading, matrix product and all-reduce are measured by themselves. What is left of a decode step beside reading and
 collectives becomes the overhead of its layers; what the first token then took beside overhead and collectives says
@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adapter.hardware import AllReduce, Efficiency, Hardware, Tflops
-from adapter.plan import Plan
-from adapter.predict import Prediction, Workload, predict
+from adapter.planning.cost_model import Prediction, Workload, predict
+from adapter.planning.hardware import AllReduce, Efficiency, Hardware, Tflops
+from adapter.planning.plan import Plan
 
 Figures = Mapping[str, Any]
 LEAST_PART = 1e-3  # of a rate, that is taken for achieved

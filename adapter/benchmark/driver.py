@@ -18,13 +18,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from adapter import command, network
 from adapter.benchmark.children import Ended, memory_file, run
 from adapter.benchmark.request import as_line, first_request
 from adapter.benchmark.summary import OURS
-from adapter.launchers import usable_cores
-from adapter.plan import Plan
-from adapter.schema import Config
+from adapter.commands import common
+from adapter.config.schema import Config
+from adapter.parallel import network
+from adapter.parallel.launchers import usable_cores
+from adapter.planning.plan import Plan
 from policies.errors import UserError
 
 log = logging.getLogger("adapter")
@@ -49,13 +50,13 @@ class Task:
 def drive(config: Config, plan: Plan, args: argparse.Namespace, write: Callable[[Row], None]) -> int:
     """Every task, `args.repeats` times. The exit code: that of a job of ours which failed, or 1 where a peer did."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are ended on the way out
-    code = command.DONE
+    code = common.DONE
     with ExitStack() as files:
         inputs = files.enter_context(memory_file()) if args.against else ""
         requests = files.enter_context(memory_file(as_line(first_request(config))))
         if args.against:
             prepared = _run(Task("inputs", OURS, lambda: _inputs(args, inputs), 1, lambda _: [], own=True), args)
-            if prepared.code != command.DONE:
+            if prepared.code != common.DONE:
                 return _failed(prepared)
         tasks = [_ours(plan, args, OURS, args.requests_at_once), _first_answer(plan, args, requests),
                  *(_ours(plan, args, name, 1, f"weights.format={name}") for name in args.formats),
@@ -64,7 +65,7 @@ def drive(config: Config, plan: Plan, args: argparse.Namespace, write: Callable[
             for task in list(tasks):
                 log.info("repeat %d of %d: %s", repeat + 1, args.repeats, task.name)
                 ended = _run(task, args)
-                if ended.code == command.DONE:
+                if ended.code == common.DONE:
                     for row in task.rows(ended):
                         write({"engine": task.engine, **row, "repeat": repeat})
                 elif task.own:
@@ -73,7 +74,7 @@ def drive(config: Config, plan: Plan, args: argparse.Namespace, write: Callable[
                     log.warning("%s: %s; the last it said:\n%s", task.name, ended.failure, "\n".join(ended.said[-20:]))
                     write({"engine": task.engine, "repeat": repeat, "error": ended.failure})
                     tasks.remove(task)
-                    code = command.CHECK_FAILED
+                    code = common.CHECK_FAILED
     return code
 
 
@@ -85,7 +86,7 @@ def check(args: argparse.Namespace, plan: Plan) -> None:
         raise UserError(f"--vllm-python {args.vllm_python}: no such program; the interpreter of an environment that "
                         "has vLLM is needed, such as venv/bin/python")
     if "deepspeed" in args.against:
-        from policies.dialects import injection_policy
+        from policies.export import injection_policy
 
         injection_policy(plan.policy, plan.geometry, plan.tp_size)  # raises where stock DeepSpeed cannot
 
@@ -99,10 +100,10 @@ def _run(task: Task, args: argparse.Namespace) -> Ended:
 
 def _failed(ended: Ended) -> int:
     """A job of ours has said why on stderr, which is ours too; a launcher that was killed has not."""
-    if ended.code in (command.CHECK_FAILED, command.BAD_INPUT):
+    if ended.code in (common.CHECK_FAILED, common.BAD_INPUT):
         return ended.code
     print(f"error: the job ended without a result: {ended.failure}", file=sys.stderr, flush=True)
-    return command.CRASHED if ended.code is None or ended.code < 0 else ended.code
+    return common.CRASHED if ended.code is None or ended.code < 0 else ended.code
 
 
 def _launcher(ranks: int) -> list[str]:
@@ -112,7 +113,7 @@ def _launcher(ranks: int) -> list[str]:
 
 def _ours(plan: Plan, args: argparse.Namespace, engine: str, at_once: int, *overrides: str) -> Task:
     """`bench` itself as ranks. Its row of the start and the one of its only repeat."""
-    own = ["--module", "adapter.bench", "--config", args.config, "--repeats", "1", "--new", str(args.new),
+    own = ["--module", "adapter.benchmark.main", "--config", args.config, "--repeats", "1", "--new", str(args.new),
            "--requests-at-once", str(at_once), *(["--profile"] if args.profile else []), *args.overrides, *overrides]
     return Task(" ".join(["this project", *overrides]), engine, lambda: [*_launcher(plan.tp_size), *own], plan.tp_size,
                 lambda ended: [{**row, "engine": engine} for _, row in ended.rows if "summary" not in row], own=True)
@@ -120,7 +121,7 @@ def _ours(plan: Plan, args: argparse.Namespace, engine: str, at_once: int, *over
 
 def _first_answer(plan: Plan, args: argparse.Namespace, requests: str) -> Task:
     """From the start of the command until the answer of one token is on its stdout."""
-    own = ["--module", "adapter.generate", "--config", args.config, *args.overrides, f"requests={requests}",
+    own = ["--module", "adapter.commands.generate", "--config", args.config, *args.overrides, f"requests={requests}",
            "generation={max_new_tokens: 1, do_sample: false, num_beams: 1}", "output=null"]
 
     def rows(ended: Ended) -> list[Row]:

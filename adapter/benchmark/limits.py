@@ -2,7 +2,7 @@
 
 A step of decoding reads every text weight once: tokens/s cannot be more than read_gb_s / decode_bytes, and the first
 token cannot come before prefill_flop / matmul_gflop_s. The KV cache, collectives and all that is no matrix product are
-left out: these are limits, and adapter.predict's are predictions.
+left out: these are limits, and adapter.planning.cost_model's are predictions.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from adapter.generation import Clock
-from adapter.plan import Plan
-from adapter.predict import Workload, text_work, vision_work
-from adapter.topology import Group, to_device
+from adapter.parallel.group import Group, to_device
+from adapter.planning.cost_model import Workload, text_work, vision_work
+from adapter.planning.plan import Plan
+from adapter.requests.batching import Clock
 
 READ_BYTES = 512 << 20  # a rank; beyond any cache
-MATMUL = (1024, 1280, 5120)  # rows, in, out: the vision tower's MLP on a picture of 448 x 448
+MATMUL = (1024, 1280, 5120)  # rows, in, out: the vision encoder's MLP on a picture of 448 x 448
 AT_LEAST_S = 0.25  # that each figure is measured for
 EVERY = 8  # tokens from one look at the machine to the next
 
@@ -120,12 +120,12 @@ def everyone(world: Group, values: list[float]) -> list[list[float]]:
 
 
 def decode_bytes(plan: Plan, rank: int) -> int:
-    """Weights that `rank` reads for a token: the text tower and the head, as they are held."""
+    """Weights that `rank` reads for a token: the text encoder and the head, as they are held."""
     return text_work(plan, batch=1, tokens=1, cached=0, rank=rank).weight_bytes
 
 
 def prefill_flop(plan: Plan, load: Workload, rank: int) -> int:
     """Multiplications and additions of `rank` before the first token, those of attention included. Pictures as a split
-    tower has them: where they are dealt to whole towers, the busiest rank has no less."""
+    encoder has them: where they are dealt to whole encoders, the busiest rank has no less."""
     work = text_work(plan, load.batch, load.prompt_tokens, 0, rank) + vision_work(plan.divided, load, rank)
     return work.linear_flop + work.attention_flop

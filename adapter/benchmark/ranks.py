@@ -17,22 +17,22 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from adapter import command
 from adapter.benchmark.limits import Machine, Moment, Paused, decode_bytes, everyone, prefill_flop
 from adapter.benchmark.operators import operators
 from adapter.benchmark.peers.peer import ENDLESS, WARM_UP_TOKENS, memory, speed
 from adapter.benchmark.request import first_request, make_processor
 from adapter.benchmark.vision import ways
+from adapter.commands import common
+from adapter.config.schema import Config
 from adapter.doctor.machine import cpu
 from adapter.engine import init_inference
-from adapter.generation import Clock, Limits, generate, rank_facts, share
-from adapter.launchers import read_environment, usable_cores
-from adapter.plan import Plan
-from adapter.predict import Workload
-from adapter.processing import collate
-from adapter.schema import Config
-from adapter.topology import to_device
-from adapter.watch import watching
+from adapter.health.watchdog import watching
+from adapter.parallel.group import to_device
+from adapter.parallel.launchers import read_environment, usable_cores
+from adapter.planning.cost_model import Workload
+from adapter.planning.plan import Plan
+from adapter.requests.batching import Clock, Limits, generate, rank_facts, share
+from adapter.requests.processing import collate
 from policies.errors import UserError
 from policies.rules import Head
 
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def load(self) -> Workload:
-        """The request, as adapter.predict counts: a film is a picture for every two of its frames."""
+        """The request, as adapter.planning.cost_model counts: a film is a picture for every two of its frames."""
         grids = [row for name, grid in self.one.items() if name.endswith("_grid_thw") for row in grid.tolist()]
         patches = tuple(height * width for times, height, width in grids for _ in range(times))
         return Workload(self.tokens, patches)
@@ -106,7 +106,7 @@ def measure(config: Config, plan: Plan, args: argparse.Namespace, write: Callabl
                          args.repeats, row["ttft_s"], row["decode_tok_s"], args.requests_at_once,
                          row["at_once"]["decode_tok_s"])
                 write({"engine": "ours", "repeat": repeat, **row})
-    return command.DONE
+    return common.DONE
 
 
 def _inputs(config: Config, plan: Plan, args: argparse.Namespace) -> tuple[Inputs, Inputs]:
@@ -149,7 +149,7 @@ def _case(job: Job, args: argparse.Namespace) -> Row:
 
 
 def _machine(plan: Plan) -> Row:
-    """Devices as adapter.hardware counts them, and bytes of one of their memories."""
+    """Devices as adapter.planning.hardware counts them, and bytes of one of their memories."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         cores = usable_cores()

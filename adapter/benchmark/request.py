@@ -2,8 +2,8 @@
 
     python -m adapter.benchmark.request --config C --into FILE [key=value ...]
 
-writes safetensors: what the model's forward takes, as adapter.processing.Prepared has it, and the pictures as they were
-before any resizing, uint8 [height, width, 3], under picture.000 and so on.
+writes safetensors: what the model's forward takes, as adapter.requests.processing.Prepared has it, and the pictures as
+they were before any resizing, uint8 [height, width, 3], under picture.000 and so on.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import io
 import json
 from typing import TYPE_CHECKING, NoReturn
 
-from adapter import command
-from adapter.config import parse_request
-from adapter.schema import Config, Request
+from adapter.commands import common
+from adapter.config.load import parse_request
+from adapter.config.schema import Config, Request
 from policies.errors import UserError
 
 if TYPE_CHECKING:
-    from adapter.processing import RequestProcessor
+    from adapter.requests.processing import RequestProcessor
 
 PROMPT, SIDE = "Describe this image in detail.", 448  # where a config has no requests; 283 tokens for the published 2B
 
@@ -51,9 +51,9 @@ def as_line(request: Request) -> str:
 
 
 def make_processor(config: Config, context: int, new_tokens: int) -> RequestProcessor:
-    """As adapter.job has it, with room for so many new tokens. Raises UserError."""
-    from adapter.generation import room
-    from adapter.processing import RequestProcessor
+    """As adapter.requests.runner has it, with room for so many new tokens. Raises UserError."""
+    from adapter.requests.batching import room
+    from adapter.requests.processing import RequestProcessor
 
     most = room(config, context) - new_tokens
     if most < 1:
@@ -61,15 +61,15 @@ def make_processor(config: Config, context: int, new_tokens: int) -> RequestProc
     return RequestProcessor(config.model.path, config.processor, most)
 
 
-def main(args: argparse.Namespace, results: command.Results) -> int:
+def main(args: argparse.Namespace, results: common.Results) -> int:
     from pathlib import Path
 
     import safetensors.torch
     import torch
 
-    from adapter.config import load_config
-    from adapter.media import load_image
-    from adapter.plan import checked_plan
+    from adapter.config.load import load_config
+    from adapter.planning.load import checked_plan
+    from adapter.requests.media import load_image
 
     config = load_config(args.config, args.overrides)
     plan, _ = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
@@ -83,14 +83,14 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
         tensors[f"picture.{number:03}"] = pixels.view(picture.height, picture.width, 3)
     Path(args.into).write_bytes(safetensors.torch.save(tensors))
     results.write({"prompt_tokens": tensors["input_ids"].shape[1]})
-    return command.DONE
+    return common.DONE
 
 
 def start() -> NoReturn:
-    arguments = command.parser(__doc__)
+    arguments = common.parser(__doc__)
     arguments.add_argument("--into", required=True, metavar="FILE")
     arguments.add_argument("--new", type=int, required=True, help="tokens that will be generated")
-    command.run(main, arguments)
+    common.run(main, arguments)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from adapter.doctor import machine
-from adapter.launchers import Launch
+from adapter.parallel.launchers import Launch
 
 if TYPE_CHECKING:
-    from adapter.config import Config
+    from adapter.config.load import Config
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 PATIENCE_S = 60.0  # with a check

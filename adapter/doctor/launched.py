@@ -17,7 +17,7 @@ def plan(case: Case) -> Row | None:
     """Can the checkpoint of --config be cut so, and are its files here?"""
     if case.config is None:
         return None
-    from adapter.plan import checked_plan
+    from adapter.planning.load import checked_plan
     from policies.errors import UserError
 
     model, tp_size = case.config.model, case.config.tensor_parallel.tp_size
@@ -35,7 +35,7 @@ def memory(case: Case) -> Row | None:
     """The shards of this host's ranks, their KV caches and what a rank takes without weights, against what there is."""
     if case.config is None:
         return None
-    from adapter.plan import make_plan
+    from adapter.planning.load import make_plan
 
     config = case.config
     plan, _, problems = make_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adapter.launchers import Launch, environment_rank, launcher_of
+from adapter.parallel.launchers import Launch, environment_rank, launcher_of
 
 T = TypeVar("T")
 CGROUPS = Path("/sys/fs/cgroup")

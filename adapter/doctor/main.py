@@ -24,15 +24,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from adapter import command, network
+from adapter.commands import common
 from adapter.doctor import check, child, host, job, launched, machine
 from adapter.doctor.check import FAILED, OK, WARNING, Case, Row
 from adapter.doctor.trial import STEPS
-from adapter.launchers import Launch
+from adapter.parallel import network
+from adapter.parallel.launchers import Launch
 from policies.errors import UserError
 
 if TYPE_CHECKING:
-    from adapter.config import Config
+    from adapter.config.load import Config
 
 LIMIT_S, COMPILING_S = 120.0, 600.0  # for a job of ranks; for one that may have to compile the shared-memory ops
 IMPORT_S = 120.0  # for all packages together, from a slow disk
@@ -41,7 +42,7 @@ RELEASES = ("torch", "torchvision", "deepspeed", "transformers", "safetensors", 
 Facts = dict[str, Any]
 
 
-def main(args: argparse.Namespace, results: command.Results) -> int:
+def main(args: argparse.Namespace, results: common.Results) -> int:
     place = machine.place(os.environ)
     if place and args.ranks:
         raise UserError("--ranks starts a job of its own; under a launcher, whose ranks are here already, leave it out")
@@ -61,7 +62,7 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
     report = {"facts": facts, "checks": [asdict(row) for row in rows],
               "ranks": list((case.trial or {}).get("ranks", []))}
     results.text(json.dumps(report, ensure_ascii=False) if args.json else text(facts, rows))
-    return command.CHECK_FAILED if any(row.status == FAILED for row in rows) else command.DONE
+    return common.CHECK_FAILED if any(row.status == FAILED for row in rows) else common.DONE
 
 
 def _case(args: argparse.Namespace, place: Launch | None) -> tuple[Case, list[Row]]:
@@ -80,7 +81,7 @@ def _config(args: argparse.Namespace) -> Config | None:
     """Raises UserError, and ImportError where a package is missing."""
     if not args.config:
         return None
-    from adapter.config import load_config
+    from adapter.config.load import load_config
 
     return load_config(args.config, args.overrides)
 
@@ -132,13 +133,13 @@ def _follow(case: Case, rows: list[Row], left_s: float) -> int:
     launchers end a job with its first rank."""
     trial = case.trial or {}
     if trial.get("code") == 0:
-        return command.DONE
+        return common.DONE
     rank = case.place.rank if case.place else 0
     failures = [f"{row.check}: {row.found}; {row.do}" for row in rows if row.status == FAILED]
     said = [*failures, trial.get("not_tried") or job.failure(trial)]
     print("\n".join(f"rank {rank} on {socket.gethostname()}: {line}" for line in said), file=sys.stderr, flush=True)
-    time.sleep(max(0.0, left_s) + command.GRACE_S)
-    return command.CHECK_FAILED
+    time.sleep(max(0.0, left_s) + common.GRACE_S)
+    return common.CHECK_FAILED
 
 
 def _of_other_hosts(case: Case) -> list[Row]:
@@ -224,12 +225,12 @@ def _count(stated: str) -> int:
 
 
 def start() -> NoReturn:
-    arguments = command.parser(__doc__, config_required=False)
+    arguments = common.parser(__doc__, config_required=False)
     arguments.add_argument("--ranks", type=_count, default=0, metavar="N", help="start a job of N ranks on this host")
     arguments.add_argument("--limit", type=float, metavar="SECONDS", help="that the job of ranks may take, default "
                            f"{LIMIT_S:.0f}, and {COMPILING_S:.0f} where a shared-memory op is not built yet")
     arguments.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the text")
-    command.run(main, arguments)
+    common.run(main, arguments)
 
 
 if __name__ == "__main__":

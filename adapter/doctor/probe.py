@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from adapter.command import Results
+from adapter.commands.common import Results
 
 
 def _torch() -> dict[str, Any]:

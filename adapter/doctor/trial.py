@@ -22,12 +22,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter import command
+from adapter.commands import common
 from adapter.doctor.machine import installed, place, span
-from adapter.launchers import Launch
+from adapter.parallel.launchers import Launch
 
 if TYPE_CHECKING:
-    from adapter.topology import Group
+    from adapter.parallel.group import Group
 
 STEPS = {"import": "importing torch and DeepSpeed", "environment": "asking the launcher, or MPI, for its place",
          "join": "joining the job", "sum": "summing over the ranks"}
@@ -36,7 +36,7 @@ REPEATS = 20
 SAME = ("torch", "deepspeed", "transformers", "safetensors", "numpy")  # versions that ranks of one job must share
 
 
-def main(args: argparse.Namespace, results: command.Results) -> int:
+def main(args: argparse.Namespace, results: common.Results) -> int:
     faulthandler.dump_traceback_later(args.limit, exit=True)  # a rank whose doctor is gone ends too
     here = place(os.environ) or Launch(0, 1, 0, 1)
 
@@ -54,8 +54,8 @@ def main(args: argparse.Namespace, results: command.Results) -> int:
     except Exception as error:
         say("failed", error=f"{type(error).__name__}: {error}"[:1000])
         _unlink_mpi_segments()
-        return command.CHECK_FAILED
-    return command.DONE
+        return common.CHECK_FAILED
+    return common.DONE
 
 
 def _take_part(here: Launch, found: list[Any], say: Any) -> None:
@@ -63,14 +63,14 @@ def _take_part(here: Launch, found: list[Any], say: Any) -> None:
     logging.getLogger("adapter").addHandler(heard)
     began = time.perf_counter()
     say("import")
-    from adapter import launchers, topology
-    from adapter.watch import watching
+    from adapter.health.watchdog import watching
+    from adapter.parallel import launchers, parallel_state
 
     say("environment")
     launch = launchers.read_environment()
     at = "_".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
     say("join", segment=f"deepspeed_allreduce_buffer_{os.getuid()}_{at}")
-    mpu = topology.start(launch.world_size)
+    mpu = parallel_state.start(launch.world_size)
     tp = mpu.tp
     joined = time.perf_counter() - began
     say("sum")
@@ -151,7 +151,7 @@ def start() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--limit", type=float, default=300.0)
     arguments.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
-    command.run(main, arguments)
+    common.run(main, arguments)
 
 
 if __name__ == "__main__":

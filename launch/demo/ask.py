@@ -43,7 +43,7 @@ class Asker:
         """The same from adapter.init_inference at tp_size 1, which joins a job of one rank."""
         sys.path.insert(0, str(HERE.parents[1]))
         from adapter import init_inference
-        from adapter.config import from_dict
+        from adapter.config.load import from_dict
 
         config = {"model": {"path": str(folder), "dtype": dtype}, "tensor_parallel": {"tp_size": 1},
                   "weights": {"format": weights}}

@@ -161,13 +161,13 @@ def optimise(
 
 
 def see(model: Any, processor: Any, seed: int, device: str) -> None:
-    """Stage one, the vision tower alone, through linear heads that are thrown away.
+    """Stage one, the vision encoder alone, through linear heads that are thrown away.
 
     One head names what each cell of a picture holds; the other reads the facts about the whole picture off the mean of
     its tokens, so that the language model finds them wherever it happens to look first.
     """
     rng = np.random.default_rng(seed)
-    tower = model.model.visual
+    encoder = model.model.visual
     sizes = [len(options) for options in pictures.FACTS]
     hidden = model.config.text_config.hidden_size
     heads = torch.nn.ModuleList([torch.nn.Linear(hidden, pictures.CODES), torch.nn.Linear(hidden, sum(sizes))])
@@ -181,13 +181,13 @@ def see(model: Any, processor: Any, seed: int, device: str) -> None:
         cells = torch.from_numpy(np.stack([item.cells for item in drawn])).to(device)
         facts = torch.tensor([item.facts for item in drawn], device=device)
         with torch.autocast(device, dtype=torch.bfloat16):
-            tokens = tower(pixels, grid_thw=grid).pooler_output.reshape(*cells.shape, hidden)
+            tokens = encoder(pixels, grid_thw=grid).pooler_output.reshape(*cells.shape, hidden)
             codes, whole = heads[0](tokens), heads[1](tokens.mean(1))
         entropy = torch.nn.functional.cross_entropy
         about = [entropy(part.float(), fact) for part, fact in zip(whole.split(sizes, -1), facts.T, strict=True)]
         yield entropy(codes.float().flatten(0, 1), cells.flatten()) + torch.stack(about).mean()
 
-    optimise([*tower.parameters(), *heads.parameters()], losses, SEE)
+    optimise([*encoder.parameters(), *heads.parameters()], losses, SEE)
 
 
 def answer(model: Any, collator: Collator, seed: int, device: str) -> None:

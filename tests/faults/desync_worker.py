@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 from worker import inputs_for
 
-from adapter import command
+from adapter.commands import common
 
 PLANTED, NEW, LIMIT_S = 1, 6, 8.0
 Inputs = dict[str, Tensor]
@@ -58,7 +58,7 @@ class StopAt(StoppingCriteria):
 
 @contextmanager
 def other_positions(model: Any, step: int) -> Iterator[None]:
-    """The text tower gets other position ids at one step."""
+    """The text encoder gets other position ids at one step."""
     layers = next(n for n, _ in model.named_modules() if n.endswith("layers.0")).rpartition(".layers")[0]
     seen: list[int] = []
 
@@ -73,9 +73,9 @@ def other_positions(model: Any, step: int) -> Iterator[None]:
 
 @contextmanager
 def other_features(model: Any) -> Iterator[None]:
-    """The vision tower's output is a little off."""
-    tower = model.visual if hasattr(model, "visual") else model.model.visual
-    forward = tower.forward
+    """The vision encoder's output is a little off."""
+    encoder = model.visual if hasattr(model, "visual") else model.model.visual
+    forward = encoder.forward
 
     def off(*args: Any, **kwargs: Any) -> Any:
         out = forward(*args, **kwargs)
@@ -84,9 +84,9 @@ def other_features(model: Any) -> Iterator[None]:
         out.pooler_output = out.pooler_output + 1e-4
         return out
 
-    tower.forward = off
+    encoder.forward = off
     yield
-    del tower.forward
+    del encoder.forward
 
 
 def digests(engine_of: Callable[[int], Any], loaded: Callable[[int], Any], out: Path) -> int:
@@ -100,7 +100,7 @@ def digests(engine_of: Callable[[int], Any], loaded: Callable[[int], Any], out: 
 
     def run(engine: Any, given: Inputs = inputs, arguments: dict[str, Any] = fixed, **planted: Any) -> Any:
         """Tokens, or the message of a Desync."""
-        from adapter.desync import Desync
+        from adapter.health.desync import Desync
 
         try:
             return engine.generate(**given, **arguments, **(planted if here else {})).tolist()
@@ -146,7 +146,7 @@ def digests(engine_of: Callable[[int], Any], loaded: Callable[[int], Any], out: 
 
 
 def early(engine_of: Callable[[int], Any]) -> int:
-    from adapter.watch import watching
+    from adapter.health.watchdog import watching
 
     engine = engine_of(8)
     inputs = inputs_for(cases()["image"], "cpu")
@@ -158,8 +158,8 @@ def early(engine_of: Callable[[int], Any]) -> int:
 
 
 def endless(engine_of: Callable[[int], Any]) -> int:
-    from adapter.generation import share
-    from adapter.watch import watching
+    from adapter.health.watchdog import watching
+    from adapter.requests.batching import share
 
     engine = engine_of(0)
     tp = engine.mpu.tp
@@ -175,9 +175,9 @@ def endless(engine_of: Callable[[int], Any]) -> int:
     return 0
 
 
-def main(args: argparse.Namespace, results: command.Results) -> int:
+def main(args: argparse.Namespace, results: common.Results) -> int:
     import adapter
-    from adapter.config import from_dict
+    from adapter.config.load import from_dict
 
     def engine_of(every: int) -> Any:
         return adapter.init_inference(from_dict({
@@ -199,4 +199,4 @@ if __name__ == "__main__":
     p.add_argument("part", choices=["digests", "early", "endless"])
     p.add_argument("model", type=Path)
     p.add_argument("out", type=Path)
-    command.run(main, p)
+    common.run(main, p)

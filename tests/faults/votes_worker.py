@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from adapter import all_reduce, native, shared_memory, topology
+from adapter.kernels import build
+from adapter.parallel import all_reduce, parallel_state, shared_memory
 
 
 def fail(*_: object) -> None:
@@ -25,12 +26,12 @@ rank = int(os.environ["RANK"])
 if "cores" in sys.argv:
     all_reduce.usable_cores = lambda: 1 if rank else 8  # as ranks see it whose containers have different quotas
 if "build" in sys.argv and rank == 1:
-    native.unavailable = lambda: "no compiler here"
+    build.unavailable = lambda: "no compiler here"
 if "open" in sys.argv and rank == 1:  # a sandbox, or /proc of another pid namespace
     shared_memory.os = type("os", (), {"open": fail, "getpid": os.getpid, "O_RDWR": 0, "O_NONBLOCK": 0, "O_CLOEXEC": 0})
 if "create" in sys.argv and rank == 0:
     os.memfd_create = fail
-mpu = topology.start(2)
+mpu = parallel_state.start(2)
 total = mpu.tp.all_reduce(torch.full((4,), rank + 1.0))
 row = {"rank": rank, "route": mpu.tp.route.name, "summing": mpu.summing, "sum": total.tolist()}
 os.write(1, (json.dumps(row) + "\n").encode())

@@ -9,9 +9,9 @@ import pytest
 from launching import Outcome
 from scripts import finished, one_host, start, tokens
 
-from adapter import shared_memory
-from adapter.all_reduce import DEEPSPEED
-from adapter.launchers import usable_cores
+from adapter.parallel import shared_memory
+from adapter.parallel.all_reduce import DEEPSPEED
+from adapter.parallel.launchers import usable_cores
 
 pytestmark = pytest.mark.ranks
 MPICH = next(Path("/usr/lib").glob("*/libmpich.so.12"), None)

@@ -21,7 +21,7 @@ from checkpoints import cases
 from worker import GREEDY, inputs_for
 
 import adapter
-from adapter.config import from_dict
+from adapter.config.load import from_dict
 from policies.errors import UserError
 
 TP = int(os.environ.get("WORLD_SIZE", 1))

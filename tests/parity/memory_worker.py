@@ -15,17 +15,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from adapter import topology
-from adapter.generation import proportional_set_size
-from adapter.inject import build_on_meta, checkpoint_source, inject
-from adapter.plan import checked_plan
+from adapter.model.inject import checkpoint_source, inject
+from adapter.model.meta_init import build_on_meta
+from adapter.parallel import parallel_state
+from adapter.planning.load import checked_plan
+from adapter.requests.batching import proportional_set_size
 
 
 def main() -> None:
     directory = Path(next(a for a in sys.argv[1:] if not a.startswith("--")))
     plan, checkpoint = checked_plan(directory, int(os.environ["WORLD_SIZE"]), "bfloat16")
-    mpu = topology.start(plan.tp_size)
-    topology.dist.barrier()  # everyone's libraries are in, so that shared pages are shared
+    mpu = parallel_state.start(plan.tp_size)
+    parallel_state.dist.barrier()  # everyone's libraries are in, so that shared pages are shared
     before, peak, done = proportional_set_size(), [0], threading.Event()
 
     def watch() -> None:
@@ -40,11 +41,11 @@ def main() -> None:
     inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), torch.bfloat16)
     done.set()
     thread.join()
-    topology.dist.barrier()
+    parallel_state.dist.barrier()
     row = {"rank": mpu.tp.rank, "shard": plan.weight_bytes(mpu.tp.rank), "before": before,
            "peak": peak[0], "after": proportional_set_size(), "read": checkpoint.bytes_read}
     os.write(1, (json.dumps(row) + "\n").encode())  # one write: lines of several ranks do not mix
-    topology.dist.barrier()
+    parallel_state.dist.barrier()
 
 
 if __name__ == "__main__":

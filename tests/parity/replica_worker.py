@@ -22,7 +22,7 @@ from engine_worker import message
 from worker import GREEDY, SAMPLED, inputs_for
 
 import adapter
-from adapter.config import from_dict
+from adapter.config.load import from_dict
 
 RANK = int(os.environ["RANK"])
 CASES = ("image", "video", "text", "two_images")  # one for each replica: a sum over others would be seen

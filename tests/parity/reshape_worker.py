@@ -19,11 +19,13 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from adapter import topology
-from adapter.checkpoint import Checkpoint
-from adapter.inject import build_on_meta, checkpoint_source, inject
-from adapter.plan import Plan, checked_plan
-from adapter.topology import Group
+from adapter.checkpoint.safetensors import Checkpoint
+from adapter.model.inject import checkpoint_source, inject
+from adapter.model.meta_init import build_on_meta
+from adapter.parallel import parallel_state
+from adapter.parallel.group import Group
+from adapter.planning.load import checked_plan
+from adapter.planning.plan import Plan
 
 TOKENS = 359
 
@@ -52,7 +54,7 @@ def main() -> None:
     else:
         tp_size = int(os.environ["WORLD_SIZE"])
         plan, checkpoint = checked_plan(args.model, tp_size, "float32")
-        tp = topology.start(tp_size).tp
+        tp = parallel_state.start(tp_size).tp
         without = dataclasses.replace(plan, policy=dataclasses.replace(plan.policy, head_numbers=()))
         try:
             with torch.inference_mode():

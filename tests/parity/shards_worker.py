@@ -18,8 +18,8 @@ from checkpoints import cases
 from worker import GREEDY, inputs_for
 
 import adapter
-from adapter.config import from_dict
-from adapter.digest import digest
+from adapter.checkpoint.digest import digest
+from adapter.config.load import from_dict
 
 TP = int(os.environ["WORLD_SIZE"])
 

@@ -24,8 +24,8 @@ from checkpoints import cases
 from safetensors.torch import save_file
 from transformers import Qwen2VLForConditionalGeneration
 
-from policies.dialects import DIALECTS
 from policies.errors import UserError
+from policies.export import DIALECTS
 from policies.policy import Policy
 from policies.registry import policy_for
 
@@ -73,7 +73,7 @@ def logits(model: torch.nn.Module, vocab: int) -> dict[str, torch.Tensor]:
 
 
 def training_step(model: torch.nn.Module, policy: Policy, vocab: int, backward: Any) -> dict[str, torch.Tensor]:
-    """The loss of one step, and gradients of parameters that are whole on every rank, early in both towers."""
+    """The loss of one step, and gradients of parameters that are whole on every rank, early in both encoders."""
     inputs = cases(vocab)["image"]
     loss = model.train()(**inputs, labels=inputs["input_ids"]).loss
     backward(loss)

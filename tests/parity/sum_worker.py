@@ -20,9 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from adapter import shared_memory, topology
-from adapter.all_reduce import Route
-from adapter.topology import Group
+from adapter.parallel import parallel_state, shared_memory
+from adapter.parallel.group import Group, Route
 
 RANK, TP_SIZE = int(os.environ["RANK"]), int(next(a for a in sys.argv[1:] if a.isdecimal()))
 SIZES = (1, 3, 4096, 16411, 100003, 1200001)  # values: of both ways to sum, and of several pieces
@@ -82,9 +81,9 @@ def killed(tp: Group) -> dict[str, Any]:
         return {"error": str(error).splitlines()[0]}
 
 
-mpu = topology.start(TP_SIZE)
+mpu = parallel_state.start(TP_SIZE)
 ranks = torch.distributed.get_process_group_ranks(mpu.tp.group)
-region = shared_memory.join(mpu.world, mpu.tp.rank, ranks, topology.TIMEOUT.total_seconds())
+region = shared_memory.join(mpu.world, mpu.tp.rank, ranks, parallel_state.TIMEOUT.total_seconds())
 assert not isinstance(region, str), region
 tp = replace(mpu.tp, route=Route(shared_memory.NAME, region.all_reduce, region.all_gather))
 row = killed(tp) if "killed" in sys.argv else sums(tp, ranks)

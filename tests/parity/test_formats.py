@@ -13,7 +13,7 @@ from checkpoints import Shape, cases, make_checkpoint
 from launching import launch
 from safetensors.torch import load_file
 
-from adapter import kernels
+from adapter.kernels import linear as kernels
 
 WORKER = Path(__file__).with_name("worker.py")
 SHAPE = Shape(heads=6, kv_heads=2, head_dim=64, layers=2, mlp=768, vocab=203, v_heads=4, v_head_dim=8, v_layers=1)

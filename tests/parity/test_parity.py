@@ -1,4 +1,4 @@
-"""fp32 parity with one process: real launcher, real ranks, every tp_size, both head layouts, both towers.
+"""fp32 parity with one process: real launcher, real ranks, every tp_size, both head layouts, both encoders.
 
 One job per tp_size runs every model and case; the tests read its results. The reference is plain Transformers.
 """

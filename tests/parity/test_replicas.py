@@ -9,7 +9,7 @@ import pytest
 from checkpoints import make_checkpoint
 from launching import ROOT, launch
 
-from adapter.all_reduce import DEEPSPEED
+from adapter.parallel.all_reduce import DEEPSPEED
 
 WORKER = Path(__file__).with_name("replica_worker.py")
 GENERATE = ROOT / "launch" / "generate.py"

@@ -13,10 +13,10 @@ from checkpoints import Shape, make_checkpoint
 from launching import launch
 from test_memory import BIG, OVERHEAD
 
-from adapter import kernels
-from adapter.plan import checked_plan
-from adapter.presharded import open_shards
-from adapter.shard import write_shards
+from adapter.checkpoint.sharded import open_shards
+from adapter.commands.shard import write_shards
+from adapter.kernels import linear as kernels
+from adapter.planning.load import checked_plan
 
 HERE = Path(__file__).parent
 GROUPED = Shape(heads=4, kv_heads=2, head_dim=64, mlp=256)

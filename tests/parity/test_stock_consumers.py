@@ -16,8 +16,8 @@ from packaging.version import Version
 from safetensors.torch import load_file
 from stock_worker import CASES, TRAINED, loaded, logits, training_step
 
-from policies.dialects import DIALECTS
-from policies.qwen2_vl import POLICY, geometry
+from policies.export import DIALECTS
+from policies.families.qwen2_vl import POLICY, geometry
 from policies.rules import Head, Replicated, expand
 
 if Version(deepspeed.__version__) < Version("0.19.8") or Version(transformers.__version__) < Version("5.23"):

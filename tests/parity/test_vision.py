@@ -1,4 +1,4 @@
-"""Whole vision towers over real ranks: what one process computes, with one collective where pictures are dealt.
+"""Whole vision encoders over real ranks: what one process computes, with one collective where pictures are dealt.
 
 Heads that do not divide (16 over 3), ranks without a vision head (2 over 3), ranks without a picture. The reference is
 plain Transformers, of the same release.
@@ -17,9 +17,9 @@ from checkpoints import Shape, make_checkpoint
 from launching import launch
 from safetensors.torch import load_file
 
-from adapter.plan import Plan
-from adapter.towers import cost, deal
-from policies.qwen2_vl import POLICY
+from adapter.planning.plan import Plan
+from adapter.planning.vision_balance import cost, deal
+from policies.families.qwen2_vl import POLICY
 
 WORKER, PLAIN = Path(__file__).with_name("vision_worker.py"), Path(__file__).with_name("worker.py")
 OLD = os.environ.get("QWENVL_TP_OLD_PYTHON", "")
@@ -99,7 +99,7 @@ def test_each_call_takes_its_way_and_a_dealt_one_has_one_collective(ran):
     assert plan.tp_size == 2 or any(not share for share in deal(grids[1], plan.tp_size).shares)
 
 
-def test_the_tower_is_held_once(ran):
+def test_the_encoder_is_held_once(ran):
     """Storage that parameters live in: a view of a part is no second copy."""
     *_, facts, plan = ran
     for rank, row in enumerate(facts["ranks"]):
@@ -108,7 +108,7 @@ def test_the_tower_is_held_once(ran):
 
 @pytest.mark.skipif(not OLD, reason="QWENVL_TP_OLD_PYTHON is not set")
 def test_the_oldest_release(tmp_path):
-    """Its tower returns a tensor, and attends to all pieces at once under a mask."""
+    """Its encoder returns a tensor, and attends to all pieces at once under a mask."""
     for where in (tmp_path / "m", tmp_path / "published" / "m"):
         make_checkpoint(where)
     for n, script, args, launcher in ((1, PLAIN, ["--plain", "--out", str(tmp_path), str(tmp_path / "m")], "none"),

@@ -1,4 +1,4 @@
-"""One rank of a parity run with whole vision towers: every case, and what each call of the tower did.
+"""One rank of a parity run with whole vision encoders: every case, and what each call of the encoder did.
 
     deepspeed --num_accelerators N vision_worker.py --out DIR MODEL_DIR VISION [MODEL_DIR VISION ...]
 
@@ -23,17 +23,17 @@ from safetensors.torch import save_file
 from worker import equal_on_ranks, inputs_for, run
 
 import adapter
-from adapter.config import from_dict
-from adapter.dealt import tower_of
+from adapter.config.load import from_dict
+from adapter.model.vision_data_parallel import encoder_of
 from policies.errors import UserError
 
 TP = int(os.environ["WORLD_SIZE"])
 
 
 def watched(engine: Any) -> list[dict[str, Any]]:
-    """Of each case's tower calls: the grid, and how many collectives this rank was in; counted as the watch does."""
+    """Of each case's encoder calls: the grid, and how many collectives this rank was in; counted as the watch does."""
     calls: list[dict[str, Any]] = []
-    progress, tower = engine.mpu.tp.progress, tower_of(engine.module, engine.plan)
+    progress, encoder = engine.mpu.tp.progress, encoder_of(engine.module, engine.plan)
 
     def before(_m: Any, args: Any, kwargs: Any) -> None:
         calls.append({"grid": kwargs["grid_thw"].tolist(), "collectives": -progress.standing().entered})
@@ -41,7 +41,7 @@ def watched(engine: Any) -> list[dict[str, Any]]:
     def after(*_: Any) -> None:
         calls[-1]["collectives"] += progress.standing().entered
 
-    hooks = [tower.register_forward_pre_hook(before, with_kwargs=True), tower.register_forward_hook(after)]
+    hooks = [encoder.register_forward_pre_hook(before, with_kwargs=True), encoder.register_forward_hook(after)]
     for case in cases(engine.plan.geometry.sizes["vocab"]).values():
         with torch.inference_mode():
             engine.module(**inputs_for(case, "cpu"))
@@ -58,9 +58,9 @@ def held(model: torch.nn.Module) -> int:
 
 def refusal(engine: Any) -> str:
     """What is said of positions that a caller computed ahead, which newer releases allow."""
-    tower, case = tower_of(engine.module, engine.plan), cases(engine.plan.geometry.sizes["vocab"])["two_images"]
+    encoder, case = encoder_of(engine.module, engine.plan), cases(engine.plan.geometry.sizes["vocab"])["two_images"]
     try:
-        tower(case["pixel_values"], grid_thw=case["image_grid_thw"], position_ids=torch.zeros(1))
+        encoder(case["pixel_values"], grid_thw=case["image_grid_thw"], position_ids=torch.zeros(1))
     except (UserError, TypeError) as error:
         return str(error)
     return "nothing"

@@ -84,7 +84,7 @@ def main() -> None:
             save_file(results, args.out / f"{directory.name}.plain.safetensors")
             continue
         import adapter
-        from adapter.config import from_dict
+        from adapter.config.load import from_dict
 
         engine = adapter.init_inference(from_dict({
             "model": {"path": str(directory), "dtype": "float32"},

@@ -17,10 +17,10 @@ import torch
 from planted import FAULTS, Fault
 
 import adapter.engine
-from adapter.config import load_config
-from adapter.job import make_processor
-from adapter.plan import checked_plan
-from adapter.verifier import Verifier
+from adapter.config.load import load_config
+from adapter.planning.load import checked_plan
+from adapter.requests.runner import make_processor
+from adapter.verify.verifier import Verifier
 from policies.errors import CheckFailed
 
 TP = int(os.environ["WORLD_SIZE"])

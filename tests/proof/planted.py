@@ -150,8 +150,8 @@ def shards_of_each_other(modules, plan, tp):
 
 
 def one_ranks_features(modules, plan, tp):
-    tower = modules["model.visual"]
-    forward = tower.forward
+    encoder = modules["model.visual"]
+    forward = encoder.forward
 
     def other(*args, **kwargs):
         out = forward(*args, **kwargs)
@@ -159,7 +159,7 @@ def one_ranks_features(modules, plan, tp):
         if tp.rank == 1:
             features.mul_(1.001)
         return out
-    tower.forward = other
+    encoder.forward = other
 
 
 def one_ranks_norm(modules, plan, tp):
@@ -273,7 +273,7 @@ def one_ranks_picture_late(modules, plan, tp):
         dealt.read = lambda *args: (read(*args)[0].roll(1, 0), read(*args)[1])
 
 
-def one_ranks_tower(modules, plan, tp):
+def one_ranks_encoder(modules, plan, tp):
     if tp.rank == 1:
         modules["visual.blocks.1.mlp.fc1"].weight.data.mul_(1.01)
 
@@ -327,13 +327,13 @@ FAULTS: dict[str, Fault] = {
                                                       ranks=(0, 1)),
     "another rank's picture": Fault(another_ranks_picture, TOWER, vision="data", pictures=2, ranks=(1,)),
     "one rank's picture a patch late": Fault(one_ranks_picture_late, TOWER, vision="auto", pictures=2, ranks=(1,)),
-    "one rank's whole tower": Fault(one_ranks_tower, "visual.blocks.1.mlp.fc1", vision="data", pictures=2, tensors=True,
-                                    ranks=(1,)),
-    "softmax scale of a whole tower": Fault(softmax_scale(f"{BLOCK}.attn"), f"{BLOCK}.attn", vision="data",
+    "one rank's whole encoder": Fault(one_ranks_encoder, "visual.blocks.1.mlp.fc1", vision="data", pictures=2,
+                                      tensors=True, ranks=(1,)),
+    "softmax scale of a whole encoder": Fault(softmax_scale(f"{BLOCK}.attn"), f"{BLOCK}.attn", vision="data",
                                             pictures=2, at_start=True),
-    "parts of a whole tower in another order": Fault(part_of_another_rank, f"{BLOCK}.attn.qkv", vision="auto",
+    "parts of a whole encoder in another order": Fault(part_of_another_rank, f"{BLOCK}.attn.qkv", vision="auto",
                                                      at_start=True),
-    "row-parallel bias on every rank of a whole tower": Fault(part_and_whole_bias, f"{BLOCK}.attn.proj",
+    "row-parallel bias on every rank of a whole encoder": Fault(part_and_whole_bias, f"{BLOCK}.attn.proj",
                                                               vision="auto", at_start=True),
     "positions one late when decoding": Fault(late_positions_when_decoding, None, says="decoding token by token"),
 }

@@ -64,11 +64,11 @@ def test_whole_towers_hold(vision):
     assert [r.get("id") for r in rows] == ["one", "two", "clip", "padded batch", None] and rows[-1]["passed"]
     for row in rows[:-1]:
         assert row["first_divergent_module"] is None and 0 < row["largest_share_of_bound"] < 0.5
-        tower = [layer for layer in row["layers"] if layer["name"].startswith("visual.")]
-        assert len(tower) == 3 * len(row["tower_calls"]) and all(layer["error"] < 1e-6 for layer in tower)
-        if "tensor" in row["tower_calls"]:  # a dealt call is one process's arithmetic: its error may be none at all
-            assert all(layer["share_of_bound"] > 0 for layer in tower)
-    ways = [way for row in rows[:-1] for way in row["tower_calls"]]
+        encoder = [layer for layer in row["layers"] if layer["name"].startswith("visual.")]
+        assert len(encoder) == 3 * len(row["encoder_calls"]) and all(layer["error"] < 1e-6 for layer in encoder)
+        if "tensor" in row["encoder_calls"]:  # a dealt call is one process's arithmetic: its error may be none at all
+            assert all(layer["share_of_bound"] > 0 for layer in encoder)
+    ways = [way for row in rows[:-1] for way in row["encoder_calls"]]
     assert len(ways) == 5 and (set(ways) == {"data"} if vision == "data" else ways[0] == "tensor" and "data" in ways)
     assert rows[-1]["reassembly"]["equal"] and rows[-1]["unchecked"] == []
     assert rows[-1]["reassembly"]["bytes"] == sum(r["weight_bytes"] for r in rows[-1]["ranks"])

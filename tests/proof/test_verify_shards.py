@@ -11,10 +11,10 @@ import pytest
 from checkpoints import Shape, make_checkpoint
 from launching import ROOT, launch
 
-from adapter import kernels
-from adapter.plan import checked_plan
-from adapter.presharded import file_name, open_shards
-from adapter.shard import write_shards
+from adapter.checkpoint.sharded import file_name, open_shards
+from adapter.commands.shard import write_shards
+from adapter.kernels import linear as kernels
+from adapter.planning.load import checked_plan
 
 DEMO = ROOT / "launch" / "demo"
 REQUEST = f"requests=[{{prompt: What colour, images: [{next((DEMO / 'pictures').glob('*.png'))}]}}]"

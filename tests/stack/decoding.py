@@ -9,7 +9,7 @@ import torch
 import transformers
 from checkpoints import Shape, cases
 
-from adapter.decode import Decoder
+from adapter.generation.decoder import Decoder
 
 SHAPE = Shape(heads=6, kv_heads=2, head_dim=8, layers=2, mlp=96, vocab=203, v_heads=4, v_head_dim=8, v_layers=1)
 TWELVE = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}

@@ -15,10 +15,12 @@ from decoding import SHAPE, TWELVE, lean, started
 from transformers.generation.streamers import BaseStreamer
 
 import adapter
-from adapter import native
-from adapter.config import from_dict
-from adapter.decode import Decoder, LeanGenerate, Reading
-from adapter.fused import Plain
+from adapter.config.load import from_dict
+from adapter.generation.decoder import Decoder
+from adapter.generation.loop import DecodeLoop
+from adapter.generation.prefill import Reading
+from adapter.kernels import build
+from adapter.kernels.fused import TorchOps
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def test_processors_samples_and_ends_are_transformers_own(engine, steps, monkeyp
     results, made = [], []
     for other in (False, True):
         if other:
-            monkeypatch.setattr(LeanGenerate, "why_not", lambda *_: "asked for")
+            monkeypatch.setattr(DecodeLoop, "why_not", lambda *_: "asked for")
         torch.manual_seed(11)
         results.append(engine.module.generate(**cases()["batch"], **{**TWELVE, **more}))
         made.append(len(steps))
@@ -126,7 +128,7 @@ def test_a_stopping_criterion_stops(engine, steps):
     ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
 ])
 def test_what_it_does_not_cover_goes_to_transformers_own_loop(engine, steps, more, words):
-    generate = LeanGenerate(engine.module, engine.plan)
+    generate = DecodeLoop(engine.module, engine.plan)
     assert words in generate.why_not((), {**cases()["text"], **TWELVE, **more})
     if "use_cache" not in more and "cache_implementation" not in more:
         engine.generate(**cases()["text"], **TWELVE, **more)
@@ -178,7 +180,7 @@ def test_a_prompt_that_fails_leaves_the_layers_their_forwards(fresh, monkeypatch
 
 
 @lean
-@pytest.mark.skipif(not native.unavailable() and not torch.ops.qwenvl_tp.attend_all_supported(),
+@pytest.mark.skipif(not build.unavailable() and not torch.ops.qwenvl_tp.attend_all_supported(),
                     reason="this processor lacks AVX-512 BF16")
 @pytest.mark.parametrize("case", ["image", "two_images", "video"])
 def test_pictures_in_half_precision_are_as_near_as_transformers_own(directory, plain, monkeypatch, case):
@@ -213,7 +215,7 @@ def test_another_activation_is_seen(engine):
 def test_torch_operators_and_ours_make_the_same_step(engine):
     """What runs where there is no C++ is the same formula."""
     results = []
-    for ops in (None, Plain):
+    for ops in (None, TorchOps):
         decoder, ids, state = started(engine, ops)
         with torch.no_grad():
             results.append([decoder.step(ids, state) for _ in range(3)])
@@ -222,7 +224,7 @@ def test_torch_operators_and_ours_make_the_same_step(engine):
 
 
 @lean
-@pytest.mark.parametrize("ops", [None, Plain], ids=["ours", "torch"])
+@pytest.mark.parametrize("ops", [None, TorchOps], ids=["ours", "torch"])
 def test_a_step_is_one_graph(engine, ops):
     """torch.compile(fullgraph=True) takes it whole, and the compiled step, run thrice, gives the same logits."""
     eager, graph = started(engine, ops), started(engine, ops)

@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import adapter
-from adapter import decode, graphs
-from adapter.config import from_dict
-from adapter.decode import LeanGenerate
-from adapter.fused import Plain
-from adapter.graphs import Graphed
-from adapter.topology import Group
+from adapter.config.load import from_dict
+from adapter.generation import cuda_graph, loop
+from adapter.generation.cuda_graph import CudaGraphStep
+from adapter.generation.loop import DecodeLoop
+from adapter.kernels.fused import TorchOps
+from adapter.parallel.group import Group
 from policies.errors import UserError
 
 
@@ -58,7 +58,7 @@ class Tape(TorchDispatchMode):
 
 
 class Taping:
-    """The three calls of DeepSpeed's accelerators that Graphed makes."""
+    """The three calls of DeepSpeed's accelerators that CudaGraphStep makes."""
 
     def __init__(self) -> None:
         self.captured = self.replayed = 0
@@ -97,15 +97,15 @@ def plain(directory):
 @pytest.fixture
 def taping(monkeypatch) -> Taping:
     accelerator = Taping()
-    monkeypatch.setattr(decode, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(loop, "get_accelerator", lambda: accelerator)
     return accelerator
 
 
 @pytest.fixture
-def graphed(engine, monkeypatch) -> LeanGenerate:
+def graphed(engine, monkeypatch) -> DecodeLoop:
     """generate with graphs, of the sharded model: below what init_inference put around it."""
     monkeypatch.delattr(engine.module, "generate")
-    return LeanGenerate(engine.module, engine.plan, graphs=True)
+    return DecodeLoop(engine.module, engine.plan, graphs=True)
 
 
 @lean
@@ -129,7 +129,7 @@ def test_tokens_of_replayed_steps_are_transformers_own(plain, graphed, taping, c
 @lean
 def test_an_engine_that_may_have_graphs_replays_them(directory, taping, monkeypatch):
     """All the way from init_inference; DeepSpeed, which refuses the key over several ranks, does not see it."""
-    monkeypatch.setattr(graphs, "wanted", lambda section, tp: section["enable_cuda_graph"])
+    monkeypatch.setattr(cuda_graph, "wanted", lambda section, tp: section["enable_cuda_graph"])
     config = {"model": {"path": str(directory), "dtype": "float32"}, "tensor_parallel": {"tp_size": 1},
               "deepspeed": {"enable_cuda_graph": True}}
     engine = adapter.init_inference(from_dict(config, directory))
@@ -139,11 +139,11 @@ def test_an_engine_that_may_have_graphs_replays_them(directory, taping, monkeypa
 
 
 @lean
-@pytest.mark.parametrize("ops", [None, Plain], ids=["ours", "torch"])
+@pytest.mark.parametrize("ops", [None, TorchOps], ids=["ours", "torch"])
 def test_a_replayed_step_is_the_step(engine, ops):
     """With either set of operators; those of torch are what runs on a GPU."""
     (eager, ids, state), (same, _, other), taping = started(engine, ops), started(engine, ops), Taping()
-    captured = Graphed(partial(same.step, state=other), taping)
+    captured = CudaGraphStep(partial(same.step, state=other), taping)
     with torch.no_grad():
         for _ in range(7):
             logits = eager.step(ids, state)
@@ -154,9 +154,9 @@ def test_a_replayed_step_is_the_step(engine, ops):
 
 def test_a_cpu_has_no_graphs(caplog):
     """As with DeepSpeed's own: a configuration for both kinds of machine starts on both, and the log says what is."""
-    assert not graphs.wanted({"enable_cuda_graph": True}, Group(0, 1))
+    assert not cuda_graph.wanted({"enable_cuda_graph": True}, Group(0, 1))
     assert "a CPU has no graphs" in caplog.text
-    assert not graphs.wanted({}, Group(0, 1))
+    assert not cuda_graph.wanted({}, Group(0, 1))
 
 
 def test_ranks_that_sum_over_gloo_are_told(engine, monkeypatch):
@@ -165,7 +165,7 @@ def test_ranks_that_sum_over_gloo_are_told(engine, monkeypatch):
         device_name = staticmethod(lambda: "cuda")
         communication_backend_name = staticmethod(lambda: "nccl")
 
-    monkeypatch.setattr(graphs, "get_accelerator", Gpu)
+    monkeypatch.setattr(cuda_graph, "get_accelerator", Gpu)
     with pytest.raises(UserError, match=r"sum over gloo, which no graph can hold.*nccl"):
-        graphs.wanted({"enable_cuda_graph": True}, Group(0, 2, torch.distributed.group.WORLD))
-    assert graphs.wanted({"enable_cuda_graph": True}, Group(0, 1))
+        cuda_graph.wanted({"enable_cuda_graph": True}, Group(0, 2, torch.distributed.group.WORLD))
+    assert cuda_graph.wanted({"enable_cuda_graph": True}, Group(0, 1))

@@ -20,12 +20,12 @@ from checkpoints import Shape, cases, make_checkpoint
 from torch import nn
 
 import adapter
-from adapter import topology
-from adapter.inject import inject, model_source
-from adapter.plan import Plan
-from adapter.topology import Group
+from adapter.model.inject import inject, model_source
+from adapter.parallel import parallel_state
+from adapter.parallel.group import Group
+from adapter.planning.plan import Plan
 from policies.errors import UserError
-from policies.qwen2_vl import POLICY
+from policies.families.qwen2_vl import POLICY
 
 SMALL = Shape(heads=6, kv_heads=2, head_dim=8, layers=1, mlp=96, vocab=203, v_heads=4, v_head_dim=8, v_layers=1)
 ROUNDING = 0.03  # of the largest logit: bfloat16 in another order of sums
@@ -206,7 +206,7 @@ def family(model: nn.Module) -> nn.Module:
     (lambda model: model.double(), "torch.float64: DeepSpeed on cpu"),
 ], ids=lambda value: getattr(value, "__name__", "").strip("<>") or None)
 def test_models_that_cannot_be_shards(load, habit, words, monkeypatch):
-    monkeypatch.setattr(topology, "start", lambda size: pytest.fail("the ranks were joined first"))
+    monkeypatch.setattr(parallel_state, "start", lambda size: pytest.fail("the ranks were joined first"))
     for call in CALLS.values():
         with pytest.raises(UserError, match=f"(?s){words}"):
             call(habit(load()))

@@ -82,7 +82,7 @@ def test_a_script_that_ends_has_left_its_group(tmp_path):
     assert outcome.out.count("in a group: False") == 2, outcome.out
 
 
-def test_unchanged_script_dies_on_the_vision_tower():
+def test_unchanged_script_dies_on_the_vision_encoder():
     """DeepSpeed 0.19.8 cuts `attn.qkv` and `attn.proj` both by columns. Where this fails, DeepSpeed has learnt it."""
     job = Job(4, STOCK, *ARGUMENTS, "--ds_inference", "--batch_size", "1")
     outcome = job.finish()

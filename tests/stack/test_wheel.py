@@ -79,7 +79,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
                 for pattern in ("**/*.py", "csrc/*.cpp", "csrc/*.h", "py.typed")
                 for file in (ROOT / package).glob(pattern)}
     assert names == expected
-    assert {f"{package}/py.typed" for package in PACKAGES} | {"adapter/csrc/linear.cpp"} <= names
+    assert {f"{package}/py.typed" for package in PACKAGES} | {"adapter/kernels/csrc/linear.cpp"} <= names
 
 
 def test_the_wheel_says_what_it_needs(wheel):
@@ -128,7 +128,7 @@ def test_commands_are_modules(installed, away, module):
 
 
 def test_plan(installed, away):
-    done = run(installed, away, "-m", "adapter.plan", "--config", "configs/demo_tp4.yaml", "--json")
+    done = run(installed, away, "-m", "adapter.planning.plan", "--config", "configs/demo_tp4.yaml", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tp_size"] == 4
 
@@ -142,8 +142,9 @@ def test_the_table_in_other_words(installed, away):
 
 @pytest.mark.ranks
 def test_generate_over_ranks(installed, away):
-    """deepspeed --module adapter.generate, started from the environment's own launcher."""
-    outcome = launch(2, Path("--module"), "adapter.generate", "--config", str(away / "configs" / "demo_tp4.yaml"),
+    """deepspeed --module adapter.commands.generate, started from the environment's own launcher."""
+    outcome = launch(2, Path("--module"), "adapter.commands.generate", "--config",
+                     str(away / "configs" / "demo_tp4.yaml"),
                      "tensor_parallel.tp_size=2", python=str(installed), cwd=away, env={"PYTHONPATH": ""})
     assert outcome.code == 0, outcome.err[-3000:]
     rows = [json.loads(line) for line in outcome.out.splitlines() if line.startswith("{")]

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from launching import ROOT
 from tqdm import tqdm
 
-from adapter import answers
-from adapter.answers import Printed, Recorded, open_answers
-from adapter.config import from_dict
+from adapter.config.load import from_dict
+from adapter.requests import results as answers
+from adapter.requests.results import Printed, Recorded, open_answers
 from policies.errors import UserError
 
 DEMO = ROOT / "launch" / "demo" / "checkpoint"

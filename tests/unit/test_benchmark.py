@@ -18,20 +18,20 @@ import torch
 from launching import ROOT, Running
 from published import FILES, PUBLISHED, write_sparse
 
-from adapter.bench import _write_hardware
 from adapter.benchmark import children, limits
 from adapter.benchmark.children import memory_file
 from adapter.benchmark.driver import binding, merged
 from adapter.benchmark.limits import decode_bytes, prefill_flop, product
+from adapter.benchmark.main import _write_hardware
 from adapter.benchmark.peers.peer import memory, speed
 from adapter.benchmark.picture import draw
 from adapter.benchmark.request import PROMPT, as_line, first_request
 from adapter.benchmark.summary import spread, summary
-from adapter.config import load_config
-from adapter.hardware import load_hardware
-from adapter.media import load_image
-from adapter.plan import checked_plan
-from adapter.predict import Workload, predict
+from adapter.config.load import load_config
+from adapter.planning.cost_model import Workload, predict
+from adapter.planning.hardware import load_hardware
+from adapter.planning.load import checked_plan
+from adapter.requests.media import load_image
 
 DEMO = str(ROOT / "configs" / "demo_tp4.yaml")
 
@@ -54,7 +54,7 @@ def products(name: str) -> tuple[int, int, int, int]:
 
 
 @pytest.mark.parametrize("name", ["2b", "7b"])
-def test_a_token_reads_the_text_tower_and_the_head_once(plans, name):
+def test_a_token_reads_the_text_encoder_and_the_head_once(plans, name):
     """The 2B ties its head to the embedding, the 7B does not; norms and biases are all that is beside the products."""
     s, (text, head, _, _) = PUBLISHED[name], products(name)
     small = s.layers * (2 * s.hidden + s.hidden + 2 * s.kv_heads * s.head_dim) + s.hidden

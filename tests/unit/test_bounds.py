@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from adapter import bounds
-from adapter.trace import furthest
+from adapter.verify import bounds
+from adapter.verify.trace import furthest
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

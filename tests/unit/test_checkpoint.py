@@ -13,11 +13,11 @@ from checkpoints import Shape, make_checkpoint, newer_name
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from adapter import checkpoint as module
-from adapter.checkpoint import INDEX, SINGLE, open_checkpoint
-from adapter.plan import checked_plan, make_plan
+from adapter.checkpoint import safetensors as module
+from adapter.checkpoint.safetensors import INDEX, SINGLE, open_checkpoint
+from adapter.planning.load import checked_plan, make_plan
 from policies.errors import UserError
-from policies.qwen2_vl import POLICY
+from policies.families.qwen2_vl import POLICY
 from policies.rules import TensorSlice
 
 SMALL = Shape(heads=6, kv_heads=2, head_dim=4, layers=1, mlp=40, vocab=37, v_heads=3, v_head_dim=4, v_layers=1)

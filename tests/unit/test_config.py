@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from adapter.config import from_dict, load_config, parse_request
+from adapter.config.load import from_dict, load_config, parse_request
 from policies.errors import UserError
 
 

@@ -16,13 +16,14 @@ from launching import ROOT
 from torch.distributed import HashStore, PrefixStore, TCPStore
 from transformers import GenerationConfig
 
-from adapter import dealing
-from adapter.answers import Printed, Recorded
-from adapter.config import from_dict, parse_request
-from adapter.dealing import Dealer, Steps, at_table
-from adapter.generation import Limits
-from adapter.job import Tally, _judged, _work, answer, deal, make_processor, read_ahead
-from adapter.topology import Group, Mpu
+from adapter.config.load import from_dict, parse_request
+from adapter.parallel.group import Group
+from adapter.parallel.parallel_state import Mpu
+from adapter.requests import scheduler
+from adapter.requests.batching import Limits
+from adapter.requests.results import Printed, Recorded
+from adapter.requests.runner import Tally, _judged, _work, answer, deal, make_processor, read_ahead
+from adapter.requests.scheduler import BatchQueue, ProgressTicks, join_queue
 from policies.errors import CheckFailed
 
 DEMO = ROOT / "launch" / "demo" / "checkpoint"
@@ -47,7 +48,7 @@ def connect(server, request):
 @given(st.data(), st.integers(0, 9), st.integers(1, 4))
 def test_every_batch_is_dealt_once_and_collected_once(data, batches, replicas):
     store = HashStore()
-    dealers = [Dealer(store, batches, r, replicas) for r in range(replicas)]
+    dealers = [BatchQueue(store, batches, r, replicas) for r in range(replicas)]
     takes, held = [d.take() for d in dealers], [[] for _ in dealers]
     dealt, collected = [], []
 
@@ -79,13 +80,13 @@ def test_every_batch_is_dealt_once_and_collected_once(data, batches, replicas):
 @pytest.mark.parametrize("batches, expected", [(1, [[0], [], []]), (3, [[0], [1], [2]]), (5, [[0, 3, 4], [1], [2]])])
 def test_each_replica_has_a_batch_however_late_it_comes(batches, expected):
     store = HashStore()
-    dealers = [Dealer(store, batches, r, 3) for r in range(3)]
+    dealers = [BatchQueue(store, batches, r, 3) for r in range(3)]
     assert [list(dealer.take()) for dealer in dealers] == expected
 
 
 def play(store, replica, replicas, batches, pause):
     """What a replica does, without the model."""
-    dealer = Dealer(store, batches, replica, replicas)
+    dealer = BatchQueue(store, batches, replica, replicas)
     for number in dealer.take():
         time.sleep(pause * (1 + number % 3))
         dealer.post(number, rows_of(number, replica))
@@ -119,14 +120,14 @@ def test_replicas_with_clients_of_their_own(connect, kind):
 
 
 def test_a_replica_that_makes_no_step_is_named_and_what_is_posted_is_not(connect, monkeypatch):
-    dealers = [Dealer(connect(), 4, r, 3) for r in range(3)]
+    dealers = [BatchQueue(connect(), 4, r, 3) for r in range(3)]
     takes = [d.take() for d in dealers]
     assert [next(take) for take in takes] == [0, 1, 2]
     assert next(takes[1]) == 3
     dealers[0].post(0, rows_of(0))
     assert [number for number, _ in dealers[0].collect()] == [0]
     dealers[2].post(2, rows_of(2))  # which nobody collects
-    monkeypatch.setattr(dealing, "TIMEOUT", timedelta(seconds=0.1))
+    monkeypatch.setattr(scheduler, "TIMEOUT", timedelta(seconds=0.1))
     for waiting in (dealers[0], dealers[2]):  # rank 0, which collects, and the first rank of a replica, which does not
         assert not waiting.finished()
         time.sleep(0.15)
@@ -138,10 +139,10 @@ def test_a_replica_that_makes_no_step_is_named_and_what_is_posted_is_not(connect
 
 def test_a_slow_replica_is_waited_for_as_long_as_it_gives_signs(monkeypatch):
     store = HashStore()
-    waiting, slow = Dealer(store, 1, 1, 2), Dealer(store, 1, 0, 2)
+    waiting, slow = BatchQueue(store, 1, 1, 2), BatchQueue(store, 1, 0, 2)
     next(slow.take())
-    steps = Steps(slow)
-    monkeypatch.setattr(dealing, "TIMEOUT", timedelta(seconds=0.1))
+    steps = ProgressTicks(slow)
+    monkeypatch.setattr(scheduler, "TIMEOUT", timedelta(seconds=0.1))
     for _ in range(10):
         assert not waiting.finished()
         time.sleep(0.03)
@@ -160,9 +161,9 @@ def test_jobs_one_after_another_do_not_mix(replicas, connect):
         mpu = Mpu(Group(0, 1), Group(0, replicas), Group(0, 1))
         for job in range(3):
             torch.manual_seed(0)
-            dealer, drawn = at_table(mpu, 2), torch.rand(1)
+            dealer, drawn = join_queue(mpu, 2), torch.rand(1)
             assert (dealer.replica, dealer.replicas) == (0, replicas)
-            for one in [dealer, Dealer(dealer._store, 2, 1, 2)][:replicas]:
+            for one in [dealer, BatchQueue(dealer._store, 2, 1, 2)][:replicas]:
                 for number in one.take():
                     one.post(number, [{"job": job}])
             assert dealer.finished() and [rows for _, rows in dealer.collect()] == [[{"job": job}]] * 2
@@ -313,9 +314,9 @@ def test_two_replicas_work_and_rank_0_brings_the_rows(processor, connect):
     batches = deal(config.requests, 1, 2)
     written = []
     other = threading.Thread(
-        target=lambda: _work(batches, Dealer(connect(), 6, 1, 2), processor, limits, one_token, None))
+        target=lambda: _work(batches, BatchQueue(connect(), 6, 1, 2), processor, limits, one_token, None))
     other.start()
-    answers, dealer = Printed(written.append), Dealer(connect(), 6, 0, 2)
+    answers, dealer = Printed(written.append), BatchQueue(connect(), 6, 0, 2)
     tally = _work(batches, dealer, processor, limits, one_token, answers)
     other.join(20)
     assert dealer.finished()

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from launching import ROOT
 from published import PUBLISHED
 
-from policies.dialects import (
+from policies.errors import UserError
+from policies.export import (
     DIALECTS,
     _deepspeed_shares,
     _names,
@@ -25,8 +26,7 @@ from policies.dialects import (
     row_parallel,
     tp_plan,
 )
-from policies.errors import UserError
-from policies.qwen2_vl import POLICY, TABLE, geometry
+from policies.families.qwen2_vl import POLICY, TABLE, geometry
 from policies.rules import Head, Replicated, expand
 
 SEVEN = geometry(PUBLISHED["7b"].config())
@@ -172,7 +172,7 @@ def test_which_sizes_are_refused(kv_heads, group, tp):
 
 
 def test_a_stack_without_a_fused_qkv_can_be_injected():
-    """The reason is the rule, not the name of a tower."""
+    """The reason is the rule, not the name of a encoder."""
     table = tuple(replace(c, rule=TABLE[2].rule) if c.module.endswith("attn.qkv") else c for c in TABLE)
     assert injection_policy(replace(POLICY, table=table), SEVEN, 2).words.keys() == {"model.layers", "visual.blocks"}
 

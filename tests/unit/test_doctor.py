@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 from launching import ROOT, free_port
 
-from adapter.config import load_config
+from adapter.config.load import load_config
 from adapter.doctor import check, child, host, job, launched, machine, main
 from adapter.doctor.check import FAILED, OK, WARNING, Case
-from adapter.launchers import LAUNCHERS, Launch
+from adapter.parallel.launchers import LAUNCHERS, Launch
 
 DEMO = load_config(ROOT / "configs" / "demo_tp4.yaml")
 HERE = Launch(0, 2, 0, 2)  # rank 0 of two on this host

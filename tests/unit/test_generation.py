@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from adapter.config import from_dict
-from adapter.generation import Limits, _until_end, padded_together
-from adapter.job import Tally, deal, make_processor, read_ahead
-from adapter.processing import Prepared
+from adapter.config.load import from_dict
+from adapter.requests.batching import Limits, _until_end, padded_together
+from adapter.requests.processing import Prepared
+from adapter.requests.runner import Tally, deal, make_processor, read_ahead
 from policies.errors import UserError
 
 DEMO = Path(__file__).resolve().parents[2] / "launch" / "demo" / "checkpoint"

@@ -20,17 +20,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapter import hosts
-from adapter.cards import CARD_BYTES, exchange
-from adapter.hosts import LONGEST, PULSE, SECRET_BYTES, Distant, Hosts, meet
-from adapter.progress import ALL_GATHER, ALL_REDUCE, BROADCAST, Standing, hash_of_boot
-from adapter.watch import _distinct, describe
+from adapter.health import heartbeat
+from adapter.health.heartbeat import LONGEST, PULSE, SECRET_BYTES, Distant, Hosts, meet
+from adapter.health.watchdog import _distinct, describe
+from adapter.parallel.group import CARD_BYTES, exchange
+from adapter.parallel.progress import ALL_GATHER, ALL_REDUCE, BROADCAST, Standing, hash_of_boot
 
 HERE, THERE = Standing(3, True, ALL_GATHER, 12), Standing(-4, False, ALL_REDUCE, 2**40)
 
 
 class Clock:
-    """Time as adapter.hosts sees it."""
+    """Time as adapter.health.heartbeat sees it."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -42,7 +42,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     turned = Clock()
-    monkeypatch.setattr(hosts, "time", turned)
+    monkeypatch.setattr(heartbeat, "time", turned)
     return turned
 
 
@@ -207,7 +207,7 @@ def test_a_broken_socket_keeps_no_look_for_ever(ranks, clock, alarm):
 
 
 def test_a_flood_keeps_no_look_for_ever(ranks, monkeypatch):
-    monkeypatch.setattr(hosts, "MOST_HEARD", 3)
+    monkeypatch.setattr(heartbeat, "MOST_HEARD", 3)
     for step in range(5):
         ranks[0]._send(Standing(step, False, 0, 0), "")
     for last in (2, 4):
@@ -231,7 +231,7 @@ def test_the_line_to_a_master_of_ipv6(monkeypatch):
     except OSError as error:
         pytest.skip(str(error))
     assert addresses(monkeypatch, "::1") == "::1"
-    opened = hosts._open_line()
+    opened = heartbeat._open_line()
     assert opened.family == socket.AF_INET6 and opened.getsockname()[0] == "::1" and not opened.getblocking()
     opened.close()
 
@@ -249,7 +249,7 @@ def addresses(monkeypatch, master, interface=None):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     if interface is not None:
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
-    return hosts._own_address()
+    return heartbeat._own_address()
 
 
 @pytest.mark.parametrize("interface", ["lo", "lo,eth0"])
@@ -274,7 +274,7 @@ def test_an_address_of_the_link_alone_is_not_taken(monkeypatch):
 
 @dataclass
 class World:
-    """The ranks of a job as threads: of adapter.topology.Group what `meet` uses."""
+    """The ranks of a job as threads: of adapter.parallel.parallel_state.Group what `meet` uses."""
 
     rank: int
     size: int
@@ -324,7 +324,7 @@ def test_ranks_meet_those_of_other_hosts_and_hear_them(monkeypatch):
 
 
 def test_a_rank_without_a_line_says_why_and_is_not_waited_for(monkeypatch, caplog):
-    opened, lock = hosts._open_line, threading.Lock()
+    opened, lock = heartbeat._open_line, threading.Lock()
     without = []
 
     def open_line():
@@ -340,7 +340,7 @@ def test_a_rank_without_a_line_says_why_and_is_not_waited_for(monkeypatch, caplo
             return opened()
 
     monkeypatch.setenv("MASTER_PORT", "29500")
-    monkeypatch.setattr(hosts, "_open_line", open_line)
+    monkeypatch.setattr(heartbeat, "_open_line", open_line)
     names = ["alpha", "beta", "gamma"]
     met = in_a_world(3, lambda world: meet(world, names, names[world.rank]))
     assert "another host that vanishes will not be noticed" in caplog.text
@@ -369,8 +369,8 @@ def test_the_rank_that_prepares_requests_is_its_replicas_first(late, root, prepa
 
 def test_a_process_that_is_killed_and_one_that_is_stopped_are_heard_of_no_more(monkeypatch):
     """The real clock, hastened: another process speaks, is stopped, goes on, is killed."""
-    monkeypatch.setattr(hosts, "PULSE_S", 0.01)
-    monkeypatch.setattr(hosts, "SILENT_S", 0.3)
+    monkeypatch.setattr(heartbeat, "PULSE_S", 0.01)
+    monkeypatch.setattr(heartbeat, "SILENT_S", 0.3)
     here, there = job(["alpha", "beta"])
 
     def first_words():

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from adapter import bounds, kernels, native
-from adapter.fused import TABLED, Patches, Plain, Tabled
-from adapter.kernels import FEW_ROWS, Quantised, linear, quantise
+from adapter.kernels import build
+from adapter.kernels import linear as kernels
+from adapter.kernels.fused import TABLED, Patches, Tabled, TorchOps
+from adapter.kernels.linear import FEW_ROWS, Quantised, linear, quantise
+from adapter.verify import bounds
 from policies.errors import UserError
 from policies.formats import DENSE, GROUP, INT4, INT8
 
@@ -187,19 +189,19 @@ def test_a_plain_weight_without_kernels_is_multiplied_by_torch_and_said(monkeypa
     assert torch.equal(linear(x, w), F.linear(x, w))
 
 
-@pytest.mark.skipif(native.unavailable() is not None, reason="no C++ operators")
+@pytest.mark.skipif(build.unavailable() is not None, reason="no C++ operators")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fused_operators_equal_their_formulas(dtype):
     ops, u = torch.ops.qwenvl_tp, torch.finfo(dtype).eps
     x, delta, w = drawn(3, 96, dtype=dtype), drawn(3, 96, seed=1, dtype=dtype), drawn(96, seed=2, dtype=dtype)
-    torch.testing.assert_close(ops.rms_norm(x, w, 1e-6), Plain.rms_norm(x, w, 1e-6), rtol=2 * u, atol=2 * u)
+    torch.testing.assert_close(ops.rms_norm(x, w, 1e-6), TorchOps.rms_norm(x, w, 1e-6), rtol=2 * u, atol=2 * u)
     one, two = x.clone(), x.clone()
-    a, b = ops.add_rms_norm(one, delta, w, 1e-6), Plain.add_rms_norm(two, delta, w, 1e-6)
+    a, b = ops.add_rms_norm(one, delta, w, 1e-6), TorchOps.add_rms_norm(two, delta, w, 1e-6)
     assert torch.equal(one, two)
     torch.testing.assert_close(a, b, rtol=2 * u, atol=2 * u)
-    torch.testing.assert_close(ops.silu_mul(x, delta), Plain.silu_mul(x, delta), rtol=2 * u, atol=2 * u)
+    torch.testing.assert_close(ops.silu_mul(x, delta), TorchOps.silu_mul(x, delta), rtol=2 * u, atol=2 * u)
     wide = torch.linspace(-100, 100, 9999).to(dtype)
-    torch.testing.assert_close(ops.silu_mul(wide, wide), Plain.silu_mul(wide, wide), rtol=2 * u, atol=1e-6)
+    torch.testing.assert_close(ops.silu_mul(wide, wide), TorchOps.silu_mul(wide, wide), rtol=2 * u, atol=1e-6)
     batch, kv, groups, length, dim = 3, 2, 3, 11, 16
     q, k, v = (drawn(batch, n * dim, seed=i, dtype=dtype) for i, n in enumerate((kv * groups, kv, kv)))
     cos, sin = drawn(batch, dim, seed=5, dtype=dtype), drawn(batch, dim, seed=6, dtype=dtype)
@@ -207,7 +209,7 @@ def test_fused_operators_equal_their_formulas(dtype):
     start, place = torch.tensor([0, 4, 7]), torch.tensor([8])
     theirs = [c.clone() for c in caches]
     ours = ops.attend(q, k, v, cos, sin, *caches, start, place, dim ** -0.5)
-    plain = Plain.attend(q, k, v, cos, sin, *theirs, start, place, dim ** -0.5)
+    plain = TorchOps.attend(q, k, v, cos, sin, *theirs, start, place, dim ** -0.5)
     torch.testing.assert_close(ours, plain, rtol=8 * u, atol=8 * u)
     torch.testing.assert_close(caches, theirs, rtol=2 * u, atol=2 * u)
 

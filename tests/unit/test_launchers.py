@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from adapter import network
-from adapter.launchers import (
+from adapter.parallel import network
+from adapter.parallel.launchers import (
     SLURM_PORTS,
     Launch,
     environment_rank,

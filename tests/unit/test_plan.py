@@ -14,11 +14,13 @@ import pytest
 from checkpoints import Shape, make_checkpoint
 from published import FILES, PUBLISHED, TOTAL_BYTES, write_sparse
 
-from adapter.config import load_config
-from adapter.plan import checked_plan, make_plan, report, valid_tp_sizes
+from adapter.commands.plan import report
+from adapter.config.load import load_config
+from adapter.planning.load import checked_plan, make_plan
+from adapter.planning.plan import valid_tp_sizes
 from policies.errors import UserError
+from policies.families.qwen2_vl import POLICY
 from policies.heads import split_heads
-from policies.qwen2_vl import POLICY
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {"2b": "qwen2_vl_2b_tp2.yaml", "7b": "qwen2_vl_7b_tp4.yaml", "72b": "qwen2_vl_72b_tp8.yaml"}

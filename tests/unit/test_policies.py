@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.errors import UserError
+from policies.families.qwen2_vl import POLICY, TABLE
 from policies.heads import split_grains, split_heads
-from policies.qwen2_vl import POLICY, TABLE
 from policies.registry import policy_for
 from policies.rules import Claim, Column, FusedQKV, Replicated, Row, TensorSlice, expand, slice_of
 
-PUBLISHED = [(28, 4), (12, 2), (64, 8), (16, 16)]  # query and KV heads: 7B, 2B, 72B, every vision tower
+PUBLISHED = [(28, 4), (12, 2), (64, 8), (16, 16)]  # query and KV heads: 7B, 2B, 72B, every vision encoder
 SPLITS = [(q, kv, tp) for q, kv in PUBLISHED for tp in range(1, q + 1)] + [(16, 16, tp) for tp in range(17, 29)]
 every_split = pytest.mark.parametrize(("q_heads", "kv_heads", "tp"), SPLITS)
 any_split = given(st.integers(1, 8), st.integers(1, 9), st.integers(1, 40))  # KV heads, query heads to each, tp

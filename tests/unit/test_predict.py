@@ -18,14 +18,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from published import FILES, PUBLISHED, TOTAL_BYTES, write_sparse
 
-from adapter.forecast import workload
-from adapter.hardware import AllReduce, Hardware, load_hardware
-from adapter.plan import Plan, valid_tp_sizes
-from adapter.predict import Work, Workload, predict, predict_all, text_work, vision_work
+from adapter.commands.forecast import workload
+from adapter.planning.cost_model import Work, Workload, predict, predict_all, text_work, vision_work
+from adapter.planning.hardware import AllReduce, Hardware, load_hardware
+from adapter.planning.plan import Plan, valid_tp_sizes
 from policies.errors import UserError
+from policies.families.qwen2_vl import POLICY
 from policies.formats import FORMATS
 from policies.heads import split_heads
-from policies.qwen2_vl import POLICY
 
 ROOT = Path(__file__).parents[2]
 FILES_OF_HARDWARE = sorted((ROOT / "configs" / "hardware").glob("*.yaml"))

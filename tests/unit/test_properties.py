@@ -1,4 +1,4 @@
-"""The arithmetic of policies/ over any geometry of both towers, and that what a rank holds is what the plan says.
+"""The arithmetic of policies/ over any geometry of both encoders, and that what a rank holds is what the plan says.
 
 Geometries, tp sizes and even the table's biases are drawn. test_policies.py has the same for geometries that exist.
 """
@@ -18,11 +18,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapter.inject import build_on_meta, inject
-from adapter.plan import DTYPE_BYTES, Plan, valid_tp_sizes
-from adapter.topology import Group
+from adapter.model.inject import inject
+from adapter.model.meta_init import build_on_meta
+from adapter.parallel.group import Group
+from adapter.planning.plan import DTYPE_BYTES, Plan, valid_tp_sizes
+from policies.families.qwen2_vl import POLICY, TABLE
 from policies.policy import Geometry, Policy
-from policies.qwen2_vl import POLICY, TABLE
 from policies.rules import Claim, Replicated, Row, TensorSlice
 
 any_example = settings(deadline=None, derandomize=True, max_examples=60)
@@ -121,11 +122,11 @@ def test_the_slices_of_all_ranks_together_are_the_identity(plan):
 @given(plans())
 def test_every_rank_is_busy_and_none_is_much_busier(plan):
     """No rank goes without query heads, MLP or vocabulary; vision heads may be fewer than ranks, and then as even."""
-    for tower, attention in plan.geometry.attention.items():
-        owned = [shard.owned for shard in plan.heads[tower]]
+    for encoder, attention in plan.geometry.attention.items():
+        owned = [shard.owned for shard in plan.heads[encoder]]
         assert sum(owned) == attention.q_heads
         assert max(owned) == math.ceil(attention.q_heads / plan.tp_size)
-        assert tower == "vision" or min(owned) > 0
+        assert encoder == "vision" or min(owned) > 0
     for axis in ("mlp", "v_mlp", "merger", "vocab"):
         widths = [stop - start for start, stop in plan.splits[axis].ranges]
         assert min(widths) > 0
@@ -144,8 +145,8 @@ def test_attention_is_cut_between_heads_and_never_within_one(plan):
         dim = plan.geometry.attention["vision" if row.claim.module.startswith("visual") else "text"].head_dim
         for part in row.parts if cut_by_heads else ():
             assert all(start % dim == 0 and stop % dim == 0 for start, stop in part.ranges), row.name
-    for tower in plan.heads:
-        for before, after in zip(plan.heads[tower], plan.heads[tower][1:], strict=False):
+    for encoder in plan.heads:
+        for before, after in zip(plan.heads[encoder], plan.heads[encoder][1:], strict=False):
             assert before.q[1] == after.q[0]
 
 

@@ -12,10 +12,10 @@ import torch
 import transformers
 from checkpoints import Shape, cases, make_checkpoint
 
-from adapter.plan import checked_plan
-from adapter.reference import Reference
-from adapter.topology import Group
-from adapter.trace import furthest
+from adapter.parallel.group import Group
+from adapter.planning.load import checked_plan
+from adapter.verify.reference import Reference
+from adapter.verify.trace import furthest
 
 BIG = Shape(heads=12, kv_heads=2, head_dim=64, layers=8, mlp=6144, vocab=4000, v_layers=2, v_head_dim=40)
 MEMORY = """
@@ -23,8 +23,8 @@ import json, sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
 import torch
-from adapter.plan import checked_plan
-from adapter.reference import Reference
+from adapter.planning.load import checked_plan
+from adapter.verify.reference import Reference
 plan, checkpoint = checked_plan(Path({directory!r}), 1, "float32")
 reference = Reference(Path({directory!r}), plan, checkpoint, torch.float32, "sdpa", "cpu")
 peak = lambda: 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
@@ -64,7 +64,7 @@ def test_a_checkpoint_larger_than_memory_allows_can_be_streamed(tmp_path):
 
 
 def test_the_oracle_agrees_with_the_module_and_chunks_change_nothing(tmp_path, monkeypatch):
-    import adapter.reference
+    import adapter.verify.reference
 
     directory = make_checkpoint(tmp_path / "m", Shape())
     plan, checkpoint = checked_plan(directory, 3, "float32")
@@ -74,7 +74,7 @@ def test_the_oracle_agrees_with_the_module_and_chunks_change_nothing(tmp_path, m
     (whole,) = reference.expected(plan, Group(0, 3), name, plan.claims[name], torch.nn.Identity(), x)
     weights = reference.weights(name)
     assert torch.equal(whole.values, torch.nn.functional.linear(x, weights["weight"], weights["bias"]))
-    monkeypatch.setattr(adapter.reference, "CHUNK", 2 * whole.values.shape[1])
+    monkeypatch.setattr(adapter.verify.reference, "CHUNK", 2 * whole.values.shape[1])
     parts = list(reference.expected(plan, Group(0, 3), name, plan.claims[name], torch.nn.Identity(), x))
     assert len(parts) == 5
     assert furthest(torch.cat([p.values for p in parts]), whole.values, whole.bound)[0] <= 1

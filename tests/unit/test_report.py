@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adapter import report
-from adapter.config import from_dict
+from adapter.config.load import from_dict
+from adapter.verify import report
 from policies.errors import UserError
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
@@ -238,7 +238,7 @@ def test_frames_of_a_film_differ(config, rows):
 def test_the_plot_shows_every_case(config, rows, page):
     svg = svg_of(page)
     words = ["".join(element.itertext()).strip() for element in svg.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"vision tower", "language model", "a case", "a case that did not hold", "median of 3 cases", "limit",
+    assert {"vision encoder", "language model", "a case", "a case that did not hold", "median of 3 cases", "limit",
             "largest of 3 cases", "first divergent", "first divergent module: visual.blocks.1.attn.proj"} <= set(words)
     assert "currentColor" in page and report.INK not in page
     again = report.render(config, [*rows, a_row("another")], SUMMARY)
@@ -266,7 +266,7 @@ def test_the_figure_holds_the_numbers():
     assert list(lines["limit"].get_ydata()) == [1, 1]
     assert list(lines["first divergent"].get_xdata()) == [2, 2]
     assert [list(line.get_xdata()) for line in errors.get_lines() if line.get_linestyle() == "-"][3:] == [
-        [0, 1, 2, 3], [1.5, 1.5]]  # the median, and what stands between the towers
+        [0, 1, 2, 3], [1.5, 1.5]]  # the median, and what stands between the encoders
     low, high = shares.get_ylim()
     assert low < 0.1 and high > 7
 

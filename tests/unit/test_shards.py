@@ -21,14 +21,16 @@ from checkpoints import Shape, make_checkpoint
 from launching import ROOT
 from safetensors import safe_open
 
-from adapter import presharded, shard
-from adapter.checkpoint import Checkpoint
-from adapter.config import from_dict, load_config
-from adapter.kernels import Quantised, make_weight
-from adapter.plan import Plan, checked_plan, make_plan
-from adapter.presharded import MANIFEST, Shards, entries, open_shards, read_whole
-from adapter.schema import Weights
-from adapter.shard import write_shards
+from adapter.checkpoint import sharded
+from adapter.checkpoint.safetensors import Checkpoint
+from adapter.checkpoint.sharded import MANIFEST, Shards, entries, open_shards, read_whole
+from adapter.commands import shard
+from adapter.commands.shard import write_shards
+from adapter.config.load import from_dict, load_config
+from adapter.config.schema import Weights
+from adapter.kernels.linear import Quantised, make_weight
+from adapter.planning.load import checked_plan, make_plan
+from adapter.planning.plan import Plan
 from policies.errors import UserError
 
 UNEVEN = Shape(heads=6, kv_heads=2, head_dim=4, layers=1, mlp=40, vocab=37, v_heads=3, v_head_dim=4, v_layers=1)
@@ -92,7 +94,7 @@ def test_every_tensor_of_every_rank(tmp_path, shape, tp, form, dtype):
 
 
 @pytest.mark.parametrize(("wanted", "fits"), [("data", True), ("auto", True), ("tensor", False)])
-def test_a_tower_that_every_rank_holds_whole(tmp_path, wanted, fits):
+def test_a_encoder_that_every_rank_holds_whole(tmp_path, wanted, fits):
     """What ranks hold is the same for data and auto; one rank holds everything whichever it is."""
     plan, _, directory = written(tmp_path, "uneven", 2, "float32", "dense", "auto")
     whole = checked_plan(tmp_path / "model", 1, "float32")[1]
@@ -160,7 +162,7 @@ def test_safetensors_reads_the_files(tmp_path, shape, tp, form, dtype):
         with safe_open(shards.file(rank), "pt") as file:
             assert {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()} == {  # noqa: SIM118
                 e.name: e.shape for e in entries(plan, rank)}
-        assert all(i.offset % presharded.BYTES[i.dtype] == 0 for i in shards.files[rank].values())
+        assert all(i.offset % sharded.BYTES[i.dtype] == 0 for i in shards.files[rank].values())
 
 
 def test_the_directory_is_a_model_directory(tmp_path):
@@ -305,9 +307,9 @@ def test_writing_holds_one_tensor_at_a_time(big, tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from adapter.plan import checked_plan
-from adapter.shard import write_shards
-import torch, adapter.kernels
+from adapter.planning.load import checked_plan
+from adapter.commands.shard import write_shards
+import torch, adapter.kernels.linear
 peak = lambda: 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
 plan, checkpoint = checked_plan(Path({str(big / 'model')!r}), 1, "float32")
 before = peak()

@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from adapter import native, shared_memory
-from adapter.shared_memory import DTYPES, Region, common
+from adapter.kernels import build
+from adapter.parallel import shared_memory
+from adapter.parallel.shared_memory import DTYPES, Region, common
 
 OPS = torch.ops.qwenvl_tp
 
 
 @pytest.fixture(scope="module", autouse=True)
 def operators() -> None:
-    assert native.unavailable() is None
+    assert build.unavailable() is None
 
 
 def opened(pids: list[int], limit_s: float = 60) -> list[Region]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from adapter import all_reduce
-from adapter.all_reduce import DEEPSPEED, TORCH, Route, deepspeed_refusal, describe, quickest
-from adapter.launchers import Launch
-from adapter.topology import Group, check_world
+from adapter.parallel import all_reduce
+from adapter.parallel.all_reduce import DEEPSPEED, deepspeed_refusal, describe, quickest
+from adapter.parallel.group import TORCH, Group, Route
+from adapter.parallel.launchers import Launch
+from adapter.parallel.rendezvous import check_world
 from policies.errors import UserError
 
 

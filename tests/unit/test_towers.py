@@ -1,4 +1,4 @@
-"""Dealing pictures to ranks, its cost against that of a split tower, and what a plan says of both."""
+"""Dealing pictures to ranks, its cost against that of a split encoder, and what a plan says of both."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from checkpoints import DEFAULT, Shape, make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.plan import DTYPE_BYTES, Plan, report
-from adapter.towers import FLOPS_PER_BYTE, Deal, cost, deal, pieces
-from policies.qwen2_vl import POLICY
+from adapter.commands.plan import report
+from adapter.planning.plan import DTYPE_BYTES, Plan
+from adapter.planning.vision_balance import FLOPS_PER_BYTE, Assignment, cost, deal, pieces
+from policies.families.qwen2_vl import POLICY
 
 ROOT = Path(__file__).parents[2]
 GRIDS = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9).map(lambda n: 2 * n), st.integers(1, 9).map(
@@ -87,7 +88,7 @@ def test_cost_by_hand():
 
 
 def published(tp: int) -> Plan:
-    """The vision tower of every published size beside a small language model, in bfloat16."""
+    """The vision encoder of every published size beside a small language model, in bfloat16."""
     return plan_of(Shape(heads=28, kv_heads=4, head_dim=128, v_head_dim=80, v_layers=32), tp, dtype="bfloat16")
 
 
@@ -109,21 +110,21 @@ def test_a_single_piece_is_never_dealt(h, w, tp):
 def test_one_rank_has_nothing_to_choose():
     found = price(plan_of(tp=1))
     assert found.reduced == found.gathered == 0 and found.parts == (found.whole,)
-    assert not found.deals(Deal(((2, 2), (2, 2)), ((0, 1),)))
+    assert not found.deals(Assignment(((2, 2), (2, 2)), ((0, 1),)))
 
 
 @pytest.mark.parametrize("vision", ["data", "auto"])
 @pytest.mark.parametrize("tp", [2, 3])
-def test_every_rank_holds_the_tower_once(vision, tp):
+def test_every_rank_holds_the_encoder_once(vision, tp):
     shape, plan = Shape(), plan_of(Shape(), tp, vision)
-    tower = sum(4 * _count(s) for n, s in shape.tensors().items() if n.startswith("visual."))
+    encoder = sum(4 * _count(s) for n, s in shape.tensors().items() if n.startswith("visual."))
     split = report(plan.divided, [])
     facts = report(plan, [])
-    assert facts["vision"]["mode"] == vision and facts["vision"]["held_bytes"] == [tower] * tp
+    assert facts["vision"]["mode"] == vision and facts["vision"]["held_bytes"] == [encoder] * tp
     for rank, (row, other) in enumerate(zip(facts["ranks"], split["ranks"], strict=True)):
         more = facts["vision"]["replica_bytes"][rank]
-        assert row["weight_bytes"] == other["weight_bytes"] + more and 0 < more < tower
-        assert split["vision"]["held_bytes"][rank] + more == tower and split["vision"]["replica_bytes"][rank] == 0
+        assert row["weight_bytes"] == other["weight_bytes"] + more and 0 < more < encoder
+        assert split["vision"]["held_bytes"][rank] + more == encoder and split["vision"]["replica_bytes"][rank] == 0
     for tensor in facts["tensors"]:
         assert (tensor["rule"] == "Replicated") >= tensor["name"].startswith("visual.")
         assert not tensor["name"].startswith("visual.") or (tensor["dim"] is None and tensor["why"])
@@ -147,7 +148,7 @@ def test_the_command_says_what_it_costs(tmp_path):
     said = subprocess.run([sys.executable, "launch/plan.py", "--config", str(file)], cwd=ROOT, capture_output=True,
                           text=True, timeout=60)
     assert said.returncode == 0, said.stderr
-    for words in ("vision auto: each rank holds the whole tower", "GB more than split", "100 a byte sent",
+    for words in ("vision auto: each rank holds the whole encoder", "GB more than split", "100 a byte sent",
                   "1 picture of 1024 patches", "auto takes tensor", "auto takes data"):
         assert words in said.stdout, said.stdout
     facts = json.loads(subprocess.run([sys.executable, "launch/plan.py", "--json", "--config", str(file)], cwd=ROOT,

@@ -11,8 +11,10 @@ import pytest
 import torch
 from launching import ROOT
 
-from adapter import watch
-from adapter.desync import (
+from adapter.checkpoint.digest import unlike
+from adapter.config.schema import TensorParallelSection
+from adapter.health import watchdog
+from adapter.health.desync import (
     FEATURES,
     IDS,
     LEAVING,
@@ -23,11 +25,18 @@ from adapter.desync import (
     disagreements,
     message,
 )
-from adapter.digest import unlike
-from adapter.progress import ALL_GATHER, ALL_REDUCE, BARRIER, BROADCAST, Progress, Standing, open_progress, standing
-from adapter.schema import TensorParallelSection
-from adapter.topology import Group
-from adapter.watch import Lateness, describe, late_ranks
+from adapter.health.watchdog import Lateness, describe, late_ranks
+from adapter.parallel.group import Group
+from adapter.parallel.progress import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    BARRIER,
+    BROADCAST,
+    Progress,
+    Standing,
+    open_progress,
+    standing,
+)
 
 
 def digest(*values: object) -> int:
@@ -83,11 +92,11 @@ def test_desync_check_is_a_whole_number(value):
 def test_a_failed_check_is_a_message_and_exit_code_1():
     code = """
         import argparse
-        from adapter import command
+        from adapter.commands import common
         from policies.errors import CheckFailed
         def main(args, results):
             raise CheckFailed("rank 1 is not like the others")
-        command.run(main, argparse.ArgumentParser())
+        common.run(main, argparse.ArgumentParser())
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
@@ -152,12 +161,12 @@ def test_a_late_rank_in_words(mine, others, words):
 
 def test_waiting_is_said_after_seconds_and_again_after_a_minute_and_a_stop_does_not_count(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
     lateness, said = Lateness(), []
 
     def pass_seconds(seconds: float, mine: Standing) -> float:
-        for _ in range(int(seconds / watch.INTERVAL_S)):
-            now[0] += watch.INTERVAL_S
+        for _ in range(int(seconds / watchdog.INTERVAL_S)):
+            now[0] += watchdog.INTERVAL_S
             waited = lateness.look(mine)
             if lateness.is_time_to_say():
                 said.append(round(waited))
@@ -172,10 +181,10 @@ def test_waiting_is_said_after_seconds_and_again_after_a_minute_and_a_stop_does_
 
 
 def test_no_shared_memory_is_said_and_stops_nothing(monkeypatch, caplog):
-    from adapter import progress, topology
+    from adapter.parallel import parallel_state, progress
 
     def refuse(name: str) -> int:
         raise OSError(1, "Operation not permitted")
 
     monkeypatch.setattr(progress.os, "memfd_create", refuse)
-    assert topology._make_progress() is None and "not permitted" in caplog.text
+    assert parallel_state._make_progress() is None and "not permitted" in caplog.text

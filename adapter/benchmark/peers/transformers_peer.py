@@ -51,10 +51,10 @@ def own_tensor_parallel(path: str, dtype: torch.dtype) -> Model:
 
 
 def stock_deepspeed(path: str, dtype: torch.dtype) -> Model:
-    """The text tower cut; DeepSpeed would compute wrong numbers with the vision tower's layers."""
+    """The text encoder cut; DeepSpeed would compute wrong numbers with the vision encoder's layers."""
     import deepspeed
 
-    from policies.dialects import injection_policy
+    from policies.export import injection_policy
     from policies.registry import policy_for
 
     deepspeed.init_distributed()

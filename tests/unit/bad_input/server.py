@@ -25,7 +25,11 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}  # the former as a command itself sets it
 
-from adapter import checkpoint, command, config, generate, plan, schema  # noqa: E402, F401  (imported before the fork)
+# ruff: noqa: E402, F401  (imported before the fork)
+from adapter.checkpoint import safetensors
+from adapter.commands import common, generate, plan
+from adapter.config import load as config
+from adapter.config import schema
 
 DEMO = ROOT / "launch" / "demo" / "checkpoint"
 LIMIT_S = 10.0
@@ -33,25 +37,25 @@ MEMORY = 2 << 30  # bytes of address space above what the imports take
 SIGNS = ("socket.", "subprocess.", "os.fork", "os.posix_spawn", "os.exec", "os.system")
 
 
-def processor_of(args: argparse.Namespace, results: command.Results) -> int:
+def processor_of(args: argparse.Namespace, results: common.Results) -> int:
     """What generate does with a checkpoint's processor before any rank joins."""
-    from adapter.processing import RequestProcessor
+    from adapter.requests.processing import RequestProcessor
 
     stated = config.load_config(args.config, args.overrides)
     RequestProcessor(stated.model.path, stated.processor, 2000)
-    return command.DONE
+    return common.DONE
 
 
 def preparing():
-    from adapter.processing import RequestProcessor
+    from adapter.requests.processing import RequestProcessor
 
     processor = RequestProcessor(DEMO, schema.Processor(max_pixels=1 << 20), 2000)
 
-    def prepare(args: argparse.Namespace, results: command.Results) -> int:
+    def prepare(args: argparse.Namespace, results: common.Results) -> int:
         """What generate does with requests, without a model: the first that cannot be prepared is the error."""
         for request in config.load_config(args.config, args.overrides).requests:
             processor.prepare(request)
-        return command.DONE
+        return common.DONE
 
     return prepare
 
@@ -62,7 +66,7 @@ if "--requests" in sys.argv:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = command.parser("one of launch/'s commands")
+    parser = common.parser("one of launch/'s commands")
     parser.add_argument("--json", action="store_true")
     return parser
 
@@ -81,7 +85,7 @@ def child(job: dict, streams: dict[str, int]) -> None:
 
     sys.addaudithook(watch)
     sys.argv = [job["command"], *job["args"]]
-    command.run(COMMANDS[job["command"]], arguments())
+    common.run(COMMANDS[job["command"]], arguments())
 
 
 def fork(job: dict, streams: dict[str, int]) -> int:

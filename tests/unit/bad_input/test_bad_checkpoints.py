@@ -202,7 +202,7 @@ NAMES: dict[str, tuple[Callable[[Header], Header], list[str]]] = {
     "a layer below zero": (rename("model.layers.-1.mlp.gate_proj.weight"), ["layers.-1", "not part of", "layers.0"]),
     "a layer with a zero": (rename("model.layers.00.mlp.gate_proj.weight"), ["layers.00", "not part of", "layers.0."]),
     "a bias for a weight": (rename(MLP.replace("weight", "bias")), ["bias", "not part of", "missing"]),
-    "a text MLP in the vision tower": (rename("visual.blocks.0.mlp.gate_proj.weight"), ["not part of", "missing"]),
+    "a text MLP in the vision encoder": (rename("visual.blocks.0.mlp.gate_proj.weight"), ["not part of", "missing"]),
     "quantised": (rename(MLP.replace("weight", "qweight")), ["qweight", "not part of", "missing"]),
     "LoRA": (rename(MLP.replace("weight", "lora_A.weight")), ["lora_A", "not part of", "missing"]),
     "two names of one": (lambda h: {**h, "model.language_model.norm.weight": h[NORM]}, []),

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import pytest
 from checkpoints import Shape, make_checkpoint
 
-from adapter.schema import Config, Generation, Section
+from adapter.config.schema import Config, Generation, Section
 
 KINDS = {"null": "null", "boolean": "true", "integer": "3", "number": "3.5", "string": "some words",
          "list": "[1, 2]", "mapping": "{a: 1}", "date": "2024-01-01"}

@@ -7,7 +7,7 @@ import warnings
 import pytest
 from media_and_requests import CHECKPOINT, LIMITS, data_url, film, picture
 
-from adapter.processing import RequestProcessor
+from adapter.requests.processing import RequestProcessor
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ import transformers
 from packaging.version import Version
 from PIL import Image
 
-from adapter.config import parse_request
-from adapter.processing import RequestError
-from adapter.schema import Processor
+from adapter.config.load import parse_request
+from adapter.config.schema import Processor
+from adapter.requests.processing import RequestError
 
 CHECKPOINT = Path(__file__).parents[3] / "launch" / "demo" / "checkpoint"
 TRANSFORMERS = Version(transformers.__version__)

@@ -9,11 +9,11 @@ import torch
 from media_and_requests import CHECKPOINT, TRANSFORMERS, ask
 from transformers import AutoConfig, GenerationConfig, Qwen2VLForConditionalGeneration
 
-from adapter import processing
-from adapter.config import parse_request
-from adapter.media import load_image
-from adapter.processing import RequestProcessor, collate
-from adapter.schema import Processor
+from adapter.config.load import parse_request
+from adapter.config.schema import Processor
+from adapter.requests import processing
+from adapter.requests.media import load_image
+from adapter.requests.processing import RequestProcessor, collate
 
 
 @pytest.mark.parametrize(

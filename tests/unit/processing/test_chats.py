@@ -9,10 +9,10 @@ import torch
 from media_and_requests import CHECKPOINT, LIMITS, ask, reason
 from transformers import AutoProcessor
 
-from adapter import media
-from adapter.config import parse_request
-from adapter.processing import RequestError, RequestProcessor
-from adapter.schema import Processor
+from adapter.config.load import parse_request
+from adapter.config.schema import Processor
+from adapter.requests import media
+from adapter.requests.processing import RequestError, RequestProcessor
 from policies.errors import UserError
 
 

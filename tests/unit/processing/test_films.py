@@ -10,9 +10,9 @@ import pytest
 from media_and_requests import CHECKPOINT, LIMITS, ask, film, reason
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from adapter import media
-from adapter.media import sample
-from adapter.processing import RequestProcessor
+from adapter.requests import media
+from adapter.requests.media import sample
+from adapter.requests.processing import RequestProcessor
 
 
 def test_sample_like_qwen():

@@ -12,9 +12,9 @@ from packaging.version import Version
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from adapter.media import load_image
-from adapter.processing import RequestError, RequestProcessor
-from adapter.schema import Processor
+from adapter.config.schema import Processor
+from adapter.requests.media import load_image
+from adapter.requests.processing import RequestError, RequestProcessor
 
 
 @pytest.mark.parametrize("kind", ["images", "videos"])

@@ -1,0 +1,134 @@
+"""How fast and how large, beside what the machine allows, and beside other engines.
+
+    deepspeed --num_accelerators 2 launch/bench.py --config C [key=value ...]    these ranks measure themselves
+    python launch/bench.py --config C [--against hf,hf-tp,deepspeed,vllm] ...    starts such a job, and peers, in turn
+    ... [--formats int8,int4]                                                    and the same job in other formats
+    python -m adapter.benchmark.main ...                                                  where it is installed
+
+Times the config's first request (without any: a drawn picture of 448 x 448), greedily, --new tokens exactly. stdout: a
+JSON line per start and repeat, then a summary: load_s, peak_rss_bytes of each rank, ttft_s, decode_tok_s, collective_us
+and more, each as min, median and max of the repeats. Exit 0: measured; 1: a peer failed; 2: bad input.
+
+Started plainly, it holds no cores itself while a job runs, and every repeat starts every job once more: the time from
+the command to the first answer is measured too. Under a launcher the ranks are loaded once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from adapter.benchmark.driver import PEERS, check, drive
+from adapter.benchmark.summary import summary
+from adapter.commands import common
+from adapter.parallel.launchers import launcher_of
+from policies.errors import UserError
+from policies.formats import FORMATS
+
+if TYPE_CHECKING:
+    from adapter.planning.plan import Plan
+
+
+def main(args: argparse.Namespace, results: common.Results) -> int:
+    from adapter.config.load import load_config
+    from adapter.planning.load import checked_plan
+
+    greedy = f"generation={{max_new_tokens: {args.new}, do_sample: false, num_beams: 1}}"
+    config = load_config(args.config, [*args.overrides, greedy])
+    plan, *_ = [checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
+                             config.tensor_parallel.vision, form)[0] for form in (config.weights.format, *args.formats)]
+    rank, ranked, rows = common.environment_rank("RANK"), bool(launcher_of().mark), list[dict[str, Any]]()
+
+    def write(row: dict[str, Any]) -> None:
+        rows.append(row)
+        results.write(row)
+
+    for option, names in (("--against", args.against), ("--formats", args.formats)):
+        if ranked and names:
+            raise UserError(f"{option} starts jobs of its own, which need the cores that this job's ranks would hold: "
+                            f"start `python launch/bench.py {option} {','.join(names)} ...`, without a launcher")
+    if rank == 0:
+        check(args, plan)
+        _check_files(args)
+    if ranked:
+        from adapter.benchmark.ranks import measure
+
+        code = measure(config, plan, args, write)
+    else:
+        code = drive(config, plan, args, write)
+    if rank == 0 and code in (common.DONE, common.CHECK_FAILED) and rows:
+        results.write(found := summary(rows, args.repeats))
+        if args.png:
+            from adapter.benchmark.picture import draw
+
+            draw(found, args.png)
+        if args.write_hardware:
+            _write_hardware(plan, found, args.write_hardware)
+    return code
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Before a long run: can its files be made at its end? Raises UserError."""
+    if args.png:
+        from adapter.verify.report import require_matplotlib
+
+        require_matplotlib()
+    for option, file in (("--png", args.png), ("--write-hardware", args.write_hardware)):
+        try:
+            if file:
+                file.open("ab").close()
+        except OSError as error:
+            raise UserError(f"{option} {file}: cannot be written: {error.strerror}") from None
+
+
+def _write_hardware(plan: Plan, found: dict[str, Any], file: Path) -> None:
+    import yaml
+
+    from adapter.benchmark.calibrate import calibrated
+
+    facts = calibrated(plan, found).model_dump(mode="json", exclude_none=True)
+    file.write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(stated: str) -> list[str]:
+        names = list(dict.fromkeys(stated.split(",")))
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"{', '.join(map(repr, unknown))} is none of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _count(least: int, most: int) -> Callable[[str], int]:
+    def parse(stated: str) -> int:
+        if not stated.isdecimal() or not least <= int(stated) <= most:
+            raise argparse.ArgumentTypeError(f"{stated!r} is not a whole number from {least} to {most}")
+        return int(stated)
+
+    return parse
+
+
+def start() -> NoReturn:
+    arguments = common.parser(__doc__)
+    arguments.add_argument("--repeats", type=_count(1, 1000), default=3, metavar="N", help="default 3")
+    arguments.add_argument("--new", type=_count(2, 2**20), default=32, metavar="N", help="tokens an answer, default 32")
+    arguments.add_argument("--requests-at-once", type=_count(1, 4096), default=8, metavar="N", help="default 8")
+    arguments.add_argument("--against", type=_some_of(PEERS), default=[], metavar="PEERS",
+                           help=f"time others on the same request too, of {','.join(PEERS)}")
+    arguments.add_argument("--formats", type=_some_of(tuple(FORMATS)), default=[], metavar="FORMATS",
+                           help=f"time one request with other weights.format too, of {','.join(FORMATS)}")
+    arguments.add_argument("--vllm-python", metavar="PATH", help="interpreter of an environment with vLLM")
+    arguments.add_argument("--profile", action="store_true", help="tell the operators that take the most time, too")
+    arguments.add_argument("--png", type=Path, metavar="FILE", help="draw first token and tokens/s of all")
+    arguments.add_argument("--write-hardware", type=Path, metavar="FILE",
+                           help="write this machine, as measured, for launch/plan.py --hardware")
+    arguments.add_argument("--limit", type=_count(1, 10**6), default=1800, metavar="SECONDS",
+                           help="that one job may take before it is ended, default 1800")
+    common.run(main, arguments)
+
+
+if __name__ == "__main__":
+    start()

@@ -1,0 +1,155 @@
+"""Print what each rank would own, before anything is loaded.
+
+    python launch/plan.py --config configs/qwen2_vl_7b_tp4.yaml [--json] [key=value ...]
+    python -m adapter.commands.plan --config C ...    where it is installed
+
+Heads, slices, bytes, collectives and every violated constraint, from config.json and the headers of the safetensors
+files. Exit 2 where the plan has problems. With --hardware configs/hardware/X.yaml it also predicts first token,
+tokens/s and memory on that machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from typing import Any, NoReturn
+
+from adapter.commands import common
+from adapter.planning.load import make_plan
+from adapter.planning.plan import DTYPE_BYTES, Plan
+from adapter.planning.vision_balance import EXAMPLES, FLOPS_PER_BYTE, cost, deal
+from policies.rules import Replicated
+
+
+def main(args: argparse.Namespace, results: common.Results) -> int:
+    from adapter.commands.forecast import forecast
+    from adapter.config.load import load_config
+
+    config = load_config(args.config, args.overrides)
+    plan, checkpoint, problems = make_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
+                                           config.tensor_parallel.vision, config.weights.format)
+    facts = report(plan, problems)
+    if checkpoint is None:
+        print(f"note: {config.model.path} holds no safetensors file; planned from config.json alone", file=sys.stderr)
+    foreseen = None if problems else forecast(plan, args)
+    if args.json:
+        results.write(facts | ({"prediction": foreseen[0]} if foreseen else {}))
+    else:
+        results.text(_table(facts) + (f"\n\n{foreseen[1]}" if foreseen else ""))
+    return common.BAD_INPUT if problems else common.DONE
+
+
+def report(plan: Plan, problems: list[str]) -> dict[str, Any]:
+    """The plan as plain data, as launch/plan.py prints it."""
+    known = not plan.policy.problems(plan.geometry, plan.tp_size)
+    ranks = range(plan.tp_size) if known else range(0)
+    return {
+        "model_type": plan.policy.model_type,
+        "tp_size": plan.tp_size,
+        "dtype": plan.dtype,
+        "format": plan.form.name,
+        "valid_tp_sizes": plan.sizes_that_work(),
+        "problems": problems,
+        "ranks": [_rank_report(plan, r) for r in ranks],
+        "tensors": [_tensor_report(plan, m, s) for m, s in plan.parameters()] if known else [],
+        "collectives": plan.collectives(),
+        "vision": _vision_report(plan, DTYPE_BYTES[plan.dtype]) if known else {"mode": plan.vision},
+    }
+
+
+def _rank_report(plan: Plan, rank: int) -> dict[str, Any]:
+    text, vision = plan.heads["text"][rank], plan.heads["vision"][rank]
+    return {"rank": rank, "q_heads": list(text.q), "kv_heads": list(text.kv), "vision_heads": list(vision.q),
+            "weight_bytes": plan.weight_bytes(rank), "kv_bytes_per_token": plan.kv_bytes_per_token(rank)}
+
+
+def _tensor_report(plan: Plan, module: str, suffix: str) -> dict[str, Any]:
+    parts = [plan.slice(module, suffix, r) for r in range(plan.tp_size)]
+    rule = plan.claims[module].rule
+    row: dict[str, Any] = {"name": f"{module}.{suffix}", "rule": type(rule).__name__, "shape": list(parts[0].shape)}
+    if suffix == "weight" and (form := plan.format_of(module)).bits:
+        row["format"] = form.name
+    if isinstance(rule, Replicated):
+        row["why"] = rule.why
+    elif plan.whole_encoder and plan.in_encoder(module):
+        row |= {"rule": Replicated.__name__, "why": f"tensor_parallel.vision: {plan.vision}"}
+    return row | {"dim": parts[0].dim, "slices": [[list(r) for r in p.ranges] for p in parts]}
+
+
+def _vision_report(plan: Plan, item: int) -> dict[str, Any]:
+    """What `tensor_parallel.vision` comes to, as launch/plan.py prints it."""
+    encoder, price, ranks = plan.policy.encoder, cost(plan, item), range(plan.tp_size)
+    shares = [_held(plan.divided, r, item) for r in ranks]
+    held = [_held(plan, r, item) for r in ranks]
+    examples = []
+    for name, grid in EXAMPLES.items():
+        dealt = deal(grid, plan.tp_size)
+        examples.append({"what": name, "tensor": price.tensor(dealt.sizes), "data": price.data(dealt),
+                         "auto": "data" if price.deals(dealt) else "tensor"})
+    return {
+        "mode": plan.vision, "encoder": encoder.module, "held_bytes": held,
+        "replica_bytes": [a - b for a, b in zip(held, shares, strict=True)],
+        "cost": {"unit": "FLOPs of the slowest rank", "flops_per_byte": FLOPS_PER_BYTE,
+                 "whole": vars(price.whole), "parts": [vars(part) for part in price.parts],
+                 "all_reduce_bytes_per_patch": price.reduced, "gather_bytes_per_patch": price.gathered},
+        "examples": examples,
+    }
+
+
+def _held(plan: Plan, rank: int, item: int) -> int:
+    """Bytes of the encoder that `rank` holds."""
+    return item * sum(math.prod(plan.slice(m, s, rank).local_shape) for m, s in plan.parameters() if plan.in_encoder(m))
+
+
+def _table(facts: dict[str, Any]) -> str:
+    """The same facts for people; tensors by their row of the policy, slices of rank 0 and the last rank."""
+    def span(pair: list[int]) -> str:
+        return f"{pair[0]}-{pair[1] - 1}" if pair[1] > pair[0] else "none"
+
+    lines = [f"{facts['model_type']}, tp_size {facts['tp_size']}, {facts['dtype']}"
+             + (f", weights {facts['format']}" if facts["format"] != "dense" else "")]
+    lines += [f"problem: {p}" for p in facts["problems"]]
+    lines += [f"tp sizes that work: {facts['valid_tp_sizes']}"]
+    lines += [f"rank {r['rank']}: query heads {span(r['q_heads'])}, KV heads {span(r['kv_heads'])}, vision heads "
+              f"{span(r['vision_heads'])}, weights {r['weight_bytes'] / 1e9:.3f} GB, KV cache "
+              f"{r['kv_bytes_per_token']} bytes a token" for r in facts["ranks"]]
+    reduce, c = facts["collectives"]["per_layer"], facts["collectives"]
+    lines += [f"all-reduces per layer: {reduce}; a token: {c['per_token']} collectives, {c['per_token_bytes']} bytes"]
+    lines += _vision_lines(facts["vision"]) if facts["ranks"] else []
+    shown = [t for t in facts["tensors"] if not any(
+        t["name"].startswith(f"{stack}.") and not t["name"].startswith(f"{stack}.0.") for stack in reduce)]
+    lines += [f"  {t['name']} {t['shape']} {t['rule']}" + (f" dim {t['dim']}: {t['slices'][0]} .. {t['slices'][-1]}"
+              if t["dim"] is not None else "") for t in shown]
+    return "\n".join(lines)
+
+
+def _vision_lines(facts: dict[str, Any]) -> list[str]:
+    """The same for people."""
+    price, mode = facts["cost"], facts["mode"]
+    how = {"tensor": "each rank holds its part of the encoder",
+           "data": "each rank holds the whole encoder and reads whole pictures and frames",
+           "auto": "each rank holds the whole encoder; a call takes the cheaper way"}[mode]
+    out = [f"vision {mode}: {how}: {max(facts['held_bytes']) / 1e9:.3f} GB a rank, at most "
+           f"{max(facts['replica_bytes']) / 1e9:.3f} GB more than split"]
+    part = max(price["parts"], key=lambda p: p["patch"])
+    out += [f"vision cost, {price['unit']}: data {price['whole']['patch']:.4g} a patch + {price['whole']['pair']:.4g} "
+            f"n^2 for n patches of a piece, over the fullest rank's share; tensor {part['patch']:.4g} a patch + "
+            f"{part['pair']:.4g} n^2 over all; {price['flops_per_byte']:g} a byte sent, of all patches "
+            f"{price['gather_bytes_per_patch']:.5g} bytes each (data) and {price['all_reduce_bytes_per_patch']:.5g} "
+            "(tensor)"]
+    return out + [f"vision, {e['what']}: data {e['data']:.3g}, tensor {e['tensor']:.3g}; auto takes {e['auto']}"
+                  for e in facts["examples"]]
+
+
+def start() -> NoReturn:
+    from adapter.commands.forecast import add_options
+
+    arguments = common.parser(__doc__)
+    arguments.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
+    add_options(arguments)
+    common.run(main, arguments)
+
+
+if __name__ == "__main__":
+    start()

@@ -1,0 +1,112 @@
+"""Prove the shards: the requests of a config over tp_size ranks against one process on the same checkpoint.
+
+    deepspeed --num_accelerators 4 launch/verify.py --config C [--dtype bfloat16] [--report FILE.html] [key=value ...]
+    deepspeed --num_accelerators 4 --module adapter.commands.verify --config C ...    where it is installed
+
+Runs in float32 unless --dtype says otherwise, shards (adapter.commands.shard) in the config's model.dtype. stdout: a
+JSON line per request (and one for a padded batch), then a summary. Exit 0: everything held; 1: something did not,
+named in `problems`; 2: bad input, a failed request included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from adapter.commands import common
+from policies.errors import UserError
+
+if TYPE_CHECKING:
+    from adapter.checkpoint.safetensors import Checkpoint
+    from adapter.config.schema import Config
+    from adapter.planning.plan import Plan
+
+
+def main(args: argparse.Namespace, results: common.Results) -> int:
+    from adapter.checkpoint.sharded import is_sharded
+    from adapter.config.load import load_config
+    from adapter.planning.load import checked_plan
+
+    overrides = [*args.overrides, *([f"model.dtype={args.dtype}"] if args.dtype else [])]
+    config = load_config(args.config, overrides)
+    if not any(o.startswith("model.dtype=") for o in overrides) and not is_sharded(config.model.path):
+        config = load_config(args.config, [*overrides, "model.dtype=float32"])
+    if config.model.attn_implementation == "flash_attention_2" and config.model.dtype == "float32":
+        raise UserError("model.attn_implementation = flash_attention_2 computes in half precision only: verify it with "
+                        "--dtype bfloat16, or in float32 with model.attn_implementation=sdpa")
+    plan, checkpoint = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
+                                    config.tensor_parallel.vision, config.weights.format)
+    original = _original(config, plan)
+    first = common.environment_rank("RANK") == 0
+    if args.report and first:
+        _check_report(Path(args.report))
+    from adapter.engine import init_inference
+    from adapter.health.watchdog import watching
+    from adapter.parallel.launchers import read_environment
+    from adapter.requests.runner import make_processor
+    from adapter.verify.verifier import Verifier
+
+    if (ranks := read_environment().world_size) > plan.tp_size:
+        raise UserError(f"verify proves one replica, over tp_size {plan.tp_size} ranks, and this job has {ranks}; "
+                        f"start `deepspeed --num_accelerators {plan.tp_size} ...`")
+    processor = make_processor(config, plan.geometry.context) if first else None
+    engine = init_inference(config)
+    tp, rows = engine.mpu.tp, list[dict[str, Any]]()
+
+    def write(row: dict[str, Any]) -> None:
+        results.write(row)
+        rows.append(row)
+
+    def report() -> int:
+        if args.report:
+            from adapter.verify.report import render
+
+            Path(args.report).write_text(render(config, rows[:-1], rows[-1]), encoding="utf-8")
+            print(f"report: {args.report}", file=sys.stderr)
+        return common.BAD_INPUT if any("error" in row for row in rows) else common.DONE
+
+    with watching(engine.mpu):
+        passed = Verifier(config, engine, tp, checkpoint, processor, write, original).run()
+        code = tp.agreed(report() if first else common.DONE)  # nobody leaves before the report is written
+    return code or (common.DONE if passed else common.CHECK_FAILED)
+
+
+def _original(config: Config, plan: Plan) -> Checkpoint | None:
+    """The model that shards were made from, where the config names it. Raises UserError where it is another one."""
+    from adapter.checkpoint.safetensors import Checkpoint
+    from adapter.planning.load import checked_plan
+
+    if (directory := config.weights.original) is None:
+        return None
+    whole, checkpoint = checked_plan(directory, plan.tp_size, plan.dtype, plan.vision, plan.form.name)
+    if not isinstance(checkpoint, Checkpoint):
+        raise UserError(f"weights.original = {directory}: holds shards; the model that they were made from is needed")
+    if whole.geometry != plan.geometry:
+        raise UserError(f"weights.original = {directory}: its config.json describes another model than that of "
+                        f"{config.model.path}")
+    return checkpoint
+
+
+def _check_report(file: Path) -> None:
+    """Before a long run: can the report be written at its end? Raises UserError."""
+    from adapter.verify.report import require_matplotlib
+
+    require_matplotlib()
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise UserError(f"--report {file}: cannot be written: {error.strerror}") from None
+
+
+def start() -> NoReturn:
+    arguments = common.parser(__doc__)
+    arguments.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                           help="of weights and activations over the ranks, as model.dtype; one process: float32")
+    arguments.add_argument("--report", metavar="FILE", help="write an HTML report as well")
+    common.run(main, arguments)
+
+
+if __name__ == "__main__":
+    start()

@@ -1,0 +1,313 @@
+"""Read a config: YAML, overrides and JSON-lines requests into the schema. Everything wrong is told at once.
+
+    config = load_config("configs/demo_tp4.yaml", ["tensor_parallel.tp_size=2"])
+
+Precedence: override > file > default. A relative path is relative to whoever states it: the directory of the YAML or
+JSON-lines file, and for an override the current directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import re
+import reprlib
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from adapter.config.files import open_regular, read_text
+from adapter.config.schema import Config, Generation, Request, Section, absolute
+from policies.errors import UserError, told
+
+T = TypeVar("T", bound=Section)
+Bases = dict[str, Path]  # what relative paths are relative to, under these keys
+BASED = ("model", "weights", "requests", "output")
+WORDING = (  # pydantic's words in those of YAML
+    (r"Input should", "it should"),
+    (r"a valid (dictionary|mapping)( or instance of \w+)?", "a mapping"),
+    (r"a valid (tuple|list)", "a list"),
+)
+KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", list: "a list", dict: "a mapping",
+         type(None): "null"}
+MOST_BYTES = 8 << 20  # of a YAML file; requests may be in a file of their own, which may be of any size
+MOST_ALIASED = 100_000  # values that aliases add to those written down
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 120
+_short.maxlevel = 3
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, put `key.sub=value` overrides over it, check it. Raises UserError with every problem."""
+    path, problems = Path(path), []
+    home = path.absolute().parent
+    tree, bases = _read_yaml(path), dict.fromkeys(BASED, home)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        try:
+            if not equals or not all(key.split(".")):
+                raise UserError("write key.sub=value")
+            tree = _put(tree, key.split("."), _parse_yaml(text))
+        except UserError as error:
+            problems.append(f"override {override!r}: {error}")
+        if key in (*BASED, "model.path", "weights.original"):
+            bases[key.split(".")[0]] = Path.cwd()
+    return _build(tree, bases, str(path), problems)
+
+
+def load_section(kind: type[T], path: str | Path, least: str) -> T:
+    """A YAML file that holds one section, such as a hardware file; `least` is the least it must say, for the message
+    where it says nothing. Raises UserError with every problem."""
+    problems: list[str] = []
+    return _or_raise(_validate(kind, _read_yaml(Path(path), least), {}, {}, problems), str(path), problems)
+
+
+def from_dict(mapping: Mapping[str, Any], base_dir: str | Path = ".", name: str = "config") -> Config:
+    """The same for a mapping; relative paths are relative to `base_dir`. Raises UserError with every problem."""
+    base = Path(base_dir).absolute()
+    return _build(dict(mapping), dict.fromkeys(BASED, base), name, [])
+
+
+def parse_request(mapping: Mapping[str, Any], base_dir: str | Path = ".", name: str = "request") -> Request:
+    """One request that is not part of a file, `id` included. Raises UserError with every problem."""
+    problems: list[str] = []
+    request = _validate(Request, mapping, {"requests": Path(base_dir).absolute()}, {}, problems)
+    return _or_raise(request, name, problems)
+
+
+def _show(value: Any) -> str:
+    """A value as a message has it, however large it is."""
+    text = _short.repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _build(tree: dict[str, Any], bases: Bases, name: str, problems: list[str]) -> Config:
+    """Fill in what spans fields (the requests file, ids, generation names), then let the schema judge."""
+    where: dict[int, str] = {}
+    if isinstance(file := tree.get("requests"), str):
+        path = absolute(file, bases["requests"])
+        requests, where = _read_json_lines(path, problems)
+        tree, bases = {**tree, "requests": requests}, {**bases, "requests": path.parent}
+    if isinstance(stated := tree.get("requests"), list):
+        numbered = [{"id": str(i), **r} if isinstance(r, dict) else r for i, r in enumerate(stated, start=1)]
+        tree = {**tree, "requests": numbered}
+        problems += _repeated_ids(numbered, where)
+    if generation := tree.get("generation"):
+        problems += _generation_problems(generation)
+    return _or_raise(_validate(Config, tree, bases, where, problems), name, problems)
+
+
+def _validate(kind: type[T], tree: Any, bases: Bases, where: dict[int, str], problems: list[str]) -> T | None:
+    try:
+        return kind.model_validate(tree, context=bases)
+    except ValidationError as error:
+        problems += [_say(kind, problem, where) for problem in error.errors(include_url=False)]
+        return None
+
+
+def _or_raise(result: T | None, name: str, problems: list[str]) -> T:
+    if result is None or problems:
+        raise UserError("\n  - ".join([f"{name}: {len(problems)} problem{'s' * (len(problems) > 1)}", *told(problems)]))
+    return result
+
+
+def _say(kind: type[Section], problem: Mapping[str, Any], where: dict[int, str]) -> str:
+    """One of pydantic's errors as a line: the dotted key, the value, what is allowed, the nearest known word."""
+    steps = [step for step in problem["loc"] if not str(step).startswith("<")]  # <...> are tags of unions, not keys
+    key = ".".join(map(str, steps))
+    if where and len(steps) > 1 and steps[0] == "requests":
+        key = f"{where[steps[1]]} {'.'.join(map(str, steps[2:]))}".rstrip()
+    if problem["type"] == "missing":
+        return f"{key}: missing; it must be given"
+    message = problem["msg"].removeprefix("Value error, ")
+    for theirs, ours in WORDING:
+        message = re.sub(theirs, ours, message)
+    if problem["type"].endswith("_type"):
+        message = f"{_kind(problem['input'])}; {message}"
+    if problem["type"] == "float_type" and isinstance(problem["input"], str):
+        message += " (in YAML 1e-5 is text, 1.0e-5 a number)"
+    if problem["type"] == "extra_forbidden":
+        message = "unknown key" + _nearest(str(steps[-1]), _known_keys(kind, steps[:-1]))
+    elif problem["type"] == "literal_error":
+        message += _nearest(str(problem["input"]), re.findall(r"'([^']*)'", problem["ctx"]["expected"]), show=False)
+    return f"{key} = {_show(problem['input'])}: {message}"
+
+
+def _kind(value: Any) -> str:
+    return KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _nearest(word: str, known: Iterable[str], show: bool = True) -> str:
+    close = difflib.get_close_matches(word.lower(), known, n=1)
+    listed = f" (known: {', '.join(known)})" if show else ""
+    return (f"; did you mean {close[0]!r}?" if close else "") + listed
+
+
+def _known_keys(kind: Any, steps: Iterable[str | int]) -> list[str]:
+    """The keys of the section that `steps` leads to: through fields, and through unions, lists and annotations."""
+
+    def sections(annotation: Any) -> Iterator[type[Section]]:
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            yield annotation
+        for inner in get_args(annotation):
+            yield from sections(inner)
+
+    for step in steps:
+        if step in kind.model_fields:
+            kind = next(sections(kind.model_fields[step].annotation))
+    return sorted(kind.model_fields)
+
+
+def _repeated_ids(requests: Sequence[Any], where: dict[int, str]) -> list[str]:
+    places: dict[Hashable, list[str]] = {}
+    for index, request in enumerate(requests):
+        if isinstance(request, dict) and isinstance(request["id"], str):
+            places.setdefault(request["id"], []).append(where.get(index, f"requests.{index}"))
+    return [
+        f"{' and '.join(at)} have the same id {name!r} (the default is the position, from 1); ids must differ"
+        for name, at in places.items()
+        if len(at) > 1
+    ]
+
+
+REFUSED = {  # names of GenerationConfig that cannot hold over ranks or batches here -> why, or what to use
+    "max_length": "it counts the prompt; use max_new_tokens",
+    "max_time": "every rank has a clock of its own, and they would stop at different tokens",
+    "stop_strings": "not supported",
+    "num_return_sequences": "one answer per request; state the request twice",
+    "return_dict_in_generate": "the answer is its tokens",
+    "prompt_lookup_num_tokens": "not supported over ranks",
+    **dict.fromkeys(
+        ("num_beam_groups", "diversity_penalty", "penalty_alpha", "dola_layers", "constraints", "force_words_ids"),
+        "not supported; newer releases of Transformers fetch code from the hub for it"),
+    "watermarking_config": "not supported",
+    "cache_implementation": "caches are sized by the shard, Transformers' other ones by the whole model",
+}
+
+
+def _generation_problems(generation: Any) -> list[str]:
+    from transformers import GenerationConfig
+
+    if not isinstance(generation, dict):
+        return []  # the schema says so itself
+    names = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "transformers_version"]
+    unknown = {str(key): value for key, value in generation.items() if key not in names}
+    problems = [f"{key} = {_show(value)}: unknown name{_nearest(key, names, show=False)}"
+                for key, value in unknown.items()]
+    problems += [f"{key} = {_show(value)}: {REFUSED[key]}" for key, value in generation.items() if key in REFUSED]
+    _validate(Generation, generation, {}, {}, problems)
+    if not problems:
+        try:
+            GenerationConfig(**generation)
+        except Exception as error:  # whatever Transformers finds, the user can mend
+            problems.append(f"{_show(generation)}: Transformers refuses it: {error}")
+    return [f"generation.{problem}" for problem in problems]
+
+
+def _put(tree: Any, keys: Sequence[str], value: Any) -> dict[str, Any]:
+    """A copy of `tree` with one value replaced; YAML anchors share mappings, so nothing is changed in place."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{_show(tree)} has no keys to set {keys[0]!r} in; override it as a whole")
+    return {**tree, keys[0]: value if len(keys) == 1 else _put(tree.get(keys[0], {}), keys[1:], value)}
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader takes the last of two equal keys without a word; here they are an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node, seen = super().compose_mapping_node(anchor), set[tuple[str, str]]()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return node
+
+    def get_single_node(self) -> Any:
+        """A few lines of aliases of aliases can stand for more values than memory holds: refused before any is made."""
+        node, counts = super().get_single_node(), dict[int, int]()
+        if node is not None and (count := _count(node, counts)) > len(counts) + MOST_ALIASED:
+            raise yaml.MarkedYAMLError(problem=f"with its aliases written out it has {count} values; at most "
+                                       f"{MOST_ALIASED} may come from aliases", problem_mark=node.start_mark)
+        return node
+
+
+def _count(node: Any, counts: dict[int, int]) -> int:
+    """How many values a YAML node has, aliases written out. Raises MarkedYAMLError where one contains itself."""
+    count = counts.setdefault(id(node), 0)
+    if not count:
+        parts = node.value if not isinstance(node, yaml.ScalarNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in parts for part in pair]
+        for part in parts:
+            if counts.get(id(part)) == 0:
+                raise yaml.MarkedYAMLError(problem="a value contains itself, by an alias", problem_mark=part.start_mark)
+        count = counts[id(node)] = 1 + sum(_count(part, counts) for part in parts)
+    return count
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"{line}{error.problem or error.context}") from None
+    except Exception as error:  # PyYAML lets through what int(), date() and others raise at odd values
+        raise UserError(f"not valid YAML: {error}") from None
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> str:
+    return f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
+def _read_yaml(path: Path, least: str = "model: {path: ...}") -> dict[str, Any]:
+    try:
+        text = read_text(path, MOST_BYTES, "utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(_unreadable(path, error)) from None
+    try:
+        tree = _parse_yaml(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if not isinstance(tree, dict):
+        found = "is empty" if tree is None else f"holds {_kind(tree)}"
+        raise UserError(f"{path}: {found}; a mapping with at least `{least}` is needed")
+    return tree
+
+
+def _strict_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise ValueError(f"key {sorted(twice)[0]!r} appears twice")
+    return dict(pairs)
+
+
+def _read_json_lines(path: Path, problems: list[str]) -> tuple[list[Any], dict[int, str]]:
+    """The requests of a JSON-lines file, and of each the `file:line` that it stands at."""
+    requests: list[Any] = []
+    where: dict[int, str] = {}
+    before = len(problems)
+    try:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="\n") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    _read_json_line(line, f"{path}:{number}", requests, where, problems)
+    except (OSError, ValueError) as error:
+        problems.append(f"requests: {_unreadable(path, error)}")
+    if not requests and len(problems) == before:
+        problems.append(f"requests: {path} holds no requests")
+    return requests, where
+
+
+def _read_json_line(line: str, at: str, requests: list[Any], where: dict[int, str], problems: list[str]) -> None:
+    try:
+        request = json.loads(line, object_pairs_hook=_strict_object)
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{at}: not a JSON object: {error}")
+    else:
+        where[len(requests)] = at
+        requests.append(request)

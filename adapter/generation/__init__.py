@@ -1,0 +1,1 @@
+"""Generating tokens: prefill, KV cache, decode loop, CUDA graphs."""

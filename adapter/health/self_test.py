@@ -1,0 +1,180 @@
+"""At start: one attention block and one MLP of each encoder against the formula, on the shards as they were loaded.
+
+A random input goes through the sharded modules inside a real forward (so that positions, masks and lengths are the
+model's own), which ends right after them. What comes out is held against Transformers' forward for one process on the
+gathered heads, and against rows of the weights gathered from all ranks: adapter.verify.trace with another oracle.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapter.kernels.linear import FEW_ROWS, Quantised
+from adapter.model.vision_data_parallel import data_parallel_of, encoder_of
+from adapter.parallel.group import Group, to_device
+from adapter.planning.plan import Plan
+from adapter.verify import bounds
+from adapter.verify.trace import Check, Expected, Trace
+from policies.errors import CheckFailed
+from policies.formats import GROUP
+from policies.rules import Claim, Row
+
+log = logging.getLogger("adapter")
+TOKENS, ROWS = 6, 16  # tokens of the probe; rows of a weight that are gathered
+
+
+def skeletons(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """Published name -> what the tested modules are for one process, without their weights. Call before injection."""
+    names = {plan.policy.published(name): module for name, module in model.named_modules()}
+    found = dict[str, nn.Module]()
+    for top in _tested(plan):
+        skeleton = _weightless(names[top])
+        found |= {f"{top}.{name}".rstrip("."): module for name, module in skeleton.named_modules()}
+    return found
+
+
+def self_test(model: nn.Module, plan: Plan, tp: Group, skeleton: Mapping[str, nn.Module]) -> None:
+    """Every rank must call it. One line in the log, or CheckFailed on every rank, naming the module."""
+    began, worst, wrong = time.perf_counter(), 0.0, list[Check]()
+    eager = getattr(model.config, "_attn_implementation", "eager") == "eager"
+    with torch.inference_mode():
+        for stack, split in _ways(model, plan):
+            tops = [top for top in _tested(plan) if top.startswith(f"{stack}.")]
+            trace = Trace(model, plan, tp, skeleton, _expected, eager, only=tops)
+            with trace.watching():
+                _run(model, plan, stack, tops, split)
+            assert trace.checks, f"no module of {tops} ran"
+            worst = max(worst, *(c.share for c in trace.checks))
+            wrong += [first] if (first := trace.first_wrong()) else []
+    _agree(tp, wrong)
+    log.info("self-test: attention and MLP of both encoders hold on %d rank%s, largest error %.2g of its bound, "
+             "%.0f ms", tp.size, "s" * (tp.size > 1), worst, (time.perf_counter() - began) * 1e3)
+
+
+def _ways(model: nn.Module, plan: Plan) -> list[tuple[str, bool]]:
+    """(stack, whether its encoder is to be split) of all that is tested: a whole encoder in each way it may run."""
+    ways = {"tensor": (True,), "data": (False,), "auto": (False, True)}[plan.vision]
+    return [(stack, split) for stack in plan.geometry.layers
+            for split in (ways if plan.whole_encoder and stack == plan.policy.encoder.stack else (True,))]
+
+
+def _agree(tp: Group, wrong: list[Check]) -> None:
+    """Raise on every rank what one rank found wrong."""
+    flags = to_device(torch.tensor([bool(wrong)], dtype=torch.uint8))
+    flags = tp.all_gather_last(flags, (1,) * tp.size)
+    if not flags.any():
+        return
+    failed = ", ".join(map(str, flags.nonzero().flatten().tolist()))
+    what = "; ".join(f"{c.module}: {c.what}: error {c.error:.3g}, rounding explains {c.bound:.3g}"
+                     + (f" (rank {', '.join(map(str, c.ranks))})" if c.ranks else "") for c in wrong)
+    raise CheckFailed(
+        f"self-test failed on rank {failed}{': ' + what if what else ''}. These shards do not compute what one process "
+        "does, so nothing is served. Run launch/verify.py with this config: it names the tensors and modules")
+
+
+def _tested(plan: Plan) -> list[str]:
+    """The modules of each stack's first layer that end in a row-parallel linear: its attention and its MLP."""
+    rows = [c.module for c in plan.policy.table if isinstance(c.rule, Row) and ".*." in c.module]
+    return [row.replace("*", "0", 1).rpartition(".")[0] for row in rows]
+
+
+def _weightless(module: nn.Module) -> nn.Module:
+    clone = copy.copy(module)
+    clone.__dict__["_parameters"] = {
+        name: p if p is None else nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape), False)
+        for name, p in module._parameters.items()
+    }
+    clone.__dict__["_modules"] = {name: m if m is None else _weightless(m) for name, m in module._modules.items()}
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        clone.__dict__[hooks] = OrderedDict()
+    return clone
+
+
+class _Enough(Exception):
+    pass
+
+
+def _run(model: nn.Module, plan: Plan, stack: str, tops: list[str], split: bool) -> None:
+    """A forward of one encoder up to its first layer, whose tested modules get a random input."""
+    real = {plan.policy.published(name): name for name, _ in model.named_modules()}
+    seeded = torch.Generator().manual_seed(1)
+
+    def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        def noise(x: Tensor) -> Tensor:
+            return torch.randn(x.shape, generator=seeded).to(x)
+
+        if args:
+            return (noise(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": noise(kwargs["hidden_states"])}
+
+    def stop(*_: Any) -> None:
+        raise _Enough
+
+    modules = [model.get_submodule(real[top]) for top in tops]
+    handles = [m.register_forward_pre_hook(probe, with_kwargs=True, prepend=True) for m in modules]
+    handles.append(modules[-1].register_forward_hook(stop))
+    device = next(model.parameters()).device
+    try:
+        with suppress(_Enough):
+            if stack == plan.geometry.text_stack:
+                ids = torch.arange(TOKENS, device=device)[None] % plan.geometry.sizes["vocab"]
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            else:
+                values, merge = plan.geometry.picture
+                side = 2 * merge
+                pixels = torch.ones(side * side, values, device=device, dtype=model.dtype)  # type: ignore[call-overload]
+                grid = torch.tensor([[1, side, side]], device=device)
+                if dealt := data_parallel_of(model, plan):
+                    dealt.run(split, pixels, grid, {})
+                else:
+                    encoder_of(model, plan)(pixels, **{plan.policy.encoder.grid: grid})
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _expected(plan: Plan, tp: Group, name: str, claim: Claim, layer: Any, x: Tensor) -> Iterator[Expected]:
+    """Some outputs of a layer from its gathered weights: an adapter.verify.trace.Oracle. Own columns need no gather."""
+    weight, bias = _own_part(plan, tp, name, layer)
+    dim = 1 if isinstance(claim.rule, Row) else 0
+    widths = tuple(plan.slice(name, "weight", r).local_shape[dim] for r in range(tp.size))
+    x = x.reshape(-1, x.shape[-1]).float()
+    count = weight.shape[0]
+    rows = torch.randperm(count, generator=torch.Generator().manual_seed(2))[:ROWS].to(x.device)
+    weight, bias = weight[rows], None if bias is None else bias[rows].float()
+    if dim == 1:
+        weight = tp.all_gather_last(weight, widths)
+    weight = weight.float()
+    y = F.linear(x, weight, bias)
+    scale = x.norm(dim=1)[:, None] * weight.norm(dim=1) + (0 if bias is None else bias.abs())
+    parts, ranks = (y if bias is None else y - bias).abs(), 1
+    if dim == 1:
+        pieces = zip(x.split(widths, -1), weight.split(widths, -1), strict=True)
+        parts, ranks = sum((F.linear(a, w).abs() for a, w in pieces), torch.zeros_like(y)), tp.size
+    parts = parts if bias is None else parts + bias.abs()
+    columns = rows if dim == 1 else rows + sum(widths[: tp.rank])
+    bound = bounds.linear(scale, parts, weight.shape[1], layer.weight.dtype, ranks)
+    if isinstance(layer.weight, Quantised) and len(x) <= FEW_ROWS:
+        bound = bound + bounds.coded_input(x, weight, GROUP)
+    yield Expected(slice(None), columns, y, bound)
+
+
+def _own_part(plan: Plan, tp: Group, name: str, layer: Any) -> tuple[Tensor, Tensor | None]:
+    """What of a layer's weight and bias this rank computes with: all of it but in a whole encoder that runs split."""
+    def own(suffix: str, held: Any) -> Any:
+        part = plan.slice(name, suffix, tp.rank)
+        if part.dim is None or held.shape == part.local_shape:
+            return held
+        return torch.cat([held.narrow(part.dim, a, b - a) for a, b in part.ranges], part.dim)
+
+    return own("weight", layer.weight), None if layer.bias is None else own("bias", layer.bias)

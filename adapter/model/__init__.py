@@ -1,0 +1,1 @@
+"""The plan put into a model: parallel layers, head numbers, the vision encoder on whole images."""

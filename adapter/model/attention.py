@@ -1,0 +1,94 @@
+"""Attention on a shard: the heads its modules must believe in, and a faster kernel.
+
+Releases 4.45-4.51 end attention with `view(bsz, q_len, self.hidden_size)`, others with -1; all split heads by their own
+`num_heads`. Making those numbers the shard's lets every release run its own, unpatched forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from adapter.kernels import build
+from adapter.kernels.attention import accepts, attention_interface
+from adapter.planning.plan import Plan
+from policies.heads import HeadShard
+from policies.rules import expand
+
+
+def override_heads(modules: Mapping[str, nn.Module], plan: Plan, heads: Mapping[str, HeadShard]) -> None:
+    """Set the numbers of each attention of the encoders in `heads` to those given, this rank's. `modules` maps
+    published names to modules.
+
+    An attribute a release does not have is left out; an attention module that is not there is a bug in the policy.
+    `replaced` is DeepSpeed's own mark on modules whose numbers are already true, which keeps it from dividing them.
+    """
+    for row in plan.policy.head_numbers:
+        for name in expand(row.module, plan.geometry.layers) if row.encoder in heads else ():
+            shard = heads[row.encoder]
+            module = modules[name]
+            known = [attribute for attribute in row.numbers if hasattr(module, attribute)]
+            assert known, f"{name}: none of {list(row.numbers)}; this Transformers release calls its heads otherwise"
+            for attribute in known:
+                setattr(module, attribute, getattr(shard, row.numbers[attribute]))
+            module.replaced = True  # type: ignore[assignment]
+
+
+FAST = "qwenvl_tp"  # an attn_implementation by this name
+
+
+def use_fast_attention(model: nn.Module, plan: Plan) -> None:
+    """Let both encoders attend with adapter/kernels/csrc/attention.cpp where Transformers would with torch's sdpa, on
+    CPU in bfloat16, where that takes longer. Where the release or the machine lacks what it takes nothing changes."""
+    interface = getattr(transformers, "AttentionInterface", None)
+    if interface is None or build.unavailable() or not torch.ops.qwenvl_tp.attend_all_supported():
+        return
+    interface.register(FAST, attention_interface)
+    masks = getattr(transformers, "AttentionMaskInterface", None)
+    if masks is not None:
+        masks.register(FAST, masks()["sdpa"])  # without it a padded prompt would have no mask, and nobody would say so
+    names = {plan.policy.published(name): name for name, _ in model.named_modules()}
+    for stack in plan.geometry.layers:
+        config: Any = getattr(model.get_submodule(names[stack].rpartition(".")[0]), "config", None)
+        can = masks is not None or stack != plan.geometry.text_stack
+        if can and getattr(config, "_attn_implementation", None) == "sdpa":
+            config._attn_implementation = FAST
+    encoders = [row.module for row in plan.policy.head_numbers if row.encoder == plan.policy.encoder.heads]
+    for name in (name for row in encoders for name in expand(row, plan.geometry.layers)):
+        attention = model.get_submodule(names[name])
+        if hasattr(attention, "scaling"):  # a release whose attention goes by the interface
+            attention.__class__ = _rotating(type(attention))  # type: ignore[arg-type]  # a class can be hashed
+
+
+class _Rotating:
+    """A vision encoder's attention that rotates queries and keys where they are, in one pass, as Transformers' does in
+    a dozen; in half precision on CPU where the kernel below attends. Everything else is the release's own forward."""
+
+    def forward(self: Any, hidden_states: Tensor, cu_seqlens: Tensor, *args: Any,
+                position_embeddings: tuple[Tensor, Tensor] | None = None, **more: Any) -> Tensor:
+        given = position_embeddings is not None and not args and not self.training
+        if not (given and self.config._attn_implementation == FAST and accepts(hidden_states, self.head_dim)):
+            own: Tensor = super().forward(  # type: ignore[misc]
+                hidden_states, cu_seqlens, *args, position_embeddings=position_embeddings, **more)
+            return own
+        assert position_embeddings is not None
+        heads = self.qkv(hidden_states).view(len(hidden_states), 3 * self.num_heads, self.head_dim)
+        cos, sin = (t.float().contiguous() for t in position_embeddings)
+        torch.ops.qwenvl_tp.rotate(heads[:, :2 * self.num_heads], cos, sin)
+        out = [torch.ops.qwenvl_tp.attend_all(*heads[a:b].transpose(0, 1).chunk(3), self.scaling, False)
+               for a, b in pairwise(cu_seqlens.tolist())]
+        joined = out[0] if len(out) == 1 else torch.cat(out)
+        result: Tensor = self.proj(joined.flatten(1))
+        return result
+
+
+@cache
+def _rotating(attention: type) -> type:
+    """Of the same name, so that whoever prints the model sees what it is."""
+    return type(attention.__name__, (_Rotating, attention), {})

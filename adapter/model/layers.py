@@ -1,0 +1,118 @@
+"""The parallel layers: what torch.nn.Linear and Embedding become on one rank of a tensor-parallel group.
+
+Each takes ready tensors (this rank's slices) and the group as a value. Shapes: B batch, S sequence, *_local this
+rank's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapter.kernels import linear as kernels
+from adapter.kernels.linear import Weight
+from adapter.parallel.group import Group
+from policies.rules import Range
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def held(weight: Weight) -> Weight:
+    """A weight as a layer holds it: a plain one is a parameter, a quantised one what it is, out of reach of casts."""
+    return frozen(weight) if isinstance(weight, Tensor) else weight
+
+
+class ColumnParallelLinear(nn.Module):
+    """[*, in] -> [*, out_local]: this rank's outputs, no collective.
+
+    slots: positions of this rank's outputs among `width` (policies.heads); the others stay zero. None: no gaps.
+    """
+
+    slots: Tensor | None
+
+    def __init__(self, weight: Weight, bias: Tensor | None, slots: Tensor | None = None, width: int = 0) -> None:
+        super().__init__()
+        self.weight = held(weight)
+        self.bias = None if bias is None else frozen(bias)
+        self.width = width
+        self.register_buffer("slots", slots, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.own(x)
+        if self.slots is None:
+            return out
+        return out.new_zeros(*out.shape[:-1], self.width).index_copy_(-1, self.slots, out)
+
+    def own(self, x: Tensor) -> Tensor:
+        """The outputs whose weights are this rank's."""
+        return kernels.linear(x, self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Module):
+    """[*, in_local] -> [*, out], summed over the group. Bias is whole on every rank and added once, after the sum."""
+
+    slots: Tensor | None
+
+    def __init__(self, weight: Weight, bias: Tensor | None, tp: Group, slots: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = held(weight)
+        self.bias = None if bias is None else frozen(bias)
+        self.tp = tp
+        self.register_buffer("slots", slots, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.slots is not None:
+            x = x.index_select(-1, self.slots)
+        out = self.tp.all_reduce(self.own(x))
+        return out if self.bias is None else out.add_(self.bias)
+
+    def own(self, x: Tensor) -> Tensor:
+        """What this rank's inputs add to the sum."""
+        return kernels.linear(x, self.weight)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """int64 [B, S] -> [B, S, hidden]: rows `owned` of the vocabulary live here; the sum over the group has them all."""
+
+    def __init__(self, weight: Weight, owned: Range, vocab: int, tp: Group) -> None:
+        super().__init__()
+        self.weight = held(weight)
+        self.owned, self.vocab, self.tp = owned, vocab, tp
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab:
+            # torch's own embedding raises too; here an id nobody owns would silently become a zero vector
+            raise IndexError(f"token ids {int(ids.min())}..{int(ids.max())}: the vocabulary is [0, {self.vocab})")
+        return self.look_up(ids)
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """The same for ids that are known to be of the vocabulary."""
+        start, stop = self.owned
+        mine = (ids >= start) & (ids < stop)
+        rows = (ids - start).masked_fill(~mine, 0)
+        out = F.embedding(rows, self.weight) if isinstance(self.weight, Tensor) else self.weight[rows]
+        return self.tp.all_reduce(out.masked_fill_(~mine.unsqueeze(-1), 0))
+
+
+class VocabParallelHead(nn.Module):
+    """[*, hidden] -> [*, vocab]: each rank computes its rows' logits, all ranks gather them, in vocabulary order."""
+
+    def __init__(self, weight: Weight, bias: Tensor | None, sizes: tuple[int, ...], tp: Group) -> None:
+        super().__init__()
+        self.weight = held(weight)
+        self.bias = None if bias is None else frozen(bias)
+        self.sizes, self.tp = sizes, tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = kernels.linear(x, self.weight, self.bias)
+        return self.tp.all_gather_last(out, self.sizes)
+
+
+def slot_index(q_slots: tuple[int, ...], head_dim: int, parts: int = 1, part_width: int = 0) -> Tensor:
+    """Head slots -> int64 element positions, `parts` times over (fused q | k | v), each part `part_width` wide."""
+    heads = torch.tensor(q_slots, dtype=torch.int64)
+    one = (heads[:, None] * head_dim + torch.arange(head_dim)).reshape(-1)
+    return torch.cat([one + p * part_width for p in range(parts)])

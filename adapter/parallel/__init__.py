@@ -1,0 +1,1 @@
+"""Ranks, groups and collectives: from a launcher's environment to an all-reduce."""

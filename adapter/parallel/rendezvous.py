@@ -1,0 +1,90 @@
+"""How the ranks of a job meet: torch's process group on loopback or between hosts, and what ends it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch.utils.cpp_extension import is_ninja_available
+
+from adapter.parallel.launchers import Launch, how_to_start
+from policies.errors import UserError
+
+TIMEOUT = timedelta(minutes=10)  # of any collective: the longest a rank may wait while another decodes a film
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def check_world(world_size: int, tp_size: int) -> None:
+    """Raises UserError where the ranks of the job do not make whole replicas of tp_size ranks."""
+    if world_size % tp_size == 0:
+        return
+    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    fit = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+    raise UserError(f"this job has {ranks}, tensor_parallel.tp_size is {tp_size}: each of the tp_size shards needs a "
+                    "rank of its own, and more ranks must make whole replicas. Start so many, "
+                    f"`{how_to_start(tp_size)}`, or a multiple, or set tensor_parallel.tp_size to one of {fit}")
+
+
+def init_process_group(launch: Launch) -> None:
+    """torch's process group; a job of one host rendezvouses on loopback only, which env:// would not do."""
+    backend = get_accelerator().communication_backend_name()
+    if get_accelerator().device_name() != "cpu":
+        if launch.local_rank >= get_accelerator().device_count():
+            raise UserError(f"rank {launch.rank} is number {launch.local_rank} on its host, which has only "
+                            f"{get_accelerator().device_count()} accelerators; start fewer ranks there")
+        get_accelerator().set_device(launch.local_rank)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if not launch.one_host or address not in LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        try:
+            torch.distributed.init_process_group(backend, timeout=TIMEOUT, rank=launch.rank,
+                                                 world_size=launch.world_size)
+        except torch.distributed.DistNetworkError as error:
+            raise UserError(f"the rendezvous at {address}:{port} failed: {str(error).splitlines()[0]}. Is another job "
+                            "using that port there? Start with another MASTER_PORT (deepspeed --master_port)") from None
+        return
+    listener = _listen(port) if launch.rank == 0 else None
+    store = torch.distributed.TCPStore("127.0.0.1", port, launch.world_size, launch.rank == 0, timeout=TIMEOUT,
+                                       wait_for_workers=False, master_listen_fd=listener)
+    torch.distributed.init_process_group(backend, store=store, timeout=TIMEOUT, rank=launch.rank,
+                                         world_size=launch.world_size)
+
+
+def leave() -> None:
+    """gloo's threads may abort a process that ends in its group (pytorch#190489). After an exception it stays there:
+    leaving waits for a collective that is under way, and the others may never come to it."""
+    if torch.distributed.is_initialized() and not hasattr(sys, "last_value"):
+        torch.distributed.destroy_process_group()
+
+
+def _listen(port: int) -> int:
+    """File descriptor of a socket that listens on 127.0.0.1:port; the store closes it."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+    except OSError as error:
+        raise UserError(f"port {port} on 127.0.0.1 cannot be used ({error.strerror}); is another job running? "
+                        "Start with `deepspeed --master_port N ...` and a free N") from None
+    listener.listen(1024)
+    return listener.detach()
+
+
+def need_a_compiler() -> None:
+    """Without ninja or a compiler DeepSpeed raises where it builds its shared-memory op; tell it that it has none."""
+    if not is_ninja_available() or not shutil.which(os.environ.get("CXX", "c++")):
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def unlink_segments() -> None:
+    """Remove the names of DeepSpeed's /dev/shm segments of this job; the mappings stay until the processes end."""
+    parts = (os.getuid(), os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), os.environ.get("RANK"))
+    Path("/dev/shm", "deepspeed_allreduce_buffer_{}_{}_{}_{}".format(*parts)).unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""What each rank will own, what it will cost, before a weight is read."""

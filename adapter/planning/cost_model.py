@@ -1,0 +1,265 @@
+"""Plan x Hardware x Workload -> Prediction: what a first token, a decode step and a rank's memory are made of.
+
+A roofline with an alpha-beta model of the collectives. What a rank computes, reads and sends follows from the policy's
+table (rule and dimensions of every row, its slice on that rank) and from heads; no model is known here:
+
+* a linear of [out, in] weights over r rows: 2 x out x in x r FLOP, at the rate of model.dtype whatever the weights'
+  format; they are read once a forward; a Row-cut one and the embedding end in an all-reduce, the output projection in a
+  gather.
+* attention over p patches of one image: 4 x head_dim x p^2 FLOP a head; over a prompt of s tokens, causal: 4 x
+  head_dim x s (s + 1) / 2; for one new token over c cached ones: 4 x head_dim x c.
+* seconds of a forward: max(FLOP / rate, bytes read / bandwidth) + collectives + overhead, of the slowest rank.
+
+Not counted: reading and resizing pictures, tokenising, norms and other element-wise work over many rows, padding of a
+batch. Nothing is taken to overlap: where launches run ahead of an accelerator, overhead is partly hidden. Attention is
+assumed never to hold its scores (attn_implementation eager does).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from adapter.planning.hardware import Hardware
+from adapter.planning.plan import DTYPE_BYTES, Plan
+from policies.policy import Rows
+from policies.rules import Claim, Head, Row, Vocab
+
+TEXT_TOKENS = 27  # of a short question in the chat template
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Equal prompts, `batch` of them. prompt_tokens: of one, its images' included. patches: of each of its images,
+    before merging. new_tokens: generated for each; the step that is predicted is the middle one.
+    """
+
+    prompt_tokens: int
+    patches: tuple[int, ...] = ()
+    new_tokens: int = 32
+    batch: int = 1
+
+    @property
+    def context(self) -> int:
+        """Tokens in the KV cache of one sequence, halfway through."""
+        return self.prompt_tokens + self.new_tokens // 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank does in one forward. Bytes and counts; FLOP are those of a multiply and an add."""
+
+    layers: int = 0
+    linear_flop: int = 0
+    attention_flop: int = 0
+    weight_bytes: int = 0
+    kv_bytes: int = 0
+    reduces: int = 0
+    reduced_bytes: int = 0
+    gathers: int = 0
+    gathered_bytes: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One forward on its slowest rank. Seconds by what they are spent on; linears and attention are `compute_s`."""
+
+    rank: int
+    work: Work
+    linear_s: float
+    attention_s: float
+    read_s: float
+    collective_s: float
+    overhead_s: float
+
+    @property
+    def compute_s(self) -> float:
+        return self.linear_s + self.attention_s
+
+    @property
+    def total_s(self) -> float:
+        return max(self.compute_s, self.read_s) + self.collective_s + self.overhead_s
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest rank, and what a memory holds that `ranks` of them share."""
+
+    rank: int
+    weights: int
+    kv: int
+    activations: int
+    process: float
+    ranks: int
+    available: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.kv + self.activations + self.process
+
+    @property
+    def fits(self) -> bool:
+        return self.ranks * self.total <= self.available
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """vision is None where the prompt has no image. decode is one step, for all sequences of the batch together."""
+
+    tp_size: int
+    vision: Phase | None
+    prefill: Phase
+    decode: Phase
+    memory: Memory
+
+    @property
+    def first(self) -> tuple[Phase, ...]:
+        """The forwards before the first token."""
+        return tuple(p for p in (self.vision, self.prefill) if p is not None)
+
+    @property
+    def ttft_s(self) -> float:
+        return sum(p.total_s for p in self.first)
+
+    @property
+    def decode_tok_s(self) -> float:
+        """New tokens a second of one sequence; the batch makes `batch` times as many."""
+        return 1 / self.decode.total_s
+
+    @property
+    def ttft_collectives(self) -> float:
+        return sum(p.collective_s for p in self.first) / self.ttft_s
+
+    @property
+    def decode_collectives(self) -> float:
+        return self.decode.collective_s / self.decode.total_s
+
+
+def predict(plan: Plan, hardware: Hardware, load: Workload) -> Prediction:
+    """Raises UserError where the hardware file lacks what this plan needs."""
+    kinds = _kinds(plan)
+
+    def slowest(work: Callable[[int], Work]) -> Phase:
+        return max((_phase(plan, hardware, rank, work(rank)) for rank in kinds), key=lambda p: p.total_s)
+
+    vision = slowest(lambda r: vision_work(plan, load, r)) if load.patches else None
+    prefill = slowest(lambda r: text_work(plan, load.batch, load.prompt_tokens, 0, r))
+    decode = slowest(lambda r: text_work(plan, load.batch, 1, load.context, r))
+    memory = max((_memory(plan, hardware, load, rank) for rank in kinds), key=lambda m: m.total)
+    return Prediction(plan.tp_size, vision, prefill, decode, memory)
+
+
+def predict_all(plan: Plan, hardware: Hardware, load: Workload) -> list[Prediction]:
+    """The same for every tp_size the model can be cut into; tp_size 1 alone where the file knows no collectives."""
+    sizes = plan.sizes_that_work() if hardware.all_reduce else [1]
+    return [predict(replace(plan, tp_size=n), hardware, load) for n in sizes]
+
+
+def vision_work(plan: Plan, load: Workload, rank: int) -> Work:
+    """Every image of the batch in one forward; attention stays within an image."""
+    merge = plan.geometry.picture[1] ** 2
+    patches = load.batch * sum(load.patches)
+    shard, stack = plan.heads["vision"][rank], _vision_stack(plan)
+    scores = load.batch * sum(p * p for p in load.patches)
+    layers = plan.geometry.layers.get(stack, 0)
+    attention = Work(layers=layers, attention_flop=4 * shard.head_dim * shard.slots * layers * scores)
+    return attention + _table_work(plan, rank, {"patch": patches, "merged": patches // merge})
+
+
+def text_work(plan: Plan, batch: int, tokens: int, cached: int, rank: int) -> Work:
+    """`tokens` new ones of every sequence, each of which attends to `cached` ones and to the new up to itself."""
+    shard, layers = plan.heads["text"][rank], plan.geometry.layers[plan.geometry.text_stack]
+    scores = batch * (tokens * cached + tokens * (tokens + 1) // 2)
+    attention = Work(layers=layers, attention_flop=4 * shard.head_dim * shard.slots * layers * scores,
+                     kv_bytes=batch * cached * plan.kv_bytes_per_token(rank))
+    return attention + _table_work(plan, rank, {"token": batch * tokens, "last": batch})
+
+
+def _vision_stack(plan: Plan) -> str:
+    return next(stack for stack in plan.geometry.layers if stack != plan.geometry.text_stack)
+
+
+def _kinds(plan: Plan) -> list[int]:
+    """One rank of every kind: those with equal slices and heads do the same."""
+    kinds: dict[tuple[int, ...], int] = {}
+    for rank in range(plan.tp_size):
+        lengths = [stop - start for split in plan.splits.values() for start, stop in (split.ranges[rank],)]
+        heads = [n for shards in plan.heads.values() for n in (shards[rank].slots, shards[rank].kv_heads)]
+        kinds.setdefault((*lengths, *heads), rank)
+    return list(kinds.values())
+
+
+def _table_work(plan: Plan, rank: int, rows: Mapping[Rows, int]) -> Work:
+    """Of the table's rows whose modules compute on one of `rows`: on how many rows of input each does."""
+    work = Work()
+    for claim in plan.policy.table:
+        if (unit := plan.policy.rows_of(claim.module)) in rows:
+            work += _module_work(plan, claim, rank, rows[unit])
+    return work
+
+
+def _modules(claim: Claim, layers: Mapping[str, int]) -> tuple[str, int]:
+    """One of the modules that a row of the table stands for, and how many they are: every layer is like the first."""
+    stack = claim.module.split(".*", 1)[0]
+    return claim.module.replace("*", "0", 1), layers[stack] if "*" in claim.module else 1
+
+
+def _module_work(plan: Plan, claim: Claim, rank: int, rows: int) -> Work:
+    """Of all modules of one row of the table, each over `rows` rows of input."""
+    module, modules = _modules(claim, plan.geometry.layers)
+    part, item, alone = plan.slice(module, "weight", rank), DTYPE_BYTES[plan.dtype], plan.tp_size == 1
+    matrix, looked_up = len(part.shape) > 1, isinstance(claim.rule, Vocab)
+    reduces, gathers = isinstance(claim.rule, Row | Vocab) and not alone, isinstance(claim.rule, Head) and not alone
+    width = part.shape[1 if looked_up else 0]  # of the output, summed over all ranks or gathered from them
+    held = sum(plan.tensor_bytes(module, suffix, rank) for suffix in claim.parameters())
+    return Work(
+        linear_flop=modules * rows * 2 * math.prod(part.local_shape) if matrix and not looked_up else 0,
+        weight_bytes=0 if looked_up else modules * held,
+        reduces=modules * reduces, reduced_bytes=modules * reduces * rows * width * item,
+        gathers=modules * gathers, gathered_bytes=modules * gathers * rows * width * item,
+    )
+
+
+def _phase(plan: Plan, hardware: Hardware, rank: int, work: Work) -> Phase:
+    ranks, efficiency = plan.tp_size, hardware.efficiency
+    devices, flop_s = hardware.devices_per_rank(ranks), hardware.tflop_s(plan.dtype) * 1e12
+    collective_s = 0.0
+    if ranks > 1:
+        model = hardware.collective(ranks)
+        moved = model.per_reduced_byte * work.reduced_bytes + model.per_gathered_byte * work.gathered_bytes
+        collective_s = model.seconds(work.reduces + work.gathers, moved)
+    overhead_us = work.layers * hardware.per_layer_overhead_us + hardware.per_step_overhead_us
+    return Phase(
+        rank, work,
+        linear_s=work.linear_flop / (flop_s * efficiency.matmul * devices),
+        attention_s=work.attention_flop / (flop_s * efficiency.attention * devices),
+        read_s=(work.weight_bytes + work.kv_bytes) / (hardware.read_gb_s(ranks) * 1e9),
+        collective_s=collective_s,
+        overhead_s=overhead_us * 1e-6 / min(1.0, devices),
+    )
+
+
+def _memory(plan: Plan, hardware: Hardware, load: Workload, rank: int) -> Memory:
+    """Activations: everything one layer of the fuller encoder computes, alive at once; pixels in float32; the
+    logits."""
+    item, patches = DTYPE_BYTES[plan.dtype], load.batch * sum(load.patches)
+    outputs: dict[Rows, int] = {}
+    weights = 0
+    for claim in plan.policy.table:
+        module, modules = _modules(claim, plan.geometry.layers)
+        weights += modules * sum(plan.tensor_bytes(module, suffix, rank)
+                                 for suffix in claim.parameters() if not plan.is_tied_copy(module, suffix))
+        if "*" in claim.module:
+            unit = plan.policy.rows_of(claim.module)
+            outputs[unit] = outputs.get(unit, 0) + plan.slice(module, "weight", rank).local_shape[0]
+    tokens = load.batch * load.prompt_tokens
+    activations = item * max(patches * outputs.get("patch", 0), tokens * outputs.get("token", 0))
+    activations += patches * plan.geometry.picture[0] * DTYPE_BYTES["float32"]
+    activations += load.batch * plan.geometry.sizes["vocab"] * item
+    kv = load.batch * (load.prompt_tokens + load.new_tokens) * plan.kv_bytes_per_token(rank)
+    return Memory(rank, weights, kv, activations, hardware.process_memory_gb * 1e9,
+                  hardware.ranks_per_memory(plan.tp_size), hardware.memory_gb * 1e9)

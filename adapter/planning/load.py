@@ -1,0 +1,55 @@
+"""The plan of a model directory: from config.json and the headers of its safetensors files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adapter.checkpoint.safetensors import Checkpoint, open_checkpoint, read_config
+from adapter.checkpoint.sharded import Shards, is_sharded, open_shards
+from adapter.planning.plan import Plan
+from policies.errors import UserError, told
+from policies.formats import FORMATS
+from policies.registry import policy_for
+
+
+def make_plan(directory: Path, tp_size: int, dtype: str,
+              vision: str = "tensor", form: str = "dense") -> tuple[Plan, Checkpoint | Shards | None, list[str]]:
+    """The plan for a model directory, its weights (None where it holds none) and every problem found.
+
+    Raises UserError only where there is nothing to plan (no config.json, unknown model type, impossible numbers in it).
+    """
+    config = read_config(directory)
+    policy = policy_for(config, str(directory / "config.json"))
+    geometry = policy.geometry(config)
+    problems = policy.problems(geometry, tp_size)
+    plan = Plan(policy, geometry, tp_size, dtype, vision, FORMATS[form])
+    if is_sharded(directory):
+        shards = open_shards(directory, plan)
+        return plan, shards, problems + shards.problems
+    checkpoint = open_checkpoint(directory, policy)
+    if checkpoint is not None:
+        problems += checkpoint.check(policy, geometry)
+    if not problems:
+        problems += plan.off_group()
+    return plan, checkpoint, problems
+
+
+def checked_plan(directory: Path, tp_size: int, dtype: str, vision: str = "tensor",
+                 form: str = "dense") -> tuple[Plan, Checkpoint | Shards]:
+    """The plan and the weights, both sound. Raises one UserError with every problem and the tp sizes that work."""
+    plan, checkpoint, problems = make_plan(directory, tp_size, dtype, vision, form)
+    if isinstance(checkpoint, Shards) and problems:
+        raise UserError("\n  ".join([f"{directory}: these shards cannot be loaded:", *told(problems)]))
+    if checkpoint is None:
+        problems.append("no safetensors file here (model.safetensors or model.safetensors.index.json); other formats "
+                        "can run code when they are opened: convert with Transformers' save_pretrained")
+    require(problems, plan, str(directory))
+    assert checkpoint is not None
+    return plan, checkpoint
+
+
+def require(problems: list[str], plan: Plan, what: str) -> None:
+    """Raise one UserError with every problem and the tp sizes that would work; nothing where there is none."""
+    if problems:
+        raise UserError(f"{what} cannot run at tp_size {plan.tp_size}:\n  " + "\n  ".join(told(problems))
+                        + f"\ntp sizes that would work: {plan.sizes_that_work() or 'none'}")

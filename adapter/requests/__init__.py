@@ -1,0 +1,1 @@
+"""From a request to a row of results: media, processor, batches, the queue of batches."""

@@ -1,0 +1,176 @@
+"""One batch: prepared requests in, rows out. The first rank prepares, its replica's ranks generate together."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from adapter.config.schema import Config
+from adapter.parallel.group import Group, to_device
+from adapter.requests.processing import Prepared, RequestError, RequestProcessor, collate
+
+log = logging.getLogger("adapter")
+Row = dict[str, Any]
+Write = Callable[[Row], None]
+DEFAULT_NEW_TOKENS = 256  # where the config sets neither max_new_tokens nor max_length; Transformers' own is 20 in all
+
+
+class Clock(BaseStreamer):
+    """Times of the tokens of a generate call; the first `put` is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+Run = Callable[[dict[str, Tensor], Clock], Tensor]  # inputs of a batch -> its new tokens, int64 [B, new]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """generate's arguments, how long prompt and answer may be together in tokens, and where an answer ends.
+
+    arguments: of the config; single: whether one beam is followed, which is what Transformers can stream; told: the
+    level at which a batch is logged.
+    """
+
+    arguments: dict[str, Any]
+    context: int
+    ends: tuple[int, ...]
+    single: bool
+    told: int = logging.INFO
+
+    @classmethod
+    def of(cls, config: Config, context: int, defaults: GenerationConfig) -> Limits:
+        """`defaults` are the checkpoint's own; the config goes before them."""
+        arguments = {"max_new_tokens": DEFAULT_NEW_TOKENS, **config.generation}
+        ends = arguments.get("eos_token_id", defaults.eos_token_id)
+        beams = arguments.get("num_beams", defaults.num_beams) or 1
+        told = logging.INFO if config.output is None else logging.DEBUG  # there a bar tells
+        ends = tuple(ends if isinstance(ends, list) else [ends])
+        return cls(arguments, room(config, context), ends, beams == 1, told)
+
+    def for_prompt(self, tokens: int) -> dict[str, Any]:
+        """The arguments for a batch `tokens` long: the answer ends where the context does."""
+        return self.arguments | {"max_new_tokens": min(self.arguments["max_new_tokens"], self.context - tokens)}
+
+
+def room(config: Config, context: int) -> int:
+    """Tokens of prompt and answer together: the model's, or fewer where the deepspeed section says so."""
+    stated = config.deepspeed.get("max_out_tokens", config.deepspeed.get("max_tokens"))
+    return min(context, stated) if isinstance(stated, int) else context  # DeepSpeed refuses what is not a number
+
+
+def answer_batch(items: Sequence[Prepared | RequestError], processor: RequestProcessor, limits: Limits,
+                 run: Run) -> list[Row]:
+    """A row for each item, in their order: what was generated, or why not."""
+    rows: dict[str, Row] = {}
+    for item in items:
+        if isinstance(item, RequestError):
+            log.error("request %s failed: %s", item.request_id, item.reason)
+            rows[item.request_id] = {"id": item.request_id, "error": item.reason}
+    for batch in padded_together([item for item in items if isinstance(item, Prepared)], limits):
+        rows |= {row["id"]: row for row in _rows(batch, processor, limits, run)}
+    return [rows[item.request_id if isinstance(item, RequestError) else item.id] for item in items]
+
+
+def padded_together(items: Sequence[Prepared], limits: Limits) -> Iterator[list[Prepared]]:
+    """The items in order, as batches: one to which padding would cut the answers of others starts another."""
+    batch: list[Prepared] = []
+    for item in items:
+        longest = max(other.prompt_tokens for other in [*batch, item])
+        if batch and longest + limits.arguments["max_new_tokens"] > limits.context:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def share(tensors: dict[str, Tensor], tp: Group) -> dict[str, Tensor]:
+    """Rank 0's tensors on every rank, in one broadcast of their safetensors form; {} means that there is no more."""
+    if tp.size == 1:
+        return tensors
+    payload = safetensors.torch.save(tensors) if tensors and tp.rank == 0 else b""
+    size = int(tp.broadcast(to_device(torch.tensor([len(payload)]))))
+    if not size:
+        return {}
+    buffer = torch.frombuffer(bytearray(payload or size), dtype=torch.uint8)
+    buffer = tp.broadcast(to_device(buffer))
+    return tensors if tp.rank == 0 else safetensors.torch.load(buffer.cpu().numpy().tobytes())
+
+
+def generate(inputs: dict[str, Tensor], call: Callable[..., Tensor], limits: Limits, clock: Clock) -> Tensor:
+    """New tokens, int64 [B, new], from an engine's or a model's `generate`."""
+    prompt = inputs["input_ids"].shape[1]
+    on_device = {k: to_device(v) for k, v in inputs.items()}
+    streamer = clock if limits.single else None
+    return call(**on_device, **limits.for_prompt(prompt), streamer=streamer)[:, prompt:].cpu()
+
+
+def _rows(batch: Sequence[Prepared], processor: RequestProcessor, limits: Limits, run: Run) -> list[Row]:
+    """Generate for one batch and make its rows. ttft_s is to the batch's first token, decode_tok_s that of one row;
+    None where beams hide when a token came."""
+    log.log(limits.told, "generating: requests %s", ", ".join(item.id for item in batch))
+    inputs, clock = collate(batch, processor.pad_token_id), Clock()
+    began = time.perf_counter()
+    new = run(inputs, clock)
+    times = clock.times[1:]
+    rows = []
+    for item, ids in zip(batch, new.tolist(), strict=True):
+        tokens = _until_end(ids, limits.ends)
+        rows.append({
+            "id": item.id, "answer": processor.decode(tokens), "tokens": tokens, "prompt_tokens": item.prompt_tokens,
+            "new_tokens": len(tokens), "ttft_s": round(times[0] - began, 4) if times else None,
+            "decode_tok_s": round((len(times) - 1) / (times[-1] - times[0]), 2) if len(times) > 1 else None,
+        })
+    return rows
+
+
+def _until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """A row's tokens up to and with its end-of-sequence token; what follows is the batch's padding."""
+    for i, token in enumerate(ids):
+        if token in ends:
+            return list(ids[: i + 1])
+    return list(ids)
+
+
+def rank_facts(engine: deepspeed.InferenceEngine) -> list[dict[str, Any]]:
+    """What each rank of the job holds and read, in bytes; every rank must call it. PSS: shared pages are split among
+    sharers."""
+    load, mpu = engine.load_report, engine.mpu
+    numbers = [load.weight_bytes, load.bytes_read, int(load.seconds * 1e6), proportional_set_size(),
+               mpu.replicas.rank, mpu.tp.rank]
+    mine = to_device(torch.tensor(numbers))
+    rows = mpu.world.all_gather_last(mine, (6,) * mpu.world.size).view(mpu.world.size, 6).tolist()
+    text, vision = (engine.plan.heads[encoder] for encoder in ("text", "vision"))
+    return [
+        {"rank": r, "replica": row[4], "q_heads": list(text[row[5]].q), "kv_heads": list(text[row[5]].kv),
+         "vision_heads": list(vision[row[5]].q), "weight_bytes": row[0], "bytes_read": row[1], "load_s": row[2] / 1e6,
+         "pss_bytes": row[3]}
+        for r, row in enumerate(rows)
+    ]
+
+
+def proportional_set_size() -> int:
+    """This process's memory in bytes, pages it shares counted by its share. 0 where the kernel does not tell."""
+    rollup = Path("/proc/self/smaps_rollup")
+    if not rollup.exists():
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in rollup.read_text().splitlines() if line.startswith("Pss:"))

@@ -1,0 +1,231 @@
+"""Prompts, pictures and films -> the tensors the model takes; what is wrong with one request stays with that request.
+
+    processor = RequestProcessor(config.model.path, config.processor, max_prompt_tokens=4096)
+    batch = collate([processor.prepare(request) for request in requests], processor.pad_token_id)
+
+Only local files and base64 data: URLs are read; nothing is fetched and no code of a checkpoint is run. Of a film only
+the frames that the model sees are kept, at the size it sees them, so that a long one needs no more memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import AutoProcessor
+
+from adapter.checkpoint.safetensors import read_config
+from adapter.config.schema import Processor, Request
+from adapter.requests.media import Film, film_of_file, film_of_pictures, load_image, tokens
+from policies.errors import UserError
+
+TYPE_IDS = Version(transformers.__version__).major >= 5  # from then on rotary positions need mm_token_type_ids
+
+Turns = list[tuple[str, list[tuple[str, Any]]]]  # [(role, [(kind, value)])], kind being text, image or video
+
+
+class RequestError(UserError):
+    """One request cannot be run; the others can. `reason` is the message without the request's id."""
+
+    def __init__(self, request_id: str, reason: str) -> None:
+        super().__init__(f"request {request_id!r}: {reason}")
+        self.request_id, self.reason = request_id, reason
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One request, ready for the model.
+
+    tensors: input_ids, attention_mask and with Transformers 5 mm_token_type_ids (0 text, 1 picture, 2 film), int64
+    [1, S]; with pictures pixel_values, float32 [patches, features], and image_grid_thw, int64 [pictures, 3]; with films
+    pixel_values_videos and video_grid_thw alike; and whatever else the family's processor returns.
+    """
+
+    id: str
+    tensors: dict[str, torch.Tensor]
+    prompt_tokens: int
+
+
+class RequestProcessor:
+    """The checkpoint's own processor and tokenizer, with a user's limits. Raises UserError if they do not work."""
+
+    def __init__(self, model_dir: str | Path, section: Processor, max_prompt_tokens: int) -> None:
+        self._section, self._max_prompt_tokens = section, max_prompt_tokens
+        try:
+            self._processor = AutoProcessor.from_pretrained(
+                str(model_dir), local_files_only=True, trust_remote_code=False
+            )
+            words = {"image": self._processor.image_token, "video": self._processor.video_token}
+            self._places = {k: self._processor.tokenizer.convert_tokens_to_ids(word) for k, word in words.items()}
+            if not self._processor.tokenizer.encode("?") or not self._render([("user", [("text", "?")])]):
+                raise ValueError("the vocabulary or the chat template is empty")
+            _check_tokens(read_config(Path(model_dir)), self._places)
+        except Exception as error:
+            raise UserError(
+                f"{model_dir}: its processor, tokenizer or chat template cannot be used: {error}; the directory needs "
+                "preprocessor_config.json, tokenizer.json, tokenizer_config.json and a chat template"
+            ) from error
+        tokenizer = self._processor.tokenizer
+        specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._reserved = [*specials, "<|placeholder|>"]  # older releases expand the last to pictures' places
+        self.pad_token_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def prepare(self, request: Request) -> Prepared:
+        """The tensors of one request. Raises RequestError for anything that is wrong with it."""
+        try:
+            return self._prepare(request)
+        except MemoryError:
+            raise
+        except UserError as error:
+            raise RequestError(request.id, str(error)) from error
+        except Exception as error:  # whatever a library finds wrong with the input
+            raise RequestError(request.id, f"cannot be prepared: {type(error).__name__}: {error}") from error
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text of new tokens, special ones left out."""
+        text: str = self._processor.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text.strip()
+
+    def _prepare(self, request: Request) -> Prepared:
+        turns = request.turns()
+        _check_texts(turns, self._reserved)
+        processor = self._with_limits(request)
+        images = [load_image(value) for value in _media(turns, "image")]
+        used = sum(tokens(processor.image_processor, 1, image.height, image.width) for image in images)
+        self._check_room(used, "the pictures alone take")
+        films = []
+        for value in _media(turns, "video"):
+            films.append(self._load_film(value, processor, used))
+            used += tokens(_film_part(processor), *films[-1].frames.shape[:3])
+        inputs = processor(
+            text=[self._render(turns)], images=images or None, return_tensors="pt", **self._film_arguments(films)
+        )
+        tensors = {key: _as_tensor(value) for key, value in inputs.items() if key != "video_metadata"}
+        ids = tensors["input_ids"]
+        self._check_room(ids.shape[1], "the prompt has")
+        self._check_places(tensors)
+        if TYPE_IDS:
+            places = enumerate((self._places["image"], self._places["video"]), start=1)
+            tensors["mm_token_type_ids"] = sum((type_id * (ids == token).long() for type_id, token in places), 0 * ids)
+        return Prepared(request.id, tensors, ids.shape[1])
+
+    def _render(self, turns: Turns) -> str:
+        """The chat template's text. Pictures and films are bare placeholders in it, so that it loads nothing itself."""
+
+        def part(kind: str, value: Any) -> dict[str, Any]:
+            return {"type": kind, "text": value} if kind == "text" else {"type": kind}
+
+        chat = [{"role": role, "content": [part(*stated) for stated in parts]} for role, parts in turns]
+        return str(self._processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+    def _with_limits(self, request: Request) -> Any:
+        """The processor with the pixel limits of this request: its own, else the section's, else the checkpoint's.
+
+        The arguments of a call that set them change with the releases (4.49 takes none, 5 wants `size`), the attributes
+        that hold them hardly: `size` always, and also `min_pixels` and `max_pixels` where a release has these.
+        """
+        processor = copy.copy(self._processor)
+        for name in {"image_processor", "video_processor"} & vars(processor).keys():
+            part = copy.copy(getattr(processor, name))
+            low = request.min_pixels or self._section.min_pixels or part.size["shortest_edge"]
+            high = request.max_pixels or self._section.max_pixels or part.size["longest_edge"]
+            if low > high:
+                raise UserError(
+                    f"min_pixels = {low} is above max_pixels = {high}, as the request, the processor section and the "
+                    "checkpoint have them together; state both"
+                )
+            part.size = type(part.size)(shortest_edge=low, longest_edge=high)
+            for key, value in (("min_pixels", low), ("max_pixels", high), ("cap_pixels_per_frame", False)):
+                if hasattr(part, key):  # the cap is 5.23's own limit on films, without which all releases agree
+                    setattr(part, key, value)
+            setattr(processor, name, part)
+        return processor
+
+    def _load_film(self, value: str | tuple[str, ...], processor: Any, used: int) -> Film:
+        part = _film_part(processor)
+
+        def room(frames: int, height: int, width: int) -> None:
+            count = tokens(part, frames, height, width)
+            self._check_room(used + count, f"with a film of {frames} frames of {width} x {height} it has at least")
+
+        if isinstance(value, tuple):
+            return film_of_pictures(value, part, self._section, room)
+        return film_of_file(value, part, self._section, room)
+
+    def _film_arguments(self, films: Sequence[Film]) -> dict[str, Any]:
+        """What the processor is told of films: they are sampled already, and when their frames were."""
+        arguments: dict[str, Any] = {"videos": [film.frames for film in films]} if films else {}
+        if films and hasattr(self._processor, "video_processor"):
+            arguments["do_sample_frames"] = False
+            arguments["video_metadata"] = [
+                {"fps": film.rate, "total_num_frames": film.total, "frames_indices": film.indices} for film in films
+            ]
+        if films and "second_per_grid_ts" in self._processor.model_input_names and not TYPE_IDS:
+            arguments["fps"] = [film.rate * len(film.indices) / film.total for film in films]
+        return arguments
+
+    def _check_room(self, tokens: int, what: str) -> None:
+        if tokens > self._max_prompt_tokens:
+            raise UserError(
+                f"{what} {tokens} tokens, and at most {self._max_prompt_tokens} fit; shorten the prompt, or lower "
+                "max_pixels, processor.fps or processor.max_frames"
+            )
+
+    def _check_places(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Every patch that the model will put into the prompt needs its token there, and no token may be over."""
+        for kind, token in self._places.items():
+            grid = tensors.get(f"{kind}_grid_thw")
+            need = 0 if grid is None else int(grid.prod(-1).sum()) // self._processor.image_processor.merge_size**2
+            have = int((tensors["input_ids"] == token).sum())
+            if have != need:
+                raise UserError(f"the chat template left {have} {kind} tokens in the prompt where {need} are needed")
+
+
+def collate(prepared: Sequence[Prepared], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """One batch: [1, S] tensors padded on the left to [B, longest S], all others concatenated along dim 0, in order."""
+    longest = max(item.prompt_tokens for item in prepared)
+    fill = {"input_ids": pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    batch: dict[str, torch.Tensor] = {}
+    for key in dict.fromkeys(key for item in prepared for key in item.tensors):
+        tensors = [item.tensors[key] for item in prepared if key in item.tensors]
+        if key in fill:
+            tensors = [torch.nn.functional.pad(t, (longest - t.shape[1], 0), value=fill[key]) for t in tensors]
+        batch[key] = torch.cat(tensors)
+    return batch
+
+
+def _check_tokens(config: Mapping[str, Any], places: Mapping[str, int]) -> None:
+    """Tokenizer and model must mean the same token by a picture; else the first forward fails, on every rank."""
+    for kind, token in places.items():
+        stated = config.get(f"{kind}_token_id", token)
+        if stated != token:
+            raise ValueError(f"config.json: {kind}_token_id is {stated}, and the tokenizer has {token} for it")
+
+
+def _film_part(processor: Any) -> Any:
+    """What handles films: before 4.5x that is the image processor."""
+    return getattr(processor, "video_processor", processor.image_processor)
+
+
+def _media(turns: Turns, wanted: str) -> Iterator[Any]:
+    return (value for _, parts in turns for kind, value in parts if kind == wanted)
+
+
+def _check_texts(turns: Turns, reserved: Iterable[str]) -> None:
+    """Special tokens are the chat template's to write: from a user they would open turns or take pictures' places."""
+    texts = [(role, "".join(value for kind, value in parts if kind == "text")) for role, parts in turns]
+    if not any(text.strip() for role, text in texts if role == "user"):
+        raise UserError("the prompt is empty; it needs words, also beside a picture")
+    for token in reserved:
+        if any(token in text for _, text in texts):
+            raise UserError(f"the text contains {token!r}, which has a meaning of its own to the model; take it out")
+
+
+def _as_tensor(value: Any) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float32)

@@ -1,0 +1,1 @@
+"""TP=N against one process on the same weights: tensors, modules, logits, tokens."""

@@ -1,0 +1,1 @@
+"""One page a model family; policies.registry finds POLICY in every module here."""
