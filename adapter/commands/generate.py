@@ -37,8 +37,12 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
         return answer_all(config, engine, processor, answers, results.write).exit_code
 
 
+def arguments() -> argparse.ArgumentParser:
+    return common.parser(__doc__)
+
+
 def start() -> NoReturn:
-    common.run(main, common.parser(__doc__))
+    common.run(main, arguments())
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 from typing import Any, NoReturn
 
 from adapter.commands import common
+from adapter.config.hub import described
 from adapter.planning.load import make_plan
 from adapter.planning.plan import DTYPE_BYTES, Plan
 from adapter.planning.vision_balance import EXAMPLES, FLOPS_PER_BYTE, cost, deal
@@ -26,9 +27,10 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
     from adapter.commands.forecast import forecast
     from adapter.config.load import load_config
 
-    config = load_config(args.config, args.overrides)
-    plan, checkpoint, problems = make_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
-                                           config.tensor_parallel.vision, config.weights.format)
+    config = load_config(args.config, args.overrides, download=False)
+    with described(config.model.path, config.model.revision) as directory:
+        plan, checkpoint, problems = make_plan(directory, config.tensor_parallel.tp_size, config.model.dtype,
+                                               config.tensor_parallel.vision, config.weights.format)
     facts = report(plan, problems)
     if checkpoint is None:
         print(f"note: {config.model.path} holds no safetensors file; planned from config.json alone", file=sys.stderr)

@@ -303,5 +303,5 @@ class Config(Section):
     requests: Annotated[tuple[Request, ...], Listed] = Field(
         (), description="Questions, or the path of a JSON-lines file with one on each line.")
     output: Annotated[Path | None, BeforeValidator(_output)] = Field(
-        None, description="A JSON-lines file for the answers; a job that was stopped goes on where it was. Default: stdout.")
+        None, description="A JSON-lines file for the answers, at which a stopped job goes on; default: stdout.")
     batch_size: Count = Field(8, description="Requests answered at once by a replica.")

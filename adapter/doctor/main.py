@@ -83,7 +83,7 @@ def _config(args: argparse.Namespace) -> Config | None:
         return None
     from adapter.config.load import load_config
 
-    return load_config(args.config, args.overrides)
+    return load_config(args.config, args.overrides, download=False)
 
 
 def probe(names: list[str], limit_s: float = IMPORT_S) -> dict[str, Facts]:

@@ -374,7 +374,7 @@ LORA = {"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen2-VL-7B-Instru
 OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {  # files with what is in them -> words
     "LoRA": ({"adapter_config.json": LORA, "adapter_model.safetensors": ""},
              ["LORA adapter of Qwen/Qwen2-VL-7B-Instruct", "merge_and_unload", "save_pretrained", "model.path="]),
-    "LoRA, its config broken": ({"adapter_config.json": [], "adapter_model.safetensors": ""}, ["PEFT adapter", "merge"]),
+    "LoRA, its config broken": ({"adapter_config.json": []}, ["PEFT adapter", "merge"]),
     "LoRA beside the base's config": ({"adapter_config.json": LORA, "config.json": None}, ["LORA adapter of", "merge"]),
     "nothing": ({}, ["empty"]),
     "GGUF": ({"model-q4.gguf": "GGUF"}, ["GGUF", "model-q4.gguf", "safetensors"]),
@@ -388,7 +388,7 @@ OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {  # files with what is in
     "Megatron, an iteration": ({"mp_rank_00/model.pt": "x"}, ["Megatron"]),
     "distributed": ({"__0_0.distcp": "x", ".metadata": "x"}, ["torch.distributed", "__0_0.distcp"]),
     "diffusers": ({"model_index.json": {}, "unet/config.json": {}}, ["diffusers", "vision-language"]),
-    "a trainer's": ({"checkpoint-500/model.safetensors": "x", "trainer_state.json": {}}, ["checkpoint-500", "name one"]),
+    "a trainer's": ({"checkpoint-500/model.safetensors": "x", "runs/x": ""}, ["checkpoint-500", "name one"]),
     "the cache's": ({"snapshots/0a1b/config.json": {}, "refs/main": "0a1b"}, ["cache", "hub id"]),
     "weights alone": ({"model.safetensors": "x"}, ["model.safetensors", "config.json"]),
     "only text": ({"config.json": {"model_type": "qwen2", "hidden_size": 64}}, ["'qwen2'", "text", "vision_config"]),

@@ -55,12 +55,17 @@ def download(repo: str, revision: str | None, key: str) -> Path:
 
 
 @contextmanager
-def description(repo: str, revision: str | None, key: str) -> Iterator[Path]:
-    """Give a directory that has what a plan reads of a model: config.json, and each safetensors file as its header
-    followed by a hole of the size of its data. Nothing else is downloaded; offline it is the snapshot in the cache.
+def described(path: Path, revision: str | None, key: str = "model.path") -> Iterator[Path]:
+    """Give a directory that has what a plan reads of a model, `path` itself where it is one.
 
-    It is gone afterwards. Raises UserError.
+    For a hub id that is config.json, and each safetensors file as its header, followed by a hole of the size of its
+    data; nothing else is downloaded, and it is gone afterwards. Offline it is the snapshot in the cache. Raises
+    UserError.
     """
+    repo = str(path)
+    if path.is_absolute():
+        yield path
+        return
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -177,16 +182,16 @@ def _why(error: Exception, repo: str, revision: str | None) -> str:
     from huggingface_hub import constants, errors
 
     site, store = constants.ENDPOINT, constants.HF_HUB_CACHE
-    local = f"there is no directory {os.path.abspath(repo)} either"
+    local = "there is no directory of that name either (a relative path counts from the file that states it)"
     version = f" at revision {revision!r}" if revision else ""
     if isinstance(error, errors.GatedRepoError):
-        return (f"access is restricted: accept the terms at {site}/{repo}, then set HF_TOKEN to a token of that account "
-                "(or run `hf auth login`)")
+        return (f"access is restricted: accept the terms at {site}/{repo}, then set HF_TOKEN to a token of that "
+                "account (or run `hf auth login`)")
     if isinstance(error, errors.RepositoryNotFoundError):
         return (f"{site} has no such model, or it is private (then set HF_TOKEN, or run `hf auth login`); {local}; "
                 "check the spelling")
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{site}/{repo} has no revision {revision!r}: model.revision is a branch, a tag or a commit"
+        return f"{site}/{repo} has no revision {revision!r}: name a branch, a tag or a commit"
     if constants.HF_HUB_OFFLINE:
         return (f"it is not in the cache {store}{version}, and HF_HUB_OFFLINE forbids to download it; {local}; unset "
                 "HF_HUB_OFFLINE, or name a directory")

@@ -1,6 +1,6 @@
 """The YAML schema as a JSON schema, for editors that complete and explain keys.
 
-    python -m adapter.json_schema > configs/schema.json
+    python -m adapter.config.json_schema > configs/schema.json
 
 A config names it in its first line: `# yaml-language-server: $schema=schema.json`.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from adapter.schema import Config, Generation
+from adapter.config.schema import Config, Generation
 
 
 def json_schema() -> dict[str, Any]:
@@ -29,7 +29,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _untitled(value: Any, names: bool = False) -> Any:
-    """Leave out pydantic's titles, which repeat the names of keys. names: the keys of `value` are those of a section."""
+    """Leave out pydantic's titles, which repeat the names of keys. names: the keys of `value` are a section's own."""
     if isinstance(value, list):
         return [_untitled(item) for item in value]
     if not isinstance(value, dict):

@@ -7,7 +7,7 @@ import os
 from fnmatch import filter as matching
 from pathlib import Path
 
-from adapter.files import read_text
+from adapter.config.files import read_text
 
 MOST_BYTES = 1 << 20
 LOADED = "load it with Transformers' from_pretrained in a trusted environment, and save it with save_pretrained(OUT)"
@@ -22,7 +22,7 @@ FORMATS = (  # names of files -> what has them, what to do
     (("model_index.json",), "a diffusers pipeline", "name a vision-language model of Transformers"),
     (("checkpoint-[0-9]*",), "a trainer's output directory", "name one of its checkpoints"),
     (("snapshots",), "a model's folder in Hugging Face's cache", "set model.path to the model's hub id"),
-    (("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack"), "weights in files that can run code when opened", LOADED),
+    (("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack"), "weights whose files can run code when opened", LOADED),
     (("*.safetensors",), "safetensors files without the config.json of their model", "copy it here"),
 )
 
@@ -50,5 +50,5 @@ def _adapter(directory: Path) -> str:
         kind, base = str(stated["peft_type"])[:40], str(stated["base_model_name_or_path"])[:200]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         kind, base = "PEFT", "its base model"
-    return (f"it holds a {kind} adapter of {base}, not a model: merge it once with peft, PeftModel.from_pretrained(base, "
+    return (f"it holds a {kind} adapter of {base}, not a model: merge it once with peft, PeftModel.from_pretrained("
             "...).merge_and_unload().save_pretrained(OUT), save the base's processor to OUT, and set model.path=OUT")

@@ -19,14 +19,20 @@ import importlib
 import os
 import signal
 import sys
-from typing import Any, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from adapter import command, network
-from adapter.launchers import launcher_of
-from policies.errors import UserError
+from adapter.commands import common
+from adapter.parallel import network
+from adapter.parallel.launchers import launcher_of
+from policies.errors import BAD_INPUT, CRASHED, DONE, UserError
 
-MODULES = {"plan": "adapter.plan", "generate": "adapter.generate", "verify": "adapter.verify",
-           "shard": "adapter.shard", "bench": "adapter.bench", "doctor": "adapter.doctor.main"}
+if TYPE_CHECKING:
+    from adapter.planning.plan import Plan
+
+MODULES = {"plan": "adapter.commands.plan", "generate": "adapter.commands.generate",
+           "verify": "adapter.commands.verify", "shard": "adapter.commands.shard", "bench": "adapter.benchmark.main",
+           "doctor": "adapter.doctor.main"}
 RANKED = ("generate", "verify")
 
 
@@ -35,47 +41,66 @@ def start() -> NoReturn:
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__.strip())
-        sys.exit(command.DONE)
+        sys.exit(DONE)
     if name not in MODULES:
         print(f"error: {name!r} is no command; there are: {', '.join(MODULES)}", file=sys.stderr)
-        sys.exit(command.BAD_INPUT)
+        sys.exit(BAD_INPUT)
     sys.argv = [f"qwenvl-tp {name}", *rest]
     module = importlib.import_module(MODULES[name])
     if name not in RANKED or launcher_of().mark:
         module.start()
     arguments = module.arguments()
-    arguments.add_argument("--ranks", type=command.count(1, 4096), metavar="N", help="default: tp_size")
-    command.run(lambda args, _: _launch(MODULES[name], args, rest), arguments)
+    arguments.add_argument("--ranks", type=int, metavar="N", help="ranks to start (default: tensor_parallel.tp_size)")
+    common.run(partial(_launch, MODULES[name], rest), arguments)
 
 
-def _launch(module: str, args: argparse.Namespace, rest: list[str]) -> int:
+def _launch(module: str, rest: list[str], args: argparse.Namespace, results: common.Results) -> int:
     """Start `module` over ranks with DeepSpeed's launcher, and return its exit code. Raises UserError."""
-    from adapter.config import load_config
-
-    config = load_config(args.config, args.overrides, download=False)
-    ranks = args.ranks or config.tensor_parallel.tp_size
-    if ranks % config.tensor_parallel.tp_size:
-        raise UserError(f"--ranks {ranks} is no multiple of tensor_parallel.tp_size = {config.tensor_parallel.tp_size}")
+    tp_size = _checked(args).tp_size
+    ranks = tp_size if args.ranks is None else args.ranks
+    if ranks < 1 or ranks % tp_size:
+        raise UserError(f"--ranks {ranks}: a multiple of tensor_parallel.tp_size = {tp_size} is needed")
     stopped: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        stopped.append(number)
+        if not _end_children():
+            sys.exit(128 + number)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: stopped.append(received) or _end_children())
+        signal.signal(number, stop)
     from deepspeed.launcher.runner import main
 
+    results.give_back()
     try:
         main(["--quiet", "--hostfile", os.devnull, "--num_accelerators", str(ranks), "--master_addr", "127.0.0.1",
               "--master_port", str(network.free_port()), "--module", module, *_without_ranks(rest)])
     except SystemExit as ended:
         if not stopped:
-            return ended.code if isinstance(ended.code, int) else command.CRASHED
-    return 128 + stopped[0] if stopped else command.DONE
+            return ended.code if isinstance(ended.code, int) else CRASHED
+    return 128 + stopped[0] if stopped else DONE
 
 
-def _end_children() -> None:
-    """Ask DeepSpeed's launcher to end its ranks."""
+def _checked(args: argparse.Namespace) -> Plan:
+    """The plan, so that what is wrong is said once, and before anything is downloaded or started. Raises UserError."""
+    from adapter.config.hub import described
+    from adapter.config.load import load_config
+    from adapter.planning.load import checked_plan
+
+    config = load_config(args.config, args.overrides, download=False)
+    with described(config.model.path, config.model.revision) as directory:
+        return checked_plan(directory, config.tensor_parallel.tp_size, config.model.dtype,
+                            config.tensor_parallel.vision, config.weights.format)[0]
+
+
+def _end_children() -> int:
+    """Ask DeepSpeed's launcher, where it has been started, to end its ranks."""
     import psutil
 
-    for child in psutil.Process().children():
+    children = psutil.Process().children()
+    for child in children:
         child.send_signal(signal.SIGTERM)
+    return len(children)
 
 
 def _without_ranks(rest: list[str]) -> list[str]:
@@ -83,3 +108,7 @@ def _without_ranks(rest: list[str]) -> list[str]:
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--ranks")
     return known.parse_known_args(rest)[1]
+
+
+if __name__ == "__main__":
+    start()
