@@ -114,7 +114,7 @@ def test_progress_is_read_by_another_process_and_has_no_name():
     assert standing(mine) == Standing(2, False, BARRIER, 0)
     with pytest.raises(TypeError):
         mine[0] = 5
-    read = ("import sys; from adapter.progress import open_progress, standing;"
+    read = ("import sys; from adapter.parallel.progress import open_progress, standing;"
             "print(standing(open_progress(int(sys.argv[1]), int(sys.argv[2]))).entered)")
     done = subprocess.run([sys.executable, "-c", read, str(os.getpid()), str(progress.file.fileno())], cwd=ROOT,
                           capture_output=True, text=True)
