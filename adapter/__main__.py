@@ -38,7 +38,8 @@ RANKED = ("generate", "verify")
 
 def start() -> NoReturn:
     """Run the command that sys.argv names to its exit code."""
-    name, *rest = sys.argv[1:] or ["--help"]
+    rest = sys.argv[1:] or ["--help"]
+    name = rest.pop(next((i for i, word in enumerate(rest) if not word.startswith("--local")), 0))  # DeepSpeed's option
     if name in ("-h", "--help"):
         print(__doc__.strip())
         sys.exit(DONE)

@@ -1,7 +1,7 @@
 """Prove the shards: the requests of a config over tp_size ranks against one process on the same checkpoint.
 
-    deepspeed --num_accelerators 4 launch/verify.py --config C [--dtype bfloat16] [--report FILE.html] [key=value ...]
-    deepspeed --num_accelerators 4 --module adapter.commands.verify --config C ...    where it is installed
+    qwenvl-tp verify --config C [--dtype bfloat16] [--report FILE.html] [key=value ...]
+    deepspeed --num_accelerators 4 launch/verify.py --config C ...    from a checkout, or over several hosts
 
 Runs in float32 unless --dtype says otherwise, shards (adapter.commands.shard) in the config's model.dtype. stdout: a
 JSON line per request (and one for a padded batch), then a summary. Exit 0: everything held; 1: something did not,

@@ -224,7 +224,8 @@ def _generation_problems(generation: dict[Any, Any]) -> list[str]:
     problems += [f"{key} = {_show(value)}: {REFUSED[key]}" for key, value in generation.items() if key in REFUSED]
     _validate(Generation, generation, {}, {}, problems)
     if not problems:
-        strict = {"strict": True} if "strict" in signature(GenerationConfig.validate).parameters else {}  # from 4.50 on
+        checks = signature(GenerationConfig.validate).parameters
+        strict: dict[str, Any] = {"strict": True} if "strict" in checks else {}  # Transformers 4.49 has none
         try:
             GenerationConfig(**generation).validate(**strict)
         except Exception as error:  # whatever Transformers finds, the user can mend

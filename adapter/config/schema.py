@@ -102,8 +102,8 @@ class Section(BaseModel):
 class Pixels(Section):
     """How many pixels an image, or each frame of a video, has after resizing; null: as the checkpoint says."""
 
-    min_pixels: Count | None = Field(None, description="An image of fewer pixels is enlarged to this many.")
-    max_pixels: Count | None = Field(None, description="An image of more pixels is shrunk to this many.")
+    min_pixels: Count | None = Field(default=None, description="An image of fewer pixels is enlarged to this many.")
+    max_pixels: Count | None = Field(default=None, description="An image of more pixels is shrunk to this many.")
 
     @check("max_pixels")
     @classmethod
@@ -118,15 +118,15 @@ class ImageUrl(Section):
     """An image in OpenAI's words."""
 
     url: Media = Field(description="A path, file://, or data: with base64; nothing is downloaded.")
-    detail: str = Field("auto", description="Accepted and not used; max_pixels decides.")
+    detail: str = Field(default="auto", description="Accepted and not used; max_pixels decides.")
 
 
 class Part(Section):
     """A piece of a message: text, an image or a video, in the words of Transformers or of OpenAI."""
 
     text: str | None = None
-    image: Media | None = Field(None, description="A path, file://, or data: with base64.")
-    video: Film | None = Field(None, description="A video file, or a list of images as its frames.")
+    image: Media | None = Field(default=None, description="A path, file://, or data: with base64.")
+    video: Film | None = Field(default=None, description="A video file, or a list of images as its frames.")
     image_url: ImageUrl | None = None
     type: Literal["text", "image", "video", "image_url"] = Field(description="Which of the keys the part has.")
 
@@ -161,12 +161,12 @@ class Request(Pixels):
     """One question: a `prompt` with its images and videos, or a whole chat as `messages`."""
 
     id: Text = Field(description="What its answer is named by; default: its position, from 1.")
-    prompt: str | None = Field(None, description="The question; either this or messages.")
-    images: Annotated[tuple[Media, ...], Listed] = Field((), description="Image files, before the prompt's text.")
-    videos: Annotated[tuple[Film, ...], Listed] = Field((), description="Video files, or lists of frames.")
-    system: str | None = Field(None, description="The system turn of a prompt.")
-    expected: str | None = Field(None, description="The right answer; another one makes the command exit with 1.")
-    messages: Chat | None = Field(None, validate_default=True, description="A whole chat; either this or prompt.")
+    prompt: str | None = Field(default=None, description="The question; either this or messages.")
+    images: Annotated[tuple[Media, ...], Listed] = Field(default=(), description="Image files, put before the text.")
+    videos: Annotated[tuple[Film, ...], Listed] = Field(default=(), description="Video files, or lists of frames.")
+    system: str | None = Field(default=None, description="The system turn of a prompt.")
+    expected: str | None = Field(default=None, description="The right answer; with another one the exit code is 1.")
+    messages: Chat | None = Field(default=None, validate_default=True, description="A chat; either this or prompt.")
 
     @check("messages")
     @classmethod
@@ -195,10 +195,10 @@ class Model(Section):
 
     path: Annotated[Path, BeforeValidator(_directory)] = Field(
         description="A directory (relative to this file), or a hub id such as Qwen/Qwen2-VL-7B-Instruct.")
-    revision: Text | None = Field(None, description="Branch, tag or commit of a hub id; default: main.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="Of weights and activations.")
+    revision: Text | None = Field(default=None, description="Branch, tag or commit of a hub id; default: main.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="Of weights, activations.")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="As Transformers has it; flash_attention_2 needs a GPU, flash-attn and half precision.")
+        default="sdpa", description="As in Transformers; flash_attention_2 needs a GPU, flash-attn, half precision.")
 
     @check("revision")
     @classmethod
@@ -230,23 +230,23 @@ def _hub_only(revision: str | None, path: Path | None) -> str | None:
 class TensorParallelSection(Section):
     """How the model is split."""
 
-    tp_size: Count = Field(4, description="Ranks of one replica; the plan lists what a model can have.")
+    tp_size: Count = Field(default=4, description="Ranks of one replica; the plan lists what a model can have.")
     vision: Literal["tensor", "data", "auto"] = Field(
-        "tensor", description="tensor: the vision encoder is split; data: each rank holds all of it and encodes its "
-        "share of the images; auto: whichever is estimated to be faster.")
+        default="tensor", description="tensor: the vision encoder is split; data: each rank holds it whole and encodes "
+        "its share of the images; auto: whichever is estimated to be faster.")
     desync_check: Annotated[int, Field(ge=0)] = Field(
-        0, description="Compare the ranks every that many steps of generate; 0: never.")
+        default=0, description="Compare the ranks every that many steps of generate; 0: never.")
     self_test: bool = Field(
-        True, description="Test one attention and one MLP of each encoder against one process before serving.")
+        default=True, description="Test one attention and one MLP of each encoder against one process before serving.")
 
 
 class Weights(Section):
     """In what form weights are held."""
 
-    format: Literal["dense", "int8", "int4"] = Field("dense", description="Of the text layers' linear weights.")
+    format: Literal["dense", "int8", "int4"] = Field(default="dense", description="Of the text layers' linear weights.")
     original: Annotated[Path | None, BeforeValidator(_original)] = Field(
-        None, description="Where model.path has shards: the directory or hub id of the model they were made from.")
-    original_revision: Text | None = Field(None, description="Branch, tag or commit where original is a hub id.")
+        default=None, description="Where model.path has shards: the model that they were made from, as path.")
+    original_revision: Text | None = Field(default=None, description="Branch, tag or commit, for a hub id.")
 
     @check("original_revision")
     @classmethod
@@ -257,8 +257,8 @@ class Weights(Section):
 class Processor(Pixels):
     """How images and videos become patches; a request's own min_pixels and max_pixels come first."""
 
-    fps: Annotated[float, Field(gt=0)] = Field(2.0, description="Frames taken from a second of video.")
-    max_frames: Annotated[int, Field(ge=2)] = Field(768, description="The most frames taken from one video.")
+    fps: Annotated[float, Field(gt=0)] = Field(default=2.0, description="Frames taken from a second of video.")
+    max_frames: Annotated[int, Field(ge=2)] = Field(default=768, description="The most frames taken from one video.")
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -296,12 +296,12 @@ class Config(Section):
 
     model: Model
     tensor_parallel: TensorParallelSection = TensorParallelSection()
-    deepspeed: dict[str, Any] = Field({}, description="Passed on to DeepSpeedInferenceConfig as it stands.")
+    deepspeed: dict[str, Any] = Field(default={}, description="Passed on to DeepSpeedInferenceConfig as it stands.")
     weights: Weights = Weights()
     processor: Processor = Processor()
-    generation: dict[str, Any] = Field({}, description="Names of Transformers' GenerationConfig.")
+    generation: dict[str, Any] = Field(default={}, description="Names of Transformers' GenerationConfig.")
     requests: Annotated[tuple[Request, ...], Listed] = Field(
-        (), description="Questions, or the path of a JSON-lines file with one on each line.")
+        default=(), description="Questions, or the path of a JSON-lines file with one on each line.")
     output: Annotated[Path | None, BeforeValidator(_output)] = Field(
-        None, description="A JSON-lines file for the answers, at which a stopped job goes on; default: stdout.")
-    batch_size: Count = Field(8, description="Requests answered at once by a replica.")
+        default=None, description="A JSON-lines file for the answers; a stopped job goes on there. Default: stdout.")
+    batch_size: Count = Field(default=8, description="Requests answered at once by a replica.")
