@@ -1,9 +1,8 @@
 """How fast and how large, beside what the machine allows, and beside other engines.
 
-    deepspeed --num_accelerators 2 launch/bench.py --config C [key=value ...]    these ranks measure themselves
-    python launch/bench.py --config C [--against hf,hf-tp,deepspeed,vllm] ...    starts such a job, and peers, in turn
-    ... [--formats int8,int4]                                                    and the same job in other formats
-    python -m adapter.benchmark.main ...                                         where it is installed
+    qwenvl-tp bench --config C [--against hf,hf-tp,deepspeed,vllm] [key=value ...]    starts our job, and peers, in turn
+    ... [--formats int8,int4]                                                         and the same job in other formats
+    deepspeed --num_accelerators 2 launch/bench.py --config C ...                     these ranks measure themselves
 
 Times the config's first request (without any: a drawn image of 448 x 448), greedily, --new tokens exactly. stdout: a
 JSON line per start and repeat, then a summary: load_s, peak_rss_bytes of each rank, ttft_s, decode_tok_s, collective_us

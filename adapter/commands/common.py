@@ -50,6 +50,10 @@ class Results:
     def write(self, row: dict[str, Any]) -> None:
         self.text(json.dumps(finite(row), ensure_ascii=False, allow_nan=False))
 
+    def give_back(self) -> None:
+        """Make stdout what it was, for a process to be started."""
+        os.dup2(self._out.fileno(), 1)
+
     def text(self, text: str) -> None:
         self._out.write(text + "\n")
         self._out.flush()

@@ -20,11 +20,14 @@ def plan(case: Case) -> Finding | None:
     """Can the checkpoint of --config be cut so, and are its files here?"""
     if case.config is None:
         return None
+    from adapter.config.hub import described
     from adapter.planning.load import checked_plan
 
-    model, tp_size = case.config.model, case.config.tensor_parallel.tp_size
+    model, parallel, form = case.config.model, case.config.tensor_parallel, case.config.weights.format
+    tp_size = parallel.tp_size
     try:
-        checked_plan(model.path, tp_size, model.dtype, case.config.tensor_parallel.vision, case.config.weights.format)
+        with described(model.path, model.revision) as directory:
+            checked_plan(directory, tp_size, model.dtype, parallel.vision, form)
     except UserError as error:
         return failed(str(error), "see each line; `launch/plan.py --config C` has the whole plan")
     if case.place and case.place.world_size % tp_size:
@@ -37,11 +40,13 @@ def memory(case: Case) -> Finding | None:
     """Do the shards of this host's ranks, their KV caches and what a rank takes without weights fit its memory?"""
     if case.config is None:
         return None
+    from adapter.config.hub import described
     from adapter.planning.load import make_plan
 
     config = case.config
-    plan, _, problems = make_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
-                                  config.tensor_parallel.vision, config.weights.format)
+    with described(config.model.path, config.model.revision) as directory:
+        plan, _, problems = make_plan(directory, config.tensor_parallel.tp_size, config.model.dtype,
+                                      config.tensor_parallel.vision, config.weights.format)
     if problems:
         return None  # the row of the plan says it
     pixels, new = config.processor.max_pixels or IMAGE_PIXELS, config.generation.get("max_new_tokens", 256)

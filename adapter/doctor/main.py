@@ -1,8 +1,8 @@
 """What an issue report needs, each thing that breaks tensor-parallel jobs checked, and what to do about each failure.
 
-    python launch/doctor.py [--config C [key=value ...]] [--ranks N] [--json]
+    qwenvl-tp doctor [--config C [key=value ...]] [--ranks N] [--json]
     deepspeed --num_accelerators 4 launch/doctor.py      as ranks of any launcher: does such a job work?
-    python -m adapter.doctor ...                         where it is installed
+    python launch/doctor.py ...                          from a checkout; or python -m adapter.doctor
 
 --ranks N starts a job of N ranks on this host and ends it. stdout: the report, text that can be pasted into an issue,
 or one JSON object. Exit 0: nothing failed (warnings may be there); 1: something did; 2: bad input. Works where torch,
@@ -67,7 +67,7 @@ def _look(args: argparse.Namespace, case: Case) -> tuple[Case, list[Finding]]:
         try:
             from adapter.config.load import load_config
 
-            case = replace(case, config=load_config(args.config, args.overrides))
+            case = replace(case, config=load_config(args.config, args.overrides, download=False))
         except ImportError as error:
             findings.append(Finding("config", FAILED, f"{args.config} cannot be read: {error}", "see the row imports"))
     ranks = place.local_size if place else args.ranks or (case.config.tensor_parallel.tp_size if case.config else 1)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from adapter.checkpoint.digest import digest, unlike
 from adapter.checkpoint.safetensors import Checkpoint
 from adapter.checkpoint.sharded import Shards
+from adapter.config.hub import shown
 from adapter.config.schema import Config
 from adapter.model.published import PublishedModules
 from adapter.parallel.cpu import usable_cores
@@ -287,6 +288,8 @@ def _all_cores() -> Iterator[None]:
 
 def _shown(path: Path) -> str:
     """A model directory as reports name it, which others read: inside the current directory its path, else its name."""
+    if (repository := shown(path)) != str(path):
+        return repository
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
 
