@@ -28,12 +28,14 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
         answers = open_answers(config, results.write)
     from adapter.engine import init_inference
     from adapter.health.watchdog import watching
+    from adapter.kernels import malloc
     from adapter.requests.runner import answer_all, make_processor
 
     leads = rank % plan.tp_size == 0
     processor = make_processor(config, plan.geometry.context) if leads else None
     engine = init_inference(config)
-    with watching(engine.mpu):
+    malloc.keep()
+    with watching(engine.mpu, heartbeat_s=config.tensor_parallel.heartbeat_s):
         return answer_all(config, engine, processor, answers, results.write).exit_code
 
 

@@ -19,7 +19,7 @@ from adapter.commands import common
 from adapter.config.hub import described
 from adapter.planning.load import make_plan
 from adapter.planning.plan import DTYPE_BYTES, Plan
-from adapter.planning.vision_balance import EXAMPLES, FLOPS_PER_BYTE, cost, deal
+from adapter.planning.vision_balance import EXAMPLES, FLOPS_PER_BYTE, assign, cost
 from policies.rules import Replicated
 
 
@@ -86,9 +86,9 @@ def _vision_report(plan: Plan, item: int) -> dict[str, Any]:
     held = [_held(plan, r, item) for r in ranks]
     examples = []
     for name, grid in EXAMPLES.items():
-        dealt = deal(grid, plan.tp_size)
-        examples.append({"what": name, "tensor": price.tensor(dealt.sizes), "data": price.data(dealt),
-                         "auto": "data" if price.deals(dealt) else "tensor"})
+        assignment = assign(grid, plan.tp_size)
+        examples.append({"what": name, "tensor": price.tensor(assignment.sizes), "data": price.data(assignment),
+                         "auto": "data" if price.prefers_data(assignment) else "tensor"})
     return {
         "mode": plan.vision, "encoder": encoder.module, "held_bytes": held,
         "replica_bytes": [a - b for a, b in zip(held, shares, strict=True)],
@@ -130,13 +130,13 @@ def _vision_lines(facts: dict[str, Any]) -> list[str]:
     """The same for people."""
     price, mode = facts["cost"], facts["mode"]
     how = {"tensor": "each rank holds its part of the encoder",
-           "data": "each rank holds the whole encoder and reads whole pictures and frames",
+           "data": "each rank holds the whole encoder and reads whole images and frames",
            "auto": "each rank holds the whole encoder; a call takes the cheaper way"}[mode]
     out = [f"vision {mode}: {how}: {max(facts['held_bytes']) / 1e9:.3f} GB a rank, at most "
            f"{max(facts['replica_bytes']) / 1e9:.3f} GB more than split"]
     part = max(price["parts"], key=lambda p: p["patch"])
     out += [f"vision cost, {price['unit']}: data {price['whole']['patch']:.4g} a patch + {price['whole']['pair']:.4g} "
-            f"n^2 for n patches of a piece, over the fullest rank's share; tensor {part['patch']:.4g} a patch + "
+            f"n^2 for n patches of a frame, over the fullest rank's share; tensor {part['patch']:.4g} a patch + "
             f"{part['pair']:.4g} n^2 over all; {price['flops_per_byte']:g} a byte sent, of all patches "
             f"{price['gather_bytes_per_patch']:.5g} bytes each (data) and {price['all_reduce_bytes_per_patch']:.5g} "
             "(tensor)"]

@@ -36,6 +36,7 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
         _check_report(Path(args.report))
     from adapter.engine import init_inference
     from adapter.health.watchdog import watching
+    from adapter.kernels import malloc
     from adapter.parallel.launchers import read_environment
     from adapter.requests.runner import make_processor
     from adapter.verify.verifier import Verifier
@@ -45,13 +46,14 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
                         f"start `deepspeed --num_accelerators {plan.tp_size} ...`")
     processor = make_processor(config, plan.geometry.context) if first else None
     engine = init_inference(config)
+    malloc.keep()
     tp, rows = engine.mpu.tp, list[dict[str, Any]]()
 
     def write(row: dict[str, Any]) -> None:
         results.write(row)
         rows.append(row)
 
-    with watching(engine.mpu):
+    with watching(engine.mpu, heartbeat_s=config.tensor_parallel.heartbeat_s):
         passed = Verifier(config, engine, tp, checkpoint, processor, write, original).run()
         code = _finish(config, rows, args.report) if first else DONE
         code = tp.agreed(code)  # nobody leaves before the report is written
@@ -101,7 +103,7 @@ def _original(config: Config, plan: Plan) -> Checkpoint | None:
 
 def _check_report(file: Path) -> None:
     """Before a long run: can the report be written at its end? Raises UserError."""
-    from adapter.verify.report import require_matplotlib
+    from adapter.verify.plot import require_matplotlib
 
     require_matplotlib()
     try:

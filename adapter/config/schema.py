@@ -234,8 +234,10 @@ class TensorParallelSection(Section):
     vision: Literal["tensor", "data", "auto"] = Field(
         default="tensor", description="tensor: the vision encoder is split; data: each rank holds it whole and encodes "
         "its share of the images; auto: whichever is estimated to be faster.")
-    desync_check: Annotated[int, Field(ge=0)] = Field(
+    desync_check: Annotated[int, Field(ge=0, le=10_000)] = Field(
         default=0, description="Compare the ranks every that many steps of generate; 0: never.")
+    heartbeat_s: Annotated[int, Field(ge=0, le=86_400)] = Field(
+        default=30, description="End when another host has been silent for so many seconds; 0: never.")
     self_test: bool = Field(
         default=True, description="Test one attention and one MLP of each encoder against one process before serving.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from adapter.generation.kv_cache import KVCache
 from adapter.kernels import fused
+from adapter.model.published import PublishedModules
 from adapter.planning.plan import Plan
 
 
@@ -34,7 +36,7 @@ class Decoder:
     `decoder` says."""
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
-        modules = {plan.policy.published(name): module for name, module in model.named_modules()}
+        modules: Mapping[str, Any] = PublishedModules(model, plan.policy)
         names, stack = plan.policy.decoder, plan.geometry.text_stack
         count = plan.geometry.layers[stack]
         try:
