@@ -87,7 +87,7 @@ def test_under_a_launcher_it_is_a_rank(config):
 def test_a_signal_ends_all_of_it(config, tmp_path, number, foreground):
     """Ctrl-C reaches the whole foreground group; SIGTERM, as of `timeout`, only the command itself."""
     output, requests = tmp_path / "answers.jsonl", tmp_path / "r.jsonl"
-    requests.write_text(json.dumps({"prompt": "What colour is the shape?"}) + "\n" + '{"prompt": "What shape?"}\n' * 9999)
+    requests.write_text('{"prompt": "What colour is the shape?"}\n' * 9999)
     job = Running([sys.executable, "-m", "adapter", "generate", "--config", config, f"requests={requests}",
                    f"output={output}", "batch_size=1"])
     until = time.monotonic() + 200
