@@ -21,6 +21,7 @@ from adapter.config.schema import Config, TensorParallelSection
 from adapter.generation import cuda_graph
 from adapter.generation.loop import DecodeLoop
 from adapter.health.desync import checked_generate
+from adapter.health.job_facts import facts_of_config, facts_of_model
 from adapter.health.self_test import self_test, skeletons
 from adapter.kernels import linear as kernels
 from adapter.model.checks import check_arguments, check_loaded, checked_prompt, prompt_of
@@ -161,7 +162,8 @@ def _shard_loaded(model: nn.Module, parallel: TensorParallelSection, megatron: A
     plan = Plan(policy, geometry, tp_size, str(dtype).removeprefix("torch."), parallel.vision)
     require(policy.problems(geometry, tp_size), plan, type(model).__name__)
     _check_dtype(dtype)
-    mpu = parallel_state.start(tp_size, megatron, _token_bytes(plan, dtype))
+    mpu = parallel_state.start(tp_size, megatron, _token_bytes(plan, dtype),
+                               facts_of_model(model, plan, parallel, section))
     graphed = cuda_graph.wanted(section, mpu.tp)
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, model_source(model, policy), dtype, get_accelerator().current_device_name())
@@ -180,7 +182,8 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     _check_dtype(dtype)
     kernels.check(plan.form, dtype, get_accelerator().device_name())
     model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)
-    mpu = parallel_state.start(plan.tp_size, megatron, _token_bytes(plan, dtype))
+    mpu = parallel_state.start(plan.tp_size, megatron, _token_bytes(plan, dtype),
+                               facts_of_model(model, plan, parallel, config.deepspeed) | facts_of_config(config))
     graphed = cuda_graph.wanted(config.deepspeed, mpu.tp)
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), dtype,

@@ -1,7 +1,7 @@
 """Prove the shards: the requests of a config over tp_size ranks against one process on the same checkpoint.
 
-    deepspeed --num_accelerators 4 launch/verify.py --config C [--dtype bfloat16] [--report FILE.html] [key=value ...]
-    deepspeed --num_accelerators 4 --module adapter.commands.verify --config C ...    where it is installed
+    qwenvl-tp verify --config C [--dtype bfloat16] [--report FILE.html] [key=value ...]
+    deepspeed --num_accelerators 4 launch/verify.py --config C ...    from a checkout, or over several hosts
 
 Runs in float32 unless --dtype says otherwise, shards (adapter.commands.shard) in the config's model.dtype. stdout: a
 JSON line per request (and one for a padded batch), then a summary. Exit 0: everything held; 1: something did not,
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from adapter.commands import common
-from policies.errors import UserError
+from policies.errors import BAD_INPUT, CHECK_FAILED, DONE, UserError
 
 if TYPE_CHECKING:
     from adapter.checkpoint.safetensors import Checkpoint
@@ -25,17 +25,9 @@ if TYPE_CHECKING:
 
 
 def main(args: argparse.Namespace, results: common.Results) -> int:
-    from adapter.checkpoint.sharded import is_sharded
-    from adapter.config.load import load_config
     from adapter.planning.load import checked_plan
 
-    overrides = [*args.overrides, *([f"model.dtype={args.dtype}"] if args.dtype else [])]
-    config = load_config(args.config, overrides)
-    if not any(o.startswith("model.dtype=") for o in overrides) and not is_sharded(config.model.path):
-        config = load_config(args.config, [*overrides, "model.dtype=float32"])
-    if config.model.attn_implementation == "flash_attention_2" and config.model.dtype == "float32":
-        raise UserError("model.attn_implementation = flash_attention_2 computes in half precision only: verify it with "
-                        "--dtype bfloat16, or in float32 with model.attn_implementation=sdpa")
+    config = _config(args)
     plan, checkpoint = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
                                     config.tensor_parallel.vision, config.weights.format)
     original = _original(config, plan)
@@ -61,18 +53,36 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
         results.write(row)
         rows.append(row)
 
-    def report() -> int:
-        if args.report:
-            from adapter.verify.report import render
-
-            Path(args.report).write_text(render(config, rows[:-1], rows[-1]), encoding="utf-8")
-            print(f"report: {args.report}", file=sys.stderr)
-        return common.BAD_INPUT if any("error" in row for row in rows) else common.DONE
-
-    with watching(engine.mpu):
+    with watching(engine.mpu, heartbeat_s=config.tensor_parallel.heartbeat_s):
         passed = Verifier(config, engine, tp, checkpoint, processor, write, original).run()
-        code = tp.agreed(report() if first else common.DONE)  # nobody leaves before the report is written
-    return code or (common.DONE if passed else common.CHECK_FAILED)
+        code = _finish(config, rows, args.report) if first else DONE
+        code = tp.agreed(code)  # nobody leaves before the report is written
+    return code or (DONE if passed else CHECK_FAILED)
+
+
+def _config(args: argparse.Namespace) -> Config:
+    """The config in the dtype to verify in: --dtype, an override of model.dtype, that of shards, else float32."""
+    from adapter.checkpoint.sharded import is_sharded
+    from adapter.config.load import load_config
+
+    overrides = [*args.overrides, *([f"model.dtype={args.dtype}"] if args.dtype else [])]
+    config = load_config(args.config, overrides)
+    if any(o.startswith("model.dtype=") for o in overrides) or is_sharded(config.model.path):
+        return config
+    if config.model.attn_implementation == "flash_attention_2":
+        raise UserError("model.attn_implementation = flash_attention_2 computes in half precision only: verify it with "
+                        "--dtype bfloat16, or in float32 with model.attn_implementation=sdpa")
+    return load_config(args.config, [*overrides, "model.dtype=float32"])
+
+
+def _finish(config: Config, rows: list[dict[str, Any]], report: str | None) -> int:
+    """Write the report of a run's rows, the summary last, where one is wanted, and return what failed requests mean."""
+    if report:
+        from adapter.verify.report import render
+
+        Path(report).write_text(render(config, rows[:-1], rows[-1]), encoding="utf-8")
+        print(f"report: {report}", file=sys.stderr)
+    return BAD_INPUT if any("error" in row for row in rows) else DONE
 
 
 def _original(config: Config, plan: Plan) -> Checkpoint | None:
@@ -102,12 +112,16 @@ def _check_report(file: Path) -> None:
         raise UserError(f"--report {file}: cannot be written: {error.strerror}") from None
 
 
+def arguments() -> argparse.ArgumentParser:
+    parser = common.parser(__doc__)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                        help="of weights and activations over the ranks, as model.dtype; one process: float32")
+    parser.add_argument("--report", metavar="FILE", help="write an HTML report as well")
+    return parser
+
+
 def start() -> NoReturn:
-    arguments = common.parser(__doc__)
-    arguments.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                           help="of weights and activations over the ranks, as model.dtype; one process: float32")
-    arguments.add_argument("--report", metavar="FILE", help="write an HTML report as well")
-    common.run(main, arguments)
+    common.run(main, arguments())
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ class VisionDataParallel:
     def read(self, assignment: Assignment, patches: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's share of a call: its patches, and a row of the grid for each of its pieces."""
         share, pieces = assignment.shares[self.tp.rank], patches.split(assignment.sizes)
-        return torch.cat([pieces[i] for i in share]), grid.new_tensor([[1, *assignment.pieces[i]] for i in share])
+        return torch.cat([pieces[i] for i in share]), grid.new_tensor([[1, *assignment.frames[i]] for i in share])
 
     def gather(self, assignment: Assignment, features: Tensor) -> Tensor:
         """[tokens of this rank, width] -> [tokens, width] in the order of the pieces: the one collective of a call."""

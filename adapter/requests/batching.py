@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from adapter.config.schema import Config
-from adapter.parallel.group import Group, to_device
+from adapter.parallel.group import Group, exchange, to_device
+from adapter.requests.identity import stated_limit
+from adapter.requests.out_of_memory import MemoryGuard, OutOfMemory
 from adapter.requests.processing import Prepared, RequestError, RequestProcessor, collate
 
 log = logging.getLogger("adapter")
 Row = dict[str, Any]
 Write = Callable[[Row], None]
+ALONE = MemoryGuard()  # for what one rank does before the others begin
 DEFAULT_NEW_TOKENS = 256  # where the config sets neither max_new_tokens nor max_length; Transformers' own is 20 in all
 
 
@@ -74,7 +77,7 @@ class Limits:
 
 def room(config: Config, context: int) -> int:
     """Tokens of prompt and answer together: the model's, or fewer where the deepspeed section says so."""
-    stated = config.deepspeed.get("max_out_tokens", config.deepspeed.get("max_tokens"))
+    stated = stated_limit(config)
     return min(context, stated) if isinstance(stated, int) else context  # DeepSpeed refuses what is not a number
 
 
@@ -84,11 +87,30 @@ def answer_batch(items: Sequence[Prepared | RequestError], processor: RequestPro
     rows: dict[str, Row] = {}
     for item in items:
         if isinstance(item, RequestError):
-            log.error("request %s failed: %s", item.request_id, item.reason)
-            rows[item.request_id] = {"id": item.request_id, "error": item.reason}
+            rows[item.request_id] = failed_row(item.request_id, item.reason)
     for batch in padded_together([item for item in items if isinstance(item, Prepared)], limits):
-        rows |= {row["id"]: row for row in _rows(batch, processor, limits, run)}
+        rows |= {row["id"]: row for row in _rows_that_fit(batch, processor, limits, run)}
     return [rows[item.request_id if isinstance(item, RequestError) else item.id] for item in items]
+
+
+def failed_row(request_id: str, reason: str) -> Row:
+    """The row of a request that has no answer, which is logged; the other rows of its batch stay as they are."""
+    log.error("request %s failed: %s", request_id, reason)
+    return {"id": request_id, "error": reason}
+
+
+def _rows_that_fit(batch: Sequence[Prepared], processor: RequestProcessor, limits: Limits, run: Run) -> list[Row]:
+    """The rows of a batch; where memory runs out those of its halves, and a single request fails."""
+    try:
+        return _rows(batch, processor, limits, run)
+    except OutOfMemory as error:
+        reason = str(error)
+    if len(batch) == 1:
+        return [failed_row(batch[0].id, f"out of memory: its {batch[0].prompt_tokens} tokens and their answer do not "
+                           f"fit ({reason}); lower max_pixels or generation.max_new_tokens, or use more ranks")]
+    log.warning("out of memory for %d requests at once (%s); they are tried in two halves", len(batch), reason)
+    half = len(batch) // 2
+    return [row for part in (batch[:half], batch[half:]) for row in _rows_that_fit(part, processor, limits, run)]
 
 
 def padded_together(items: Sequence[Prepared], limits: Limits) -> Iterator[list[Prepared]]:
@@ -108,7 +130,7 @@ def share(tensors: dict[str, Tensor], tp: Group) -> dict[str, Tensor]:
     """Rank 0's tensors on every rank, in one broadcast of their safetensors form; {} means that there is no more."""
     if tp.size == 1:
         return tensors
-    payload = safetensors.torch.save(tensors) if tensors and tp.rank == 0 else b""
+    payload = ALONE.run(lambda: safetensors.torch.save(tensors)) if tensors and tp.rank == 0 else b""
     size = int(tp.broadcast(to_device(torch.tensor([len(payload)]))))
     if not size:
         return {}
@@ -129,7 +151,7 @@ def _rows(batch: Sequence[Prepared], processor: RequestProcessor, limits: Limits
     """Generate for one batch and make its rows. ttft_s is to the batch's first token, decode_tok_s that of one row;
     None where beams hide when a token came."""
     log.log(limits.told, "generating: requests %s", ", ".join(item.id for item in batch))
-    inputs, clock = collate(batch, processor.pad_token_id), Clock()
+    inputs, clock = ALONE.run(lambda: collate(batch, processor.pad_token_id)), Clock()
     began = time.perf_counter()
     new = run(inputs, clock)
     times = clock.times[1:]
@@ -137,8 +159,9 @@ def _rows(batch: Sequence[Prepared], processor: RequestProcessor, limits: Limits
     for item, ids in zip(batch, new.tolist(), strict=True):
         tokens = _until_end(ids, limits.ends)
         rows.append({
-            "id": item.id, "answer": processor.decode(tokens), "tokens": tokens, "prompt_tokens": item.prompt_tokens,
-            "new_tokens": len(tokens), "ttft_s": round(times[0] - began, 4) if times else None,
+            "id": item.id, "answer": processor.decode(tokens, item.continued), "tokens": tokens,
+            "prompt_tokens": item.prompt_tokens, "new_tokens": len(tokens),
+            "ttft_s": round(times[0] - began, 4) if times else None,
             "decode_tok_s": round((len(times) - 1) / (times[-1] - times[0]), 2) if len(times) > 1 else None,
         })
     return rows
@@ -152,24 +175,39 @@ def _until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
     return list(ids)
 
 
+@dataclass(frozen=True)
+class RankFacts:
+    """What one rank holds and has read: bytes, seconds of loading, and its place among the job's replicas."""
+
+    replica: int
+    tp_rank: int
+    weight_bytes: int
+    bytes_read: int
+    load_s: float
+    pss_bytes: int
+    device_peak_bytes: int
+
+
 def rank_facts(engine: deepspeed.InferenceEngine) -> list[dict[str, Any]]:
-    """What each rank of the job holds and read, in bytes; every rank must call it.
+    """A row for each rank of the job: its heads, what it holds and what it read. Every rank must call it.
 
     pss_bytes: host memory, shared pages split among sharers. device_peak_bytes: the most that torch has held on the
     rank's card so far; only where there is one.
     """
     load, mpu = engine.load_report, engine.mpu
-    numbers = [load.weight_bytes, load.bytes_read, int(load.seconds * 1e6), proportional_set_size(),
-               mpu.replicas.rank, mpu.tp.rank, device_peak_bytes()]
-    mine = to_device(torch.tensor(numbers))
-    rows = mpu.world.all_gather_last(mine, (7,) * mpu.world.size).view(mpu.world.size, 7).tolist()
-    text, vision = (engine.plan.heads[encoder] for encoder in ("text", "vision"))
-    return [
-        {"rank": r, "replica": row[4], "q_heads": list(text[row[5]].q), "kv_heads": list(text[row[5]].kv),
-         "vision_heads": list(vision[row[5]].q), "weight_bytes": row[0], "bytes_read": row[1], "load_s": row[2] / 1e6,
-         "pss_bytes": row[3]} | ({"device_peak_bytes": row[6]} if row[6] else {})
-        for r, row in enumerate(rows)
-    ]
+    mine = RankFacts(mpu.replicas.rank, mpu.tp.rank, load.weight_bytes, load.bytes_read, round(load.seconds, 6),
+                     proportional_set_size(), device_peak_bytes())
+    text, vision = engine.plan.heads["text"], engine.plan.heads["vision"]
+    rows = []
+    for rank, facts in enumerate(RankFacts(**card) for card in exchange(mpu.world, asdict(mine))):
+        place = facts.tp_rank
+        rows.append({
+            "rank": rank, "replica": facts.replica, "q_heads": list(text[place].q), "kv_heads": list(text[place].kv),
+            "vision_heads": list(vision[place].q), "weight_bytes": facts.weight_bytes,
+            "bytes_read": facts.bytes_read, "load_s": facts.load_s, "pss_bytes": facts.pss_bytes,
+            **({"device_peak_bytes": facts.device_peak_bytes} if facts.device_peak_bytes else {}),
+        })
+    return rows
 
 
 def device_peak_bytes() -> int:
@@ -179,7 +217,7 @@ def device_peak_bytes() -> int:
 
 
 def proportional_set_size() -> int:
-    """This process's memory in bytes, pages it shares counted by its share. 0 where the kernel does not tell."""
+    """This process's memory in bytes, shared pages by their share (PSS). 0 where the kernel reports none."""
     rollup = Path("/proc/self/smaps_rollup")
     if not rollup.exists():
         return 0

@@ -22,7 +22,7 @@ from PIL import Image
 
 from adapter.checkpoint.safetensors import read_config
 from adapter.config.schema import Config, Processor, Request
-from adapter.requests.media import MOST_PIXELS, film_of_file, load_image
+from adapter.requests.media import MOST_PIXELS, load_image, video_of_file
 from adapter.verify.plot import Layers, ResultRow, draw
 from policies.errors import UserError
 from policies.registry import policy_for
@@ -114,7 +114,7 @@ def _thumbnails(kind: str, value: str | tuple[str, ...]) -> list[str]:
 
     whole = SimpleNamespace(temporal_patch_size=1, size={"longest_edge": math.inf})  # no frame twice, none resized
     return [_jpeg(Image.fromarray(f), FRAME_SIDE)
-            for f in film_of_file(value, whole, Processor(max_frames=FRAMES), room).frames]
+            for f in video_of_file(value, whole, Processor(max_frames=FRAMES), room).frames]
 
 
 def _jpeg(image: Image.Image, side: int) -> str:

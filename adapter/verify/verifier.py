@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from adapter.checkpoint.digest import digest, unlike
 from adapter.checkpoint.safetensors import Checkpoint
 from adapter.checkpoint.sharded import Shards
+from adapter.config.hub import shown
 from adapter.config.schema import Config
 from adapter.model.published import PublishedModules
+from adapter.parallel.cpu import usable_cores
 from adapter.parallel.group import Group, to_device
-from adapter.parallel.launchers import usable_cores
 from adapter.requests.batching import Limits, Write, rank_facts, share
 from adapter.requests.processing import TYPE_IDS, Prepared, RequestError, RequestProcessor, collate
 from adapter.verify import bounds
@@ -266,7 +267,7 @@ class Verifier:
         """Rank 0 compares with all cores, while the others sleep and do not busy-wait in the next all-reduce."""
         with _all_cores() if self.tp.rank == 0 else nullcontext():
             yield
-        if self.tp.route.spins:
+        if self.tp.route.busy_waits:
             self.tp.agreed(0)
 
     def _wait(self) -> None:
@@ -287,6 +288,8 @@ def _all_cores() -> Iterator[None]:
 
 def _shown(path: Path) -> str:
     """A model directory as reports name it, which others read: inside the current directory its path, else its name."""
+    if (repository := shown(path)) != str(path):
+        return repository
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
 

@@ -36,7 +36,7 @@ def workplace(tmp_path_factory) -> Path:
     for name, shape in MODELS.items():
         make_checkpoint(root / name, shape)
         make_checkpoint(root / "published" / name, shape)
-    outcome = launch(1, PLAIN, "--plain", "--out", str(root), *(str(root / name) for name in MODELS), launcher="none")
+    outcome = launch(1, PLAIN, "--plain", "--out", str(root), *(str(root / name) for name in MODELS), launcher="alone")
     assert outcome.code == 0, outcome.err[-3000:]
     return root
 
@@ -106,14 +106,15 @@ def test_the_encoder_is_held_once(ran):
         assert row[-2] == row[-1] == plan.weight_bytes(rank)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not OLD, reason="QWENVL_TP_OLD_PYTHON is not set")
 def test_the_oldest_release(tmp_path):
     """Its encoder returns a tensor, and attends to all pieces at once under a mask."""
     for where in (tmp_path / "m", tmp_path / "published" / "m"):
         make_checkpoint(where)
-    for n, script, args, launcher in ((1, PLAIN, ["--plain", "--out", str(tmp_path), str(tmp_path / "m")], "none"),
+    for n, script, args, launcher in ((1, PLAIN, ["--plain", "--out", str(tmp_path), str(tmp_path / "m")], "alone"),
                                       (2, WORKER, [str(tmp_path), str(tmp_path / "m"), "data", str(tmp_path / "m"),
-                                                   "auto"], "deepspeed")):
+                                                   "auto"], "fork")):
         outcome = launch(n, script, *args, python=OLD, launcher=launcher, timeout=400)
         assert outcome.code == 0, outcome.err[-3000:]
     plain = load_file(tmp_path / "m.plain.safetensors")

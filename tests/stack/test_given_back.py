@@ -23,7 +23,8 @@ def test_full_weights_are_given_back(tmp_path):
     """float32 of a bfloat16 checkpoint is memory of the process; bfloat16 is the file, mapped by Transformers 5."""
     small = make_checkpoint(tmp_path / "small")
     big = make_checkpoint(tmp_path / "big", BIG, dtype=torch.bfloat16)
-    outcome = launch(2, WORKER, str(small), str(big), env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]})
+    outcome = launch(2, WORKER, str(small), str(big), launcher="deepspeed",
+                     env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]})
     assert outcome.code == 0, outcome.err[-3000:]
     rows = [json.loads(line) for line in outcome.out.splitlines() if line.startswith("{")]
     assert {(row["rank"], row["call"]) for row in rows} == {(r, c) for r in (0, 1) for c in ("kept", "adapters")}

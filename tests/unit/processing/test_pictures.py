@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from media_and_requests import CHECKPOINT, SIZE, TRANSFORMERS, ask, picture, reason
+from media_and_requests import CHECKPOINT, SIZE, TRANSFORMERS, ask, data_url, picture, reason
 from packaging.version import Version
-from PIL import Image
+from PIL import Image, features
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from adapter.config.schema import Processor
@@ -155,3 +155,14 @@ def test_limits_that_leave_nothing(processor, tmp_path):
         assert int(grid.prod()) > 0
     except RequestError as error:  # releases before 4.57
         assert "raise max_pixels" in error.reason
+
+
+@pytest.mark.skipif("avif" not in features.modules or not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif(processor, tmp_path):
+    path = tmp_path / "a.avif"
+    Image.new("RGB", SIZE, (200, 30, 30)).save(path, quality=100)
+    assert np.abs(np.asarray(load_image(str(path))).astype(int) - (200, 30, 30)).max() < 6
+    assert ask(processor, images=[str(path)]).tensors["image_grid_thw"].tolist() == [[1, 4, 6]]
+    assert ask(processor, images=[data_url(str(path), "image/avif")]).prompt_tokens
+    path.write_bytes(path.read_bytes()[:200])
+    assert "cannot be decoded" in reason(processor, images=[str(path)])
