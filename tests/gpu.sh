@@ -5,7 +5,8 @@
 # Exit code 1 if a job failed. A job that does not apply to this machine says why.
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
 if [ -n "${PYTHON:-}" ]; then
-    export PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"   # ninja, and the ranks' python
+    bin=$(cd "$(dirname "$(command -v "$PYTHON")")" && pwd)
+    PYTHON=$bin/$(basename "$PYTHON"); export PATH="$bin:$PATH"   # ninja, and the ranks' python
 else
     use_environment "$ROOT/launch/requirements.txt"
 fi
