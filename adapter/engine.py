@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,11 @@ from adapter.model.inject import checkpoint_source, inject, model_source
 from adapter.model.meta_init import build_on_meta
 from adapter.model.published import PublishedModules
 from adapter.parallel import parallel_state
-from adapter.parallel.group import Group
 from adapter.parallel.launchers import read_environment
 from adapter.parallel.parallel_state import Mpu
 from adapter.planning.load import checked_plan, require
 from adapter.planning.plan import Plan
+from adapter.requests.finite import finite_generate
 from policies.errors import UserError
 from policies.export import row_parallel
 from policies.policy import Policy
@@ -198,21 +197,44 @@ def _token_bytes(plan: Plan, dtype: torch.dtype) -> int:
 
 
 def _ready(shard: _Shard, whole: Mapping[str, nn.Module], graphed: bool) -> _Shard:
-    """Test the shards against `whole`, what some modules are for one process, and give the model a `generate` that
-    draws the same numbers on every rank, whoever calls it."""
-    tp = shard.mpu.tp
-    shard.model.eval().to(get_accelerator().current_device_name())
+    """Test the shards against `whole`, what some modules are for one process, and give the model its `generate`."""
+    model, tp, every = shard.model, shard.mpu.tp, shard.parallel.desync_check
+    model.eval().to(get_accelerator().current_device_name())
     if shard.parallel.self_test:
-        self_test(shard.model, shard.plan, tp, whole)
-    generate = checked_generate(shard.model, shard.plan, tp, shard.parallel.desync_check) \
-        if shard.parallel.desync_check else DecodeLoop(shard.model, shard.plan, graphed)
-
-    def same(*inputs: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(), same_draw(tp):
-            return generate(*inputs, **kwargs)
-
-    shard.model.generate = checked_prompt(same, shard.plan.geometry.sizes["vocab"], tp)  # type: ignore[assignment]
+        self_test(model, shard.plan, tp, whole)
+    checked = None
+    if every:
+        model.generate = finite_generate(model)  # type: ignore[assignment]
+        checked = checked_generate(model, shard.plan, tp, every)
+    generate = on_the_models_device(model, DecodeLoop(model, shard.plan, tp, graphed, checked))
+    model.generate = checked_prompt(generate, shard.plan.geometry.sizes["vocab"], tp)  # type: ignore[assignment]
     return shard
+
+
+def on_the_models_device(model: nn.Module, generate: Callable[..., Any]) -> Callable[..., Any]:
+    """`generate` for tensors on any device: they are moved to the model's, and what it returns to that of the prompt,
+    as Transformers' own does."""
+    def moved(*inputs: Any, **kwargs: Any) -> Any:
+        device = next(model.parameters()).device
+        given = [value for value in (*inputs, kwargs.get("inputs"), kwargs.get("input_ids"))
+                 if isinstance(value, torch.Tensor)]
+        home = given[0].device if given else device
+        if home == device:
+            return generate(*inputs, **kwargs)
+        return move(generate(*move(inputs, device), **move(kwargs, device)), home)
+
+    return moved
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """`value` with all tensors in it, through tuples, lists and mappings, on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, list | tuple):
+        return type(value)(move(item, device) for item in value)
+    if isinstance(value, dict):  # an output class of Transformers' is one, too
+        return type(value)(**{key: move(item, device) for key, item in value.items()})
+    return value
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -270,15 +292,3 @@ def _generate(engine: deepspeed.InferenceEngine) -> Callable[..., Any]:
         return engine.module.generate(*inputs, **kwargs)
 
     return generate
-
-
-@contextmanager
-def same_draw(tp: Group) -> Iterator[None]:
-    """Within, every rank's random numbers are those of rank 0; a seed set before decides them, as in one process."""
-    device = get_accelerator().current_device_name()
-    seed = tp.broadcast(torch.randint(2**62, (1,)).to(device))
-    accelerator = get_accelerator()
-    devices = [] if accelerator.device_name() == "cpu" else [accelerator.current_device()]
-    with torch.random.fork_rng(devices=devices, device_type=accelerator.device_name() if devices else "cuda"):
-        torch.manual_seed(int(seed))
-        yield

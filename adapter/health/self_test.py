@@ -68,7 +68,8 @@ def self_test(model: nn.Module, plan: Plan, tp: Group, skeleton: Mapping[str, nn
             _refuse_not_finite(tp, outputs)
             worst = max(worst, *(c.share for c in trace.comparisons))
             wrong += [first] if (first := trace.first_wrong()) else []
-    _agree(tp, wrong)
+        _agree(tp, wrong)
+        _check_finite(model, plan, tp)
     log.info("self-test: attention and MLP of both encoders hold on %d rank%s, largest error %.2g of its bound, "
              "%.0f ms", tp.size, "s" * (tp.size > 1), worst, (time.perf_counter() - began) * 1e3)
 
@@ -159,24 +160,38 @@ def _run(model: nn.Module, plan: Plan, stack: str, tops: list[str], split: bool)
     modules = [published[top] for top in tops]
     handles = [m.register_forward_pre_hook(probe, with_kwargs=True, prepend=True) for m in modules]
     handles.append(modules[-1].register_forward_hook(stop))
-    device = next(model.parameters()).device
     try:
         with suppress(_Enough):
-            if stack == plan.geometry.text_stack:
-                ids = torch.arange(TOKENS, device=device)[None] % plan.geometry.sizes["vocab"]
-                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-            else:
-                values, merge = plan.geometry.picture
-                side = 2 * merge
-                pixels = torch.ones(side * side, values, device=device, dtype=model.dtype)  # type: ignore[call-overload]
-                grid = torch.tensor([[1, side, side]], device=device)
-                if parallel := data_parallel_of(model, plan):
-                    parallel.run(split, pixels, grid, {})
-                else:
-                    encoder_of(model, plan)(pixels, **{plan.policy.encoder.grid: grid})
+            _forward(model, plan, stack, split)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _forward(model: nn.Module, plan: Plan, stack: str, split: bool) -> Tensor:
+    """Logits [1, TOKENS, vocab] of a few tokens, or the vision encoder's features of a small image."""
+    device = next(model.parameters()).device
+    if stack == plan.geometry.text_stack:
+        ids = torch.arange(TOKENS, device=device)[None] % plan.geometry.sizes["vocab"]
+        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        return logits
+    values, merge = plan.geometry.picture
+    side = 2 * merge
+    pixels = torch.ones(side * side, values, device=device, dtype=model.dtype)  # type: ignore[call-overload]
+    grid = torch.tensor([[1, side, side]], device=device)
+    if parallel := data_parallel_of(model, plan):
+        output = parallel.run(split, pixels, grid, {})
+    else:
+        output = encoder_of(model, plan)(pixels, **{plan.policy.encoder.grid: grid})
+    features: Tensor = output if isinstance(output, Tensor) else getattr(output, plan.policy.encoder.features)
+    return features
+
+
+def _check_finite(model: nn.Module, plan: Plan, tp: Group) -> None:
+    """Raise CheckFailed on every rank where a forward through all layers of an encoder gives infinity or NaN."""
+    bad = [f"a forward through {stack}, {model.dtype}" for stack, split in _modes(model, plan)
+           if not _forward(model, plan, stack, split).isfinite().all()]
+    _refuse_not_finite(tp, bad)
 
 
 def _expected(plan: Plan, tp: Group, name: str, claim: Claim, layer: Any, x: Tensor) -> Iterator[Expected]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from adapter.config.schema import Config
 from adapter.parallel.group import Group, exchange, to_device
+from adapter.requests.finite import NonFiniteLogits
 from adapter.requests.identity import stated_limit
 from adapter.requests.out_of_memory import MemoryGuard, OutOfMemory
 from adapter.requests.processing import Prepared, RequestError, RequestProcessor, collate
@@ -43,7 +44,15 @@ class Clock(BaseStreamer):
         pass
 
 
-Run = Callable[[dict[str, Tensor], Clock], Tensor]  # inputs of a batch -> its new tokens, int64 [B, new]
+@dataclass(frozen=True)
+class Generated:
+    """What came of a batch. tokens: int64 [B, new]. failed: row -> why it has no answer."""
+
+    tokens: Tensor
+    failed: Mapping[int, str] = field(default_factory=dict)
+
+
+Run = Callable[[dict[str, Tensor], Clock], Generated]  # inputs of a batch -> what came of it
 
 
 @dataclass(frozen=True)
@@ -139,12 +148,16 @@ def share(tensors: dict[str, Tensor], tp: Group) -> dict[str, Tensor]:
     return tensors if tp.rank == 0 else safetensors.torch.load(buffer.cpu().numpy().tobytes())
 
 
-def generate(inputs: dict[str, Tensor], call: Callable[..., Tensor], limits: Limits, clock: Clock) -> Tensor:
-    """New tokens, int64 [B, new], from an engine's or a model's `generate`."""
-    prompt = inputs["input_ids"].shape[1]
+def generate(inputs: dict[str, Tensor], call: Callable[..., Tensor], limits: Limits, clock: Clock) -> Generated:
+    """A batch's new tokens from an engine's or a model's `generate`. A row whose logits are not finite has failed."""
+    prompt, failed = inputs["input_ids"].shape[1], dict[int, str]()
     on_device = {k: to_device(v) for k, v in inputs.items()}
     streamer = clock if limits.single else None
-    return call(**on_device, **limits.for_prompt(prompt), streamer=streamer)[:, prompt:].cpu()
+    try:
+        output = call(**on_device, **limits.for_prompt(prompt), streamer=streamer)
+    except NonFiniteLogits as error:
+        output, failed = error.output, {row: error.reason(row) for row in error.rows}
+    return Generated(output[:, prompt:].cpu(), failed)
 
 
 def _rows(batch: Sequence[Prepared], processor: RequestProcessor, limits: Limits, run: Run) -> list[Row]:
@@ -153,10 +166,14 @@ def _rows(batch: Sequence[Prepared], processor: RequestProcessor, limits: Limits
     log.log(limits.told, "generating: requests %s", ", ".join(item.id for item in batch))
     inputs, clock = ALONE.run(lambda: collate(batch, processor.pad_token_id)), Clock()
     began = time.perf_counter()
-    new = run(inputs, clock)
+    generated = run(inputs, clock)
     times = clock.times[1:]
-    rows = []
-    for item, ids in zip(batch, new.tolist(), strict=True):
+    rows: list[Row] = []
+    for i, (item, ids) in enumerate(zip(batch, generated.tokens.tolist(), strict=True)):
+        if i in generated.failed:
+            log.error("request %s failed: %s", item.id, generated.failed[i])
+            rows.append({"id": item.id, "error": generated.failed[i]})
+            continue
         tokens = _until_end(ids, limits.ends)
         rows.append({
             "id": item.id, "answer": processor.decode(tokens, item.continued), "tokens": tokens,

@@ -17,7 +17,8 @@ from adapter.checkpoint.safetensors import read_config
 from adapter.checkpoint.sharded import is_sharded
 from adapter.config.schema import Config, Model
 from adapter.parallel.group import to_device
-from adapter.requests.batching import Clock, Limits, Write, generate
+from adapter.requests.batching import Clock, Generated, Limits, Write, generate
+from adapter.requests.finite import finite_generate
 from adapter.requests.results import Answers
 from adapter.requests.runner import Tally, answer, make_processor
 from policies.errors import UserError
@@ -39,9 +40,11 @@ def answer_plain(config: Config, answers: Answers, write: Write) -> Tally:
     model = _load(directory, config.model, policy)
     limits = Limits.of(config, context, model.generation_config)
 
-    def run(inputs: dict[str, Tensor], clock: Clock) -> Tensor:
+    own = finite_generate(model)
+
+    def run(inputs: dict[str, Tensor], clock: Clock) -> Generated:
         with torch.inference_mode():
-            return generate(inputs, model.generate, limits, clock)
+            return generate(inputs, own, limits, clock)
 
     tally = answer(config, processor, limits, run, answers)
     write(tally.summary(config, 1, began))
