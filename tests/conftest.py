@@ -23,6 +23,14 @@ def environment_is_given_back():
     os.environ.update(before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_server_survives():
+    yield
+    from forking import stop_servers
+
+    stop_servers()
+
+
 @pytest.fixture(autouse=True)
 def no_job_survives():
     yield

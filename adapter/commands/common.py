@@ -29,6 +29,16 @@ def parser(description: str, config_required: bool = True) -> argparse.ArgumentP
     return p
 
 
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number from `least` to `most`."""
+    def parse(stated: str) -> int:
+        if not stated.isdecimal() or not least <= int(stated) <= most:
+            raise argparse.ArgumentTypeError(f"{stated!r} is not a whole number from {least} to {most}")
+        return int(stated)
+
+    return parse
+
+
 class Results:
     """JSON lines on the real stdout. Libraries that print go to stderr, so that stdout holds nothing but results."""
 
@@ -39,6 +49,10 @@ class Results:
 
     def write(self, row: dict[str, Any]) -> None:
         self.text(json.dumps(finite(row), ensure_ascii=False, allow_nan=False))
+
+    def give_back(self) -> None:
+        """Make stdout what it was, for a process to be started."""
+        os.dup2(self._out.fileno(), 1)
 
     def text(self, text: str) -> None:
         self._out.write(text + "\n")

@@ -1,8 +1,8 @@
 """Write a model's shards once, so that ranks load theirs without slicing or quantising: one file per rank.
 
-    python launch/shard.py --config C --out DIR [key=value ...]
-    python -m adapter.commands.shard --config C --out DIR ...    where it is installed
-    deepspeed --num_accelerators N launch/generate.py --config C model.path=DIR    loads them
+    qwenvl-tp shard --config C --out DIR [key=value ...]
+    python launch/shard.py --config C --out DIR ...    from a checkout
+    qwenvl-tp generate --config C model.path=DIR       loads them
 
 For the config's tensor_parallel, weights.format and model.dtype, by one process that holds one tensor at a time
 (adapter.checkpoint.sharded says what is in DIR). DIR appears when all of it is written, or not at all; one that exists

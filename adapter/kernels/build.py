@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 log = logging.getLogger("adapter")
 SOURCES = tuple(sorted(Path(__file__).with_name("csrc").glob("*.cpp")))
@@ -29,10 +30,14 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-m
 
 @cache
 def unavailable() -> str | None:
-    """Load the operators, building them where they are not cached; why that is impossible, None where it is done.
+    """Load the operators, building them where they are not cached. None, or in words why this process has none.
+
+    Where DeepSpeed computes on an accelerator nothing is built: they are for CPUs.
 
     Every process of a host may call it at once: one builds, the others wait for its lock, which dies with it.
     """
+    if (device := get_accelerator().device_name()) != "cpu":
+        return f"they are for CPUs, and this job computes on {device}"
     if platform.system() != "Linux":
         return f"they are written for Linux, this is {platform.system()}"
     try:

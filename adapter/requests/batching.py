@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import safetensors.torch
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from adapter.config.schema import Config
 from adapter.parallel.group import Group, exchange, to_device
+from adapter.requests.finite import NonFiniteLogits
 from adapter.requests.identity import stated_limit
 from adapter.requests.out_of_memory import MemoryGuard, OutOfMemory
 from adapter.requests.processing import Prepared, RequestError, RequestProcessor, collate
@@ -42,7 +44,15 @@ class Clock(BaseStreamer):
         pass
 
 
-Run = Callable[[dict[str, Tensor], Clock], Tensor]  # inputs of a batch -> its new tokens, int64 [B, new]
+@dataclass(frozen=True)
+class Generated:
+    """What came of a batch. tokens: int64 [B, new]. failed: row -> why it has no answer."""
+
+    tokens: Tensor
+    failed: Mapping[int, str] = field(default_factory=dict)
+
+
+Run = Callable[[dict[str, Tensor], Clock], Generated]  # inputs of a batch -> what came of it
 
 
 @dataclass(frozen=True)
@@ -138,12 +148,16 @@ def share(tensors: dict[str, Tensor], tp: Group) -> dict[str, Tensor]:
     return tensors if tp.rank == 0 else safetensors.torch.load(buffer.cpu().numpy().tobytes())
 
 
-def generate(inputs: dict[str, Tensor], call: Callable[..., Tensor], limits: Limits, clock: Clock) -> Tensor:
-    """New tokens, int64 [B, new], from an engine's or a model's `generate`."""
-    prompt = inputs["input_ids"].shape[1]
+def generate(inputs: dict[str, Tensor], call: Callable[..., Tensor], limits: Limits, clock: Clock) -> Generated:
+    """A batch's new tokens from an engine's or a model's `generate`. A row whose logits are not finite has failed."""
+    prompt, failed = inputs["input_ids"].shape[1], dict[int, str]()
     on_device = {k: to_device(v) for k, v in inputs.items()}
     streamer = clock if limits.single else None
-    return call(**on_device, **limits.for_prompt(prompt), streamer=streamer)[:, prompt:].cpu()
+    try:
+        output = call(**on_device, **limits.for_prompt(prompt), streamer=streamer)
+    except NonFiniteLogits as error:
+        output, failed = error.output, {row: error.reason(row) for row in error.rows}
+    return Generated(output[:, prompt:].cpu(), failed)
 
 
 def _rows(batch: Sequence[Prepared], processor: RequestProcessor, limits: Limits, run: Run) -> list[Row]:
@@ -152,10 +166,14 @@ def _rows(batch: Sequence[Prepared], processor: RequestProcessor, limits: Limits
     log.log(limits.told, "generating: requests %s", ", ".join(item.id for item in batch))
     inputs, clock = ALONE.run(lambda: collate(batch, processor.pad_token_id)), Clock()
     began = time.perf_counter()
-    new = run(inputs, clock)
+    generated = run(inputs, clock)
     times = clock.times[1:]
-    rows = []
-    for item, ids in zip(batch, new.tolist(), strict=True):
+    rows: list[Row] = []
+    for i, (item, ids) in enumerate(zip(batch, generated.tokens.tolist(), strict=True)):
+        if i in generated.failed:
+            log.error("request %s failed: %s", item.id, generated.failed[i])
+            rows.append({"id": item.id, "error": generated.failed[i]})
+            continue
         tokens = _until_end(ids, limits.ends)
         rows.append({
             "id": item.id, "answer": processor.decode(tokens, item.continued), "tokens": tokens,
@@ -184,13 +202,18 @@ class RankFacts:
     bytes_read: int
     load_s: float
     pss_bytes: int
+    device_peak_bytes: int
 
 
 def rank_facts(engine: deepspeed.InferenceEngine) -> list[dict[str, Any]]:
-    """A row for each rank of the job: its heads, what it holds and what it read. Every rank must call it."""
+    """A row for each rank of the job: its heads, what it holds and what it read. Every rank must call it.
+
+    pss_bytes: host memory, shared pages split among sharers. device_peak_bytes: the most that torch has held on the
+    rank's card so far; only where there is one.
+    """
     load, mpu = engine.load_report, engine.mpu
     mine = RankFacts(mpu.replicas.rank, mpu.tp.rank, load.weight_bytes, load.bytes_read, round(load.seconds, 6),
-                     proportional_set_size())
+                     proportional_set_size(), device_peak_bytes())
     text, vision = engine.plan.heads["text"], engine.plan.heads["vision"]
     rows = []
     for rank, facts in enumerate(RankFacts(**card) for card in exchange(mpu.world, asdict(mine))):
@@ -199,8 +222,15 @@ def rank_facts(engine: deepspeed.InferenceEngine) -> list[dict[str, Any]]:
             "rank": rank, "replica": facts.replica, "q_heads": list(text[place].q), "kv_heads": list(text[place].kv),
             "vision_heads": list(vision[place].q), "weight_bytes": facts.weight_bytes,
             "bytes_read": facts.bytes_read, "load_s": facts.load_s, "pss_bytes": facts.pss_bytes,
+            **({"device_peak_bytes": facts.device_peak_bytes} if facts.device_peak_bytes else {}),
         })
     return rows
+
+
+def device_peak_bytes() -> int:
+    """The most bytes that torch has held on this rank's card so far. 0 on CPU."""
+    accelerator = get_accelerator()
+    return 0 if accelerator.device_name() == "cpu" else int(accelerator.max_memory_allocated())
 
 
 def proportional_set_size() -> int:

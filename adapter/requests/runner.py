@@ -23,7 +23,19 @@ from transformers import StoppingCriteriaList
 
 from adapter.config.schema import Config, Request
 from adapter.parallel.group import Group, to_device
-from adapter.requests.batching import Clock, Limits, Row, Run, Write, answer_batch, generate, rank_facts, room, share
+from adapter.requests.batching import (
+    Clock,
+    Generated,
+    Limits,
+    Row,
+    Run,
+    Write,
+    answer_batch,
+    generate,
+    rank_facts,
+    room,
+    share,
+)
 from adapter.requests.out_of_memory import MemoryGuard, OutOfMemory, guard_replica
 from adapter.requests.processing import Prepared, RequestError, RequestProcessor
 from adapter.requests.results import Answers
@@ -86,7 +98,7 @@ def answer_all(config: Config, engine: deepspeed.InferenceEngine, processor: Req
         assert processor is not None
         watched = {"stopping_criteria": StoppingCriteriaList([ProgressTicks(queue)])} if mpu.replicas.size > 1 else {}
 
-        def run(inputs: dict[str, Tensor], clock: Clock) -> Tensor:
+        def run(inputs: dict[str, Tensor], clock: Clock) -> Generated:
             shared = share(inputs, mpu.tp)
             return guard.run(lambda: generate(shared, partial(engine.generate, **watched), limits, clock))
 

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# What N accelerators must show, on the demo checkpoint: one table, in markdown, for the README.
+#   bash tests/gpu.sh [N]    ranks, default: all cards of this machine; without a card the same jobs on CPU, N default 2
+# Exit code 1 if a job failed. A job that does not apply to this machine says why.
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
+use_environment "$ROOT/launch/requirements.txt" "$ROOT/tests/requirements.txt"
+cd "$ROOT"
+exec "$PYTHON" -W ignore tests/gpu.py "$@"
