@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,19 @@ from adapter.config.schema import Config, TensorParallelSection
 from adapter.generation import cuda_graph
 from adapter.generation.loop import DecodeLoop
 from adapter.health.desync import checked_generate
+from adapter.health.job_facts import facts_of_config, facts_of_model
 from adapter.health.self_test import self_test, skeletons
 from adapter.kernels import linear as kernels
-from adapter.model.checks import check_arguments, check_loaded
+from adapter.model.checks import check_arguments, check_loaded, checked_prompt, prompt_of
 from adapter.model.inject import checkpoint_source, inject, model_source
 from adapter.model.meta_init import build_on_meta
+from adapter.model.published import PublishedModules
 from adapter.parallel import parallel_state
-from adapter.parallel.group import Group
 from adapter.parallel.launchers import read_environment
 from adapter.parallel.parallel_state import Mpu
 from adapter.planning.load import checked_plan, require
 from adapter.planning.plan import Plan
+from adapter.requests.finite import finite_generate
 from policies.errors import UserError
 from policies.export import row_parallel
 from policies.policy import Policy
@@ -160,10 +161,11 @@ def _shard_loaded(model: nn.Module, parallel: TensorParallelSection, megatron: A
     plan = Plan(policy, geometry, tp_size, str(dtype).removeprefix("torch."), parallel.vision)
     require(policy.problems(geometry, tp_size), plan, type(model).__name__)
     _check_dtype(dtype)
-    mpu = parallel_state.start(tp_size, megatron, _token_bytes(plan, dtype))
+    mpu = parallel_state.start(tp_size, megatron, _token_bytes(plan, dtype),
+                               facts_of_model(model, plan, parallel, section))
     graphed = cuda_graph.wanted(section, mpu.tp)
     began, whole = time.perf_counter(), skeletons(model, plan)
-    inject(model, plan, mpu.tp, model_source(model, policy), dtype)
+    inject(model, plan, mpu.tp, model_source(model, policy), dtype, get_accelerator().current_device_name())
     report = LoadReport(0, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
     return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole, graphed)
 
@@ -179,10 +181,12 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     _check_dtype(dtype)
     kernels.check(plan.form, dtype, get_accelerator().device_name())
     model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)
-    mpu = parallel_state.start(plan.tp_size, megatron, _token_bytes(plan, dtype))
+    mpu = parallel_state.start(plan.tp_size, megatron, _token_bytes(plan, dtype),
+                               facts_of_model(model, plan, parallel, config.deepspeed) | facts_of_config(config))
     graphed = cuda_graph.wanted(config.deepspeed, mpu.tp)
     began, whole = time.perf_counter(), skeletons(model, plan)
-    inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), dtype)
+    inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), dtype,
+           get_accelerator().current_device_name())
     report = LoadReport(checkpoint.bytes_read, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
     return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole, graphed)
 
@@ -193,21 +197,44 @@ def _token_bytes(plan: Plan, dtype: torch.dtype) -> int:
 
 
 def _ready(shard: _Shard, whole: Mapping[str, nn.Module], graphed: bool) -> _Shard:
-    """Test the shards against `whole`, what some modules are for one process, and give the model a `generate` that
-    draws the same numbers on every rank, whoever calls it."""
-    tp = shard.mpu.tp
-    shard.model.eval().to(get_accelerator().current_device_name())
+    """Test the shards against `whole`, what some modules are for one process, and give the model its `generate`."""
+    model, tp, every = shard.model, shard.mpu.tp, shard.parallel.desync_check
+    model.eval().to(get_accelerator().current_device_name())
     if shard.parallel.self_test:
-        self_test(shard.model, shard.plan, tp, whole)
-    generate = checked_generate(shard.model, shard.plan, tp, shard.parallel.desync_check) \
-        if shard.parallel.desync_check else DecodeLoop(shard.model, shard.plan, graphed)
-
-    def same(*inputs: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(), same_draw(tp):
-            return generate(*inputs, **kwargs)
-
-    shard.model.generate = same  # type: ignore[assignment]
+        self_test(model, shard.plan, tp, whole)
+    checked = None
+    if every:
+        model.generate = finite_generate(model)  # type: ignore[assignment]
+        checked = checked_generate(model, shard.plan, tp, every)
+    generate = on_the_models_device(model, DecodeLoop(model, shard.plan, tp, graphed, checked))
+    model.generate = checked_prompt(generate, shard.plan.geometry.sizes["vocab"], tp)  # type: ignore[assignment]
     return shard
+
+
+def on_the_models_device(model: nn.Module, generate: Callable[..., Any]) -> Callable[..., Any]:
+    """`generate` for tensors on any device: they are moved to the model's, and what it returns to that of the prompt,
+    as Transformers' own does."""
+    def moved(*inputs: Any, **kwargs: Any) -> Any:
+        device = next(model.parameters()).device
+        given = [value for value in (*inputs, kwargs.get("inputs"), kwargs.get("input_ids"))
+                 if isinstance(value, torch.Tensor)]
+        home = given[0].device if given else device
+        if home == device:
+            return generate(*inputs, **kwargs)
+        return move(generate(*move(inputs, device), **move(kwargs, device)), home)
+
+    return moved
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """`value` with all tensors in it, through tuples, lists and mappings, on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, list | tuple):
+        return type(value)(move(item, device) for item in value)
+    if isinstance(value, dict):  # an output class of Transformers' is one, too
+        return type(value)(**{key: move(item, device) for key, item in value.items()})
+    return value
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -243,7 +270,7 @@ def _deepspeed_arguments(shard: _Shard, section: Mapping[str, Any]) -> dict[str,
 
 def _policy_by_class(model: nn.Module, policy: Policy) -> dict[type[nn.Module], tuple[str, ...]]:
     """DeepSpeed's form of the policy: the class of each stack's layers -> its row-parallel linears."""
-    modules = {policy.published(name): module for name, module in model.named_modules()}
+    modules = PublishedModules(model, policy)
     return {type(modules[f"{stack}.0"]): rows for stack, rows in row_parallel(policy).items()}
 
 
@@ -259,21 +286,9 @@ def _generate(engine: deepspeed.InferenceEngine) -> Callable[..., Any]:
     limit = engine._config.max_out_tokens
 
     def generate(*inputs: Any, **kwargs: Any) -> Any:
-        ids = kwargs.get("input_ids", kwargs.get("inputs", inputs[0] if inputs else None))
+        ids = prompt_of(inputs, kwargs)
         if ids is not None and ids.shape[-1] > limit:
             raise UserError(f"prompt of {ids.shape[-1]} tokens: deepspeed.max_out_tokens allows {limit}")
         return engine.module.generate(*inputs, **kwargs)
 
     return generate
-
-
-@contextmanager
-def same_draw(tp: Group) -> Iterator[None]:
-    """Within, every rank's random numbers are those of rank 0; a seed set before decides them, as in one process."""
-    device = get_accelerator().current_device_name()
-    seed = tp.broadcast(torch.randint(2**62, (1,)).to(device))
-    accelerator = get_accelerator()
-    devices = [] if accelerator.device_name() == "cpu" else [accelerator.current_device()]
-    with torch.random.fork_rng(devices=devices, device_type=accelerator.device_name() if devices else "cuda"):
-        torch.manual_seed(int(seed))
-        yield

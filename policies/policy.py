@@ -23,15 +23,21 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """Where a decode step finds its parts: published names, those of a layer without their stack. Pre-norm layers of
-    attention with rotary positions and of a gated MLP, around a residual."""
+class DecoderNames:
+    """The modules of the text decoder by their published names, those of a layer without their stack: pre-norm layers
+    of attention with rotary positions and of a gated MLP, around a residual.
+
+    It is total: a module that is not named here, and does not hold named ones, is one that a decode step would leave
+    out, so that the model is decoded by Transformers' own loop.
+    attention, mlp: the modules that hold the others. unused: modules that some releases create and never call.
+    """
 
     embedding: str
     rotary: str
     norm: str
     head: str
     attention_norm: str = "input_layernorm"
+    attention: str = "self_attn"
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
@@ -41,6 +47,13 @@ class Decoder:
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    activation: str = "mlp.act_fn"
+    unused: tuple[str, ...] = ()
+
+    def computing(self) -> tuple[str, ...]:
+        """The modules of a layer that compute something."""
+        return (self.attention_norm, self.q, self.k, self.v, self.o, self.mlp_norm, self.gate, self.up, self.down,
+                self.activation)
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Encoder:
-    """The module that reads pictures. It looks at one picture, or one frame of a film, at a time.
+    """The vision encoder. Nothing in it looks from one image, or one frame of a video, at another.
 
     module, stack: its published name and that of its layers. heads: its key in Geometry.attention.
     patches, grid: arguments of its forward: [n, values], and int64 [media, 3], a row (t, h, w) standing for t frames of
@@ -91,9 +104,10 @@ class Policy:
 
     head_axes: named dimension -> (encoder, "q" or "kv"): dimensions that are cut by heads; other cut ones go by grains.
     renames: (newer prefix, published prefix): module and tensor names of newer releases, in order of application.
+    media_tokens: keys of config.json with ids of tokens that stand for media: fed back they claim an image's place.
     ignored: tensors old releases saved that are computed, not loaded (name endings).
     tied: (parameter, the parameter it is tied to) where the config ties them.
-    decoder: the text encoder's parts, for the decode loop.
+    decoder: the text decoder's modules, for the decode loop.
     rows: (start of a module's name, what one row of its input is), the first that fits: "patch", "merged" (the patches
         that make one token), "token", or "last" (a sequence's last position). The first two are the vision encoder.
     """
@@ -104,9 +118,10 @@ class Policy:
     head_axes: Mapping[str, tuple[str, str]]
     head_numbers: tuple[HeadNumbers, ...]
     renames: tuple[tuple[str, str], ...]
+    media_tokens: tuple[str, ...]
     ignored: tuple[str, ...]
     tied: tuple[str, str]
-    decoder: Decoder
+    decoder: DecoderNames
     rows: tuple[tuple[str, Rows], ...]
     encoder: Encoder
     geometry: Callable[[Mapping[str, Any]], Geometry]

@@ -1,19 +1,22 @@
-"""A decode step as a graph of the accelerator's. On a GPU a step is a thousand small kernels and bound by launching
-them one by one; a graph launches them all at once (`torch.cuda.graph`, through DeepSpeed's accelerator).
+"""Decode steps as graphs of the accelerator's. On a GPU a step is a thousand small kernels and bound by launching them
+one by one; a graph launches them all at once (`torch.cuda.graph`, through DeepSpeed's accelerator).
 
 `deepspeed.enable_cuda_graph`, which DeepSpeed itself has for one rank only, turns it on.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from adapter.generation.kv_cache import Buffers, KVCache
 from adapter.parallel.group import Group
 from policies.errors import UserError
 
@@ -21,31 +24,71 @@ log = logging.getLogger("adapter")
 KEY = "enable_cuda_graph"
 
 
-class CudaGraphStep:
-    """A step captured at its second call and replayed from then on.
+Step = Callable[[Tensor, KVCache], Tensor]  # ids [rows], the cache -> logits [rows, vocab]
 
-    The first call runs as it is: libraries allocate and groups connect in it, which nothing may while a graph is
-    captured. Whatever else the step reads must stay where it is between calls, and be changed in place only. All ranks
-    of a group must call it equally often, for the graph has their collectives in it.
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph, the ids [rows] that it reads and the logits [rows, vocab] that it writes."""
+
+    graph: Any
+    ids: Tensor
+    logits: Tensor
+
+
+class CudaGraphStep:
+    """Decode steps captured once for each size of the cache and replayed from then on, as long as the engine lives.
+
+    A size is (rows, length, attended places), each from a few buckets (adapter.generation.kv_cache). Graphs read the
+    buffers of the engine at their addresses, so all are dropped when the buffers grow. They share one memory pool.
+    All ranks of a group must call it alike, for the graphs have their collectives in them.
     """
 
-    def __init__(self, step: Callable[[Tensor], Tensor], accelerator: Any) -> None:
-        self.step, self.accelerator = step, accelerator
-        self.warm, self.graph = False, None
-        self.given: Tensor  # what the graph reads
-        self.result: Tensor  # what it writes
+    def __init__(self, buffers: Buffers, accelerator: Any) -> None:
+        self.buffers, self.accelerator = buffers, accelerator
+        self.stream = accelerator.Stream()
+        self.captured = dict[tuple[int, int, int], _Captured]()
+        self.generation = buffers.generation
+        self.pool: Any = None
+        atexit.register(self.release)
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        if not self.warm:
-            self.warm = True
-            return self.step(ids)
-        if self.graph is None:
-            self.given, self.graph = ids.clone(), self.accelerator.create_graph()
-            with self.accelerator.capture_to_graph(self.graph):  # launches nothing: the step is made by the replay
-                self.result = self.step(self.given)
-        self.given.copy_(ids)
-        self.accelerator.replay_graph(self.graph)
-        return self.result.clone()  # the next replay writes over it
+    def __call__(self, step: Step, ids: Tensor, cache: KVCache) -> Tensor:
+        """One step. ids: int64 [batch], at most the cache's rows -> logits [batch, vocab], the caller's own."""
+        if self.generation != self.buffers.generation:
+            self.release()
+            self.generation = self.buffers.generation
+        size = cache.rows, cache.length, cache.attended
+        if size not in self.captured:
+            self.captured[size] = self._capture(step, ids, cache)
+        captured = self.captured[size]
+        captured.ids[:len(ids)].copy_(ids)
+        self.accelerator.replay_graph(captured.graph)
+        return captured.logits[:len(ids)].clone()  # the next replay writes over it
+
+    def _capture(self, step: Step, ids: Tensor, cache: KVCache) -> _Captured:
+        """Run the step once, since libraries allocate and groups connect in their first call, which nothing may while a
+        graph is captured, and NCCL wants both on one stream; then capture it, which runs nothing."""
+        given = ids.new_zeros(cache.rows)
+        given[:len(ids)] = ids
+        self.stream.wait_stream(self.accelerator.current_stream())
+        with self.accelerator.stream(self.stream):
+            step(given, cache)
+            cache.place -= 1  # the replay makes this step again, in the same place
+        self.accelerator.current_stream().wait_stream(self.stream)
+        graph = self.accelerator.create_graph()
+        with self.accelerator.capture_to_graph(graph, self.pool, self.stream):
+            logits = step(given, cache)
+        if self.pool is None:
+            self.pool = graph.pool()
+        return _Captured(graph, given, logits)
+
+    def release(self) -> None:
+        """Drop all graphs. At the end of the process this comes before its groups are destroyed, which would wait for
+        the collectives in them."""
+        if self.captured:
+            self.accelerator.synchronize()
+        self.captured.clear()
+        self.pool = None
 
 
 def wanted(section: Mapping[str, Any], tp: Group) -> bool:

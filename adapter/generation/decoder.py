@@ -1,7 +1,8 @@
-"""The text model of an injected model, taken apart for decode steps."""
+"""The text decoder of an injected model, taken apart, and its step: one token of every row."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter.generation.kv_cache import KVCache
-from adapter.kernels import fused
+from adapter.model.published import PublishedModules
 from adapter.planning.plan import Plan
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The parts of one layer of the text encoder."""
+    """The modules of one layer of the text decoder that compute something."""
 
     attention_norm: nn.Module
     q: nn.Module
@@ -30,48 +31,100 @@ class Layer:
 
 
 class Decoder:
-    """The text encoder of an injected model, taken apart. Raises LookupError, in words, where it is not as the policy's
-    `decoder` says."""
+    """The text decoder's modules as they are now, and what one step of them computes.
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
-        modules = {plan.policy.published(name): module for name, module in model.named_modules()}
+    Raises LookupError, in words, where the model is not what the policy's `decoder` says: a module is missing, there is
+    one that the page does not name, or one computes something else.
+
+    ops: `rms_norm`, `add_rms_norm`, `silu_mul`, `visible` and `attend` (adapter.kernels.fused).
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, ops: Any, rank: int = 0) -> None:
         names, stack = plan.policy.decoder, plan.geometry.text_stack
+        modules: Mapping[str, Any] = PublishedModules(model, plan.policy)
         count = plan.geometry.layers[stack]
         try:
-            parts = {name: [modules[f"{stack}.{i}.{getattr(names, name)}"] for i in range(count)]
-                     for name in Layer.__dataclass_fields__}
-            acts = [modules[f"{stack}.{i}.{names.mlp}"].act_fn for i in range(count)]
+            self.layers = [Layer(**{part: modules[f"{stack}.{i}.{getattr(names, part)}"]
+                                    for part in Layer.__dataclass_fields__}) for i in range(count)]
+            self.whole = [modules[f"{stack}.{i}"] for i in range(count)]
+            self.attentions = [modules[f"{stack}.{i}.{names.attention}"] for i in range(count)]
+            self.activations = [modules[f"{stack}.{i}.{names.activation}"] for i in range(count)]
             self.embedding, self.rotary = modules[names.embedding], modules[names.rotary]
             self.norm, self.head = modules[names.norm], modules[names.head]
             self.eps = float(self.norm.variance_epsilon)
         except (KeyError, AttributeError) as missing:
             raise LookupError(f"this release has no {missing} in {type(model).__name__}") from None
+        self.kv_heads, self.head_dim = plan.heads["text"][rank].kv_heads, plan.geometry.attention["text"].head_dim
+        self.scale = self.head_dim ** -0.5
+        self.ops = ops
+        check_total(model, plan)
+        self._check_formula(model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    def step(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """Logits [rows, vocab] of the next token. ids: int64 [rows], each row's newest token, whose keys and values go
+        to the cache's `place`, which moves on by one."""
+        ops = self.ops
+        cos, sin = cache.rope_at_place()
+        visible = ops.visible(cache.first, cache.place, cache.attended)
+        residual = self.embedding.look_up(ids)
+        normed = ops.rms_norm(residual, self.layers[0].attention_norm.weight, self.eps)
+        for i, layer in enumerate(self.layers):
+            keys, values = cache.layer(i)
+            heads = ops.attend(layer.q.forward(normed), layer.k.forward(normed), layer.v.forward(normed), cos, sin,
+                               keys, values, visible, cache.place, self.scale)
+            attended = layer.o.forward(heads)
+            normed = ops.add_rms_norm(residual, attended, layer.mlp_norm.weight, self.eps)
+            gated = ops.silu_mul(layer.gate.forward(normed), layer.up.forward(normed))
+            last = i + 1 == len(self.layers)
+            next_norm = self.norm if last else self.layers[i + 1].attention_norm
+            normed = ops.add_rms_norm(residual, layer.down.forward(gated), next_norm.weight, self.eps)
+        cache.place += 1
+        logits: Tensor = self.head.forward(normed)
+        return logits
+
+    def _check_formula(self, model: nn.Module) -> None:
+        """Raises LookupError where the modules are all there and one computes something else than `step`."""
         probe = torch.linspace(-3, 3, 16)
-        if not all(torch.equal(act(probe), F.silu(probe)) for act in acts):
+        if not all(torch.equal(act(probe), F.silu(probe)) for act in self.activations):
             raise LookupError("the MLP's activation is not SiLU")
         config: Any = model.config
         if getattr(config.get_text_config(), "use_sliding_window", False):
             raise LookupError("the model attends to a sliding window")
-        self.layers = [Layer(**{name: found[i] for name, found in parts.items()}) for i in range(count)]
-        self.whole = [modules[f"{stack}.{i}"] for i in range(count)]
-        self.scale = plan.geometry.attention["text"].head_dim ** -0.5
-        self.device = next(model.parameters()).device
-        self.ops = fused.operators(self.device.type)
+        if any(getattr(attention, "scaling", self.scale) != self.scale for attention in self.attentions):
+            raise LookupError("attention does not scale by 1 / sqrt(head_dim)")
 
-    def step(self, ids: Tensor, state: KVCache) -> Tensor:
-        """ids int64 [B]: each row's newest token -> logits [B, vocab] of the next. Fills `state` at its place."""
-        ops, step = self.ops, state.place - (state.keys[0].shape[2] - state.cos.shape[0])
-        cos, sin = state.cos[step][0], state.sin[step][0]
-        x = self.embedding.look_up(ids)
-        layer = self.layers[0]
-        h = ops.rms_norm(x, layer.attention_norm.weight, self.eps)
-        for i, layer in enumerate(self.layers):
-            a = ops.attend(layer.q.forward(h), layer.k.forward(h), layer.v.forward(h), cos, sin, state.keys[i],
-                           state.values[i], state.start, state.place, self.scale)
-            h = ops.add_rms_norm(x, layer.o.forward(a), layer.mlp_norm.weight, self.eps)
-            h = layer.down.forward(ops.silu_mul(layer.gate.forward(h), layer.up.forward(h)))
-            after = self.layers[i + 1].attention_norm if i + 1 < len(self.layers) else self.norm
-            h = ops.add_rms_norm(x, h, after.weight, self.eps)
-        state.place += 1
-        logits: Tensor = self.head.forward(h)
-        return logits
+
+def text_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """Name -> module of everything that is not inside the vision encoder, the model itself ("") included."""
+    vision = plan.policy.encoder.module
+    published = {name: plan.policy.published(name) for name, _ in model.named_modules()}
+    return {name: module for name, module in model.named_modules()
+            if published[name] != vision and not published[name].startswith(f"{vision}.")}
+
+
+def check_total(model: nn.Module, plan: Plan) -> None:
+    """Raises LookupError where the text decoder has a module, or a parameter of its own between the modules, that the
+    policy's page does not name: a step would leave it out."""
+    names, stack = plan.policy.decoder, plan.geometry.text_stack
+    layers = range(plan.geometry.layers[stack])
+    computing = {names.embedding, names.rotary, names.norm, names.head}
+    computing |= {f"{stack}.{i}.{part}" for i in layers for part in names.computing()}
+    unused = {f"{stack}.{i}.{part}" for i in layers for part in names.unused}
+    inside_activations = tuple(f"{stack}.{i}.{names.activation}." for i in layers)
+    modules = text_modules(model, plan)
+    published = {name: plan.policy.published(name) for name in modules}
+    real = [name for name in modules if published[name] in computing]
+    around = {name[:at] for name in real for at in range(len(name)) if at == 0 or name[at] == "."}
+    for name, module in modules.items():
+        if published[name] in computing | unused or published[name].startswith(inside_activations):
+            continue
+        if name not in around:
+            raise LookupError(f"{name} ({type(module).__name__}) is not among the modules that the family's page "
+                              "names (decoder, in policies/families/)")
+        if module._parameters:
+            raise LookupError(f"{name} has parameters of its own ({', '.join(module._parameters)}), which the "
+                              "family's page does not name")

@@ -22,9 +22,28 @@ from adapter.kernels import linear as kernels
 TABLED = tuple(type(ACT2FN[name]) for name in ("quick_gelu", "silu"))  # activations of the encoders' MLPs
 
 
-def operators(device: str) -> Any:
-    """What has `rms_norm`, `add_rms_norm`, `silu_mul` and `attend` for tensors of this kind of device."""
-    return torch.ops.qwenvl_tp if device == "cpu" and build.unavailable() is None else TorchOps
+def operators(compiled: bool) -> Any:
+    """The operators of a decode step, `rms_norm`, `add_rms_norm`, `silu_mul`, `visible` and `attend`: those in C++, or
+    the same in torch."""
+    return CompiledOps() if compiled else TorchOps
+
+
+def unavailable(device: str) -> str | None:
+    """Why tensors of this kind of device have no C++ operators, in words; None where they have."""
+    return f"they are for a CPU, this is {device}" if device != "cpu" else build.unavailable()
+
+
+class CompiledOps:
+    """torch.ops.qwenvl_tp, which read the lengths themselves and attend to what is filled."""
+
+    def __init__(self) -> None:
+        ops = torch.ops.qwenvl_tp
+        self.rms_norm, self.add_rms_norm, self.silu_mul = ops.rms_norm, ops.add_rms_norm, ops.silu_mul
+        self.attend = ops.attend
+
+    @staticmethod
+    def visible(first: Tensor, place: Tensor, attended: int) -> Tensor:
+        return first
 
 
 class Tabled(nn.Module):
@@ -79,7 +98,7 @@ def fuse(model: nn.Module) -> None:
 
 
 class TorchOps:
-    """In torch, with tensors that never change their shapes: what a graph can capture."""
+    """The operators in torch, on tensors that never change their shapes, which a CUDA graph can hold."""
 
     @staticmethod
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -95,17 +114,23 @@ class TorchOps:
         return F.silu(gate) * up
 
     @staticmethod
-    def attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: Tensor,
-               position: Tensor, scale: float) -> Tensor:
-        batch, _, length, dim = keys.shape
-        q, k, v = (x.view(batch, -1, 1, dim) for x in (q, k, v))
-        keys.index_copy_(2, position, _rotated(k, cos, sin))
-        values.index_copy_(2, position, v)
-        place = torch.arange(length, device=q.device)
-        seen = (place >= start[:, None]) & (place <= position)
-        out = F.scaled_dot_product_attention(_rotated(q, cos, sin), keys, values, seen[:, None, None], scale=scale,
-                                             enable_gqa=True)
-        return out.reshape(batch, -1)
+    def visible(first: Tensor, place: Tensor, attended: int) -> Tensor:
+        """bool [rows, 1, 1, attended]: the places that each row's new token sees. Once a step, for all layers."""
+        places = torch.arange(attended, device=first.device)
+        return ((places >= first[:, None]) & (places <= place))[:, None, None]
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, visible: Tensor,
+               place: Tensor, scale: float) -> Tensor:
+        """keys, values: [rows, KV heads, attended, D]. The query heads of one KV head are taken for as many queries, so
+        that no key is repeated for them."""
+        rows, kv_heads, _, dim = keys.shape
+        q, k, v = q.view(rows, -1, 1, dim), k.view(rows, -1, 1, dim), v.view(rows, -1, 1, dim)
+        keys.index_copy_(2, place, _rotated(k, cos, sin))
+        values.index_copy_(2, place, v)
+        queries = _rotated(q, cos, sin).view(rows, kv_heads, -1, dim)
+        out = F.scaled_dot_product_attention(queries, keys, values, visible, scale=scale)
+        return out.reshape(rows, -1)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

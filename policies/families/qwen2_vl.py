@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from policies.errors import UserError
-from policies.policy import Attention, Decoder, Encoder, Geometry, Policy, Rows
+from policies.policy import Attention, DecoderNames, Encoder, Geometry, Policy, Rows
 from policies.rules import Claim, Column, FusedQKV, Head, HeadNumbers, Replicated, Row, Vocab
 
 NORM = Replicated("norms act on whole hidden states, which every rank holds; a few KB")
@@ -169,9 +169,11 @@ POLICY = Policy(
     head_axes={"q": ("text", "q"), "kv": ("text", "kv"), "v_q": ("vision", "q")},
     head_numbers=HEAD_NUMBERS,
     renames=RENAMES,
+    media_tokens=("image_token_id", "video_token_id", "vision_start_token_id"),
     ignored=("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq"),
     tied=("lm_head.weight", "model.embed_tokens.weight"),
-    decoder=Decoder("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"),
+    decoder=DecoderNames("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head",
+                         unused=("self_attn.rotary_emb",)),  # of releases before 4.57
     rows=ROWS,
     encoder=TOWER,
     geometry=geometry,

@@ -18,7 +18,7 @@ from launching import launch
 from safetensors.torch import load_file
 
 from adapter.planning.plan import Plan
-from adapter.planning.vision_balance import cost, deal
+from adapter.planning.vision_balance import assign, cost
 from policies.families.qwen2_vl import POLICY
 
 WORKER, PLAIN = Path(__file__).with_name("vision_worker.py"), Path(__file__).with_name("worker.py")
@@ -92,11 +92,11 @@ def test_each_call_takes_its_way_and_a_dealt_one_has_one_collective(ran):
     grids = [[[1, 8, 6]], [[1, 4, 8], [1, 6, 4]], [[3, 4, 6]], [[1, 8, 6], [1, 4, 8], [1, 6, 4]], [[3, 4, 6]]]
     assert facts["grids"] == grids
     price = cost(plan, 4)
-    dealt = [plan.vision == "data" or price.deals(deal(grid, plan.tp_size)) for grid in grids]
+    dealt = [plan.vision == "data" or price.prefers_data(assign(grid, plan.tp_size)) for grid in grids]
     assert plan.vision == "data" or set(dealt) == {True, False}, "the cases of auto are of both kinds"
     expected = [1 if one else 2 * plan.geometry.layers["visual.blocks"] + 1 for one in dealt]
     assert [row[:-2] for row in facts["ranks"]] == [expected] * plan.tp_size
-    assert plan.tp_size == 2 or any(not share for share in deal(grids[1], plan.tp_size).shares)
+    assert plan.tp_size == 2 or any(not share for share in assign(grids[1], plan.tp_size).shares)
 
 
 def test_the_encoder_is_held_once(ran):

@@ -114,7 +114,7 @@ def test_a_request_that_cannot_be_prepared_is_exit_2_and_the_others_are_checked(
     assert outcome.code == 2 and "/nowhere.png" in rows[0]["error"], outcome.err[-3000:]
     assert [r["id"] for r in rows[1:-1] if r["passed"]] == ["text", "long", "padded batch"]
     assert not rows[-1]["passed"] and (tmp_path / "report.html").exists()
-    assert "visual.patch_embed.proj" in rows[-1]["unchecked"] and "with a picture" in outcome.err
+    assert "visual.patch_embed.proj" in rows[-1]["unchecked"] and "with an image" in outcome.err
 
 
 def test_one_rank_holds():

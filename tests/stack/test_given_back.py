@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,4 +39,15 @@ def test_full_weights_are_given_back(tmp_path):
         if private:
             assert row["loaded"] - row["after"] >= row["whole"] - row["shard"] - SLACK, row
         assert not row["still_mapped"], row
+        assert row["malloc_as_before"], "malloc's settings are those of the user's process"
     assert not rows[0]["mapped"], "float32 is converted, and so not a file's"
+
+
+def test_a_command_lets_its_own_process_keep_what_it_frees():
+    """The settings cannot be read, so what sets them is watched."""
+    script = ("import sys; from adapter.kernels import malloc; from adapter.commands.generate import start; "
+              "malloc.keep = lambda: sys.stderr.write('kept\\n'); start()")
+    ran = subprocess.run([sys.executable, "-c", script, "--config", str(ROOT / "configs" / "demo_tp4.yaml"),
+                          "tensor_parallel.tp_size=1", "generation.max_new_tokens=1", "requests=[{prompt: What?}]"],
+                         cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert ran.returncode == 0 and ran.stderr.count("kept") == 1, ran.stderr[-3000:]

@@ -22,7 +22,7 @@ from adapter.parallel.parallel_state import Mpu
 from adapter.requests import scheduler
 from adapter.requests.batching import Limits
 from adapter.requests.results import Printed, Recorded
-from adapter.requests.runner import Tally, _judged, _work, answer, deal, make_processor, read_ahead
+from adapter.requests.runner import Tally, _judged, _work, answer, make_processor, read_ahead, split
 from adapter.requests.scheduler import BatchQueue, ProgressTicks, join_queue
 from policies.errors import CheckFailed
 
@@ -176,7 +176,7 @@ def test_jobs_one_after_another_do_not_mix(replicas, connect):
 @settings(deadline=None)
 @given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 9))
 def test_what_a_deal_keeps(count, size, replicas):
-    batches = deal(list(range(count)), size, replicas)
+    batches = split(list(range(count)), size, replicas)
     sizes = [len(batch) for batch in batches]
     assert [r for batch in batches for r in batch] == list(range(count))
     assert all(1 <= n <= size for n in sizes)
@@ -310,7 +310,7 @@ def test_a_job_that_was_stopped_does_the_rest(processor, tmp_path):
 
 def test_two_replicas_work_and_rank_0_brings_the_rows(processor, connect):
     config, limits = small()
-    batches = deal(config.requests, 1, 2)
+    batches = split(config.requests, 1, 2)
     written = []
     other = threading.Thread(
         target=lambda: _work(batches, BatchQueue(connect(), 6, 1, 2), processor, limits, one_token, None))

@@ -367,6 +367,56 @@ def test_a_field_of_config_json(refuse, field):
     refuse(lambda model: put(model, *field.split("=", 1)), FIELDS[field])
 
 
+# Directories of other formats
+
+LORA = {"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen2-VL-7B-Instruct"}
+OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {  # files with what is in them -> words
+    "LoRA": ({"adapter_config.json": LORA, "adapter_model.safetensors": ""},
+             ["LORA adapter of Qwen/Qwen2-VL-7B-Instruct", "merge_and_unload", "save_pretrained", "model.path="]),
+    "LoRA, its config broken": ({"adapter_config.json": []}, ["PEFT adapter", "merge"]),
+    "LoRA beside the base's config": ({"adapter_config.json": LORA, "config.json": None}, ["LORA adapter of", "merge"]),
+    "nothing": ({}, ["empty"]),
+    "GGUF": ({"model-q4.gguf": "GGUF"}, ["GGUF", "model-q4.gguf", "safetensors"]),
+    "pickles": ({"pytorch_model.bin": "x"}, ["pytorch_model.bin", "run code", "save_pretrained"]),
+    "pickles beside config.json": ({"pytorch_model.bin": "x", "config.json": None}, ["pytorch_model.bin", "run code"]),
+    "pt": ({"a.pt": "x", "b.pt": "x"}, ["a.pt and 1 more", "save_pretrained"]),
+    "DeepSpeed": ({"zero_to_fp32.py": "x", "latest": "global_step9", "global_step9/mp_rank_00_model_states.pt": "x"},
+                  ["DeepSpeed", "zero_to_fp32.py", "safe_serialization"]),
+    "DeepSpeed, a step": ({"mp_rank_00_model_states.pt": "x"}, ["DeepSpeed", "zero_to_fp32.py"]),
+    "Megatron": ({"latest_checkpointed_iteration.txt": "9", "iter_0000009/mp_rank_00/model.pt": "x"}, ["Megatron"]),
+    "Megatron, an iteration": ({"mp_rank_00/model.pt": "x"}, ["Megatron"]),
+    "distributed": ({"__0_0.distcp": "x", ".metadata": "x"}, ["torch.distributed", "__0_0.distcp"]),
+    "diffusers": ({"model_index.json": {}, "unet/config.json": {}}, ["diffusers", "vision-language"]),
+    "a trainer's": ({"checkpoint-500/model.safetensors": "x", "runs/x": ""}, ["checkpoint-500", "name one"]),
+    "the cache's": ({"snapshots/0a1b/config.json": {}, "refs/main": "0a1b"}, ["cache", "hub id"]),
+    "weights alone": ({"model.safetensors": "x"}, ["model.safetensors", "config.json"]),
+    "only text": ({"config.json": {"model_type": "qwen2", "hidden_size": 64}}, ["'qwen2'", "text", "vision_config"]),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_directory_of_another_format(refuse, sound, case):
+    files, words = OTHERS[case]
+
+    def change(model: Path) -> None:
+        shutil.rmtree(model)
+        model.mkdir()
+        for name, content in files.items():
+            (model / name).parent.mkdir(parents=True, exist_ok=True)
+            whole = (sound[1] / "config.json").read_text()
+            (model / name).write_text(whole if content is None else content if isinstance(content, str)
+                                      else json.dumps(content))
+
+    assert refuse(change, words).count("\n") <= 3
+
+
+@pytest.mark.parametrize("file", ["model.gguf", SINGLE])
+def test_a_file_instead_of_a_directory(refused, tmp_path, file):
+    (tmp_path / file).write_bytes(b"GGUF")
+    (tmp_path / "c.yaml").write_text(f"model: {{path: {file}}}")
+    refused("generate", "--config", tmp_path / "c.yaml", words=["not a directory", file, "directory that it is in"])
+
+
 def test_there_are_enough_of_them():
     counts = [len(cases) for cases in (MUTATIONS, CUTS, ENTRIES, ODD_ENTRIES, NAMES, INDEXES, TARGETS, FIELDS)]
     assert sum(counts) + 4 * len(INSTEAD) + len(NUMBERS) * len(NOT_A_SIZE) - 1 >= 400

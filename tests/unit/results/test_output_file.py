@@ -1,79 +1,19 @@
-"""Rows to stdout in order, or to a file: every crash, every file that is not ours."""
+"""Rows to stdout in order, or to a file: every crash, and every file that is not ours."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
-import threading
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import ROOT
-from tqdm import tqdm
+from output_files import DEMO, NAMES, complete, config, forked, refused, row, rows
 
 from adapter.config.load import from_dict
 from adapter.requests.results import Printed, Recorded, open_answers
-from policies.errors import UserError
-
-DEMO = ROOT / "launch" / "demo" / "checkpoint"
-NAMES = ("first", "zweite ü", "第三")
-
-
-def config(output, names=NAMES, **sections):
-    requests = sections.pop("requests", [{"id": name, "prompt": f"What is {name}?"} for name in names])
-    return from_dict({"model": {"path": str(DEMO)}, "requests": requests, "output": str(output), **sections})
-
-
-def row(name, **more):
-    return {"id": name, "answer": f"→ {name} 🟦", "new_tokens": 2, **more}
-
-
-def complete(path, names=NAMES, **sections):
-    """Do what is missing; returns which were."""
-    recorded = Recorded(config(path, names, **sections))
-    missing = [name for name in names if name not in recorded.done]
-    recorded.add(0, [row(name) for name in missing])
-    recorded.finish()
-    return missing
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def refused(path, words, **sections):
-    before = path.read_bytes()
-    with pytest.raises(UserError, match=words) as error:
-        Recorded(config(path, **sections))
-    assert str(path) in str(error.value) and path.read_bytes() == before
-
-
-@pytest.fixture
-def file(tmp_path):
-    return tmp_path / "answers.jsonl"
-
-
-@pytest.fixture
-def whole(file):
-    """The file of a job that nothing disturbed."""
-    complete(file)
-    return file.read_bytes()
-
-
-def forked(function):
-    """A process of its own that does it and then nothing else. tqdm's lock is one that processes share: one that is
-    killed would keep it from the others."""
-    def work():
-        tqdm.set_lock(threading.RLock())
-        function()
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    return process
 
 
 @settings(deadline=None)
@@ -215,43 +155,31 @@ def test_another_file_without_a_newline_at_its_end_is_not_taken_for_a_cut_off_an
     refused(file, "line 1 is not an answer")
 
 
-@pytest.mark.parametrize("changed", [
-    {"requests": [{"id": n, "prompt": "What else?"} for n in NAMES]},
-    {"requests": [{"id": n, "prompt": f"What is {n}?", "max_pixels": 3136} for n in NAMES]},
-    {"requests": [{"id": n, "prompt": f"What is {n}?", "images": ["one.png"]} for n in NAMES]},
-    {"generation": {"max_new_tokens": 5}},
-    {"processor": {"fps": 1.0}},
-    {"model": {"path": str(DEMO), "dtype": "float32"}},
-])
-def test_what_the_answers_depend_on_must_be_the_same(file, whole, changed):
-    refused(file, "line 1 answers another request 'first'", **changed)
-    file.write_bytes(whole.splitlines()[0])  # an answer, and not one that a crash cut off
-    refused(file, "line 1 answers another request 'first'", **changed)
+def test_failed_rows_are_kept_and_not_tried_again(file):
+    recorded = Recorded(config(file))
+    recorded.add(0, [row(NAMES[0]), {"id": NAMES[1], "error": "no such picture"}])
+    os.close(recorded._file)
+    recorded = Recorded(config(file))
+    assert set(recorded.done) == set(NAMES[:2]) and recorded.done[NAMES[1]]["error"] == "no such picture"
+    os.close(recorded._file)
+    assert complete(file) == [NAMES[2]]
 
 
-@pytest.mark.parametrize("changed", [
-    {"requests": [{"id": n, "prompt": f"What is {n}?", "expected": "blue"} for n in NAMES]},
-    {"tensor_parallel": {"tp_size": 2}}, {"batch_size": 1}, {"deepspeed": {"enable_cuda_graph": False}},
-])
-def test_what_they_do_not_depend_on_may_change(file, whole, changed):
-    file.write_bytes(whole[:-3])
-    assert complete(file, **changed) == [NAMES[2]]
-    assert file.read_bytes() == whole
+def test_what_json_has_no_word_for(file):
+    recorded = Recorded(config(file))
+    recorded.add(0, [row(NAMES[0], ttft_s=float("nan"), scores=[float("-inf"), 1.5], error="a\u2028b\nc\r\0")])
+    recorded.add(1, [row(NAMES[1]), {"id": NAMES[2], "error": "no such file: /\udcff.png"}])
+    recorded.finish()
+    first, _, third = (json.loads(line, parse_constant=pytest.fail) for line in file.read_bytes().splitlines())
+    assert first["ttft_s"] == "nan" and first["scores"] == ["-inf", 1.5] and first["error"] == "a\u2028b\nc\r\0"
+    assert third["error"] == "no such file: /?.png"
+    assert complete(file) == []
 
 
-def test_requests_may_be_in_another_order_and_more(file, whole):
-    names = [NAMES[2], "new", NAMES[0], NAMES[1]]
-    assert complete(file, names) == ["new"]
+def test_ten_thousand_rows(file):
+    names = [str(n) for n in range(10_000)]
+    recorded = Recorded(config(file, names))
+    recorded.add(0, [row(name) for name in reversed(names[:9_999])])
+    os.close(recorded._file)
+    assert complete(file, names) == ["9999"]
     assert [r["id"] for r in rows(file)] == names
-    refused(file, "line 2 answers request 'new', which the config does not have")
-
-
-def test_the_same_settings_said_in_another_order_are_the_same(file):
-    complete(file, generation={"max_new_tokens": 5, "do_sample": True})
-    assert complete(file, generation={"do_sample": True, "max_new_tokens": 5}) == []
-
-
-def test_what_yaml_has_and_json_has_not_in_the_settings(file):
-    complete(file, generation={"assistant_early_exit": b"1"})
-    assert complete(file, generation={"assistant_early_exit": b"1"}) == []
-    refused(file, "answers another request", generation={"assistant_early_exit": b"2"})

@@ -1,11 +1,10 @@
-"""The file of answers where the system does not do as one hopes: locks, full disks, links, crashes, a lost stderr."""
+"""An output file that cannot be locked, written or put in order, and a stderr that nobody reads."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import io
-import json
 import multiprocessing
 import os
 import resource
@@ -15,23 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
-from test_answers import NAMES, complete, config, forked, refused, row, rows
+from output_files import NAMES, complete, config, forked, refused, row, rows
 
-from adapter.requests import results as answers
+from adapter.requests import results
 from adapter.requests.results import Recorded
 from policies.errors import UserError
-
-
-@pytest.fixture
-def file(tmp_path):
-    return tmp_path / "answers.jsonl"
-
-
-@pytest.fixture
-def whole(file):
-    """The file of a job that nothing disturbed."""
-    complete(file)
-    return file.read_bytes()
 
 
 def test_one_job_writes_at_a_time(file):
@@ -60,7 +47,7 @@ def test_a_file_replaced_between_opening_and_locking_is_not_written(file, whole,
         os.replace(file.with_name("ordered"), file)
         lock(fd, how)
 
-    monkeypatch.setattr(answers.fcntl, "flock", late)
+    monkeypatch.setattr(results.fcntl, "flock", late)
     refused(file, "another job is writing it")
 
 
@@ -68,7 +55,7 @@ def test_a_file_system_without_locks_is_said(file, monkeypatch, caplog):
     def refuse(fd, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(answers.fcntl, "flock", refuse)
+    monkeypatch.setattr(results.fcntl, "flock", refuse)
     assert complete(file) == list(NAMES) and "cannot be locked (No locks available)" in caplog.text
 
 
@@ -133,27 +120,6 @@ def test_a_link_stays_a_link_and_a_mode_a_mode(file):
     assert target.stat().st_mode & 0o777 == 0o640 and complete(file) == []
 
 
-def test_failed_rows_are_kept_and_not_tried_again(file):
-    recorded = Recorded(config(file))
-    recorded.add(0, [row(NAMES[0]), {"id": NAMES[1], "error": "no such picture"}])
-    os.close(recorded._file)
-    recorded = Recorded(config(file))
-    assert set(recorded.done) == set(NAMES[:2]) and recorded.done[NAMES[1]]["error"] == "no such picture"
-    os.close(recorded._file)
-    assert complete(file) == [NAMES[2]]
-
-
-def test_what_json_has_no_word_for(file):
-    recorded = Recorded(config(file))
-    recorded.add(0, [row(NAMES[0], ttft_s=float("nan"), scores=[float("-inf"), 1.5], error="a\u2028b\nc\r\0")])
-    recorded.add(1, [row(NAMES[1]), {"id": NAMES[2], "error": "no such file: /\udcff.png"}])
-    recorded.finish()
-    first, _, third = (json.loads(line, parse_constant=pytest.fail) for line in file.read_bytes().splitlines())
-    assert first["ttft_s"] == "nan" and first["scores"] == ["-inf", 1.5] and first["error"] == "a\u2028b\nc\r\0"
-    assert third["error"] == "no such file: /?.png"
-    assert complete(file) == []
-
-
 def reversed_and_left(file):
     """As a crash before the end leaves it: every row, none in its place."""
     recorded = Recorded(config(file))
@@ -169,7 +135,7 @@ def test_a_crash_while_putting_in_order_leaves_the_old_file_whole(file, whole):
 
         def work(call=call):
             recorded = Recorded(config(file))
-            setattr(answers.os, call, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+            setattr(results.os, call, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
             recorded.finish()
 
         job = forked(work)
@@ -189,15 +155,6 @@ def test_where_the_order_cannot_be_made_every_answer_is_there(file, whole, caplo
     ordering.rmdir()
     ordering.write_text("of a crash " * 1000)
     assert complete(file) == [] and file.read_bytes() == whole and not ordering.exists()
-
-
-def test_ten_thousand_rows(file):
-    names = [str(n) for n in range(10_000)]
-    recorded = Recorded(config(file, names))
-    recorded.add(0, [row(name) for name in reversed(names[:9_999])])
-    os.close(recorded._file)
-    assert complete(file, names) == ["9999"]
-    assert [r["id"] for r in rows(file)] == names
 
 
 def test_in_a_log_there_are_few_lines_and_no_control_sequences(file, capfd):
