@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from adapter.config.load import from_dict, parse_request
 from adapter.parallel.group import Group
-from adapter.parallel.progress import Standing
+from adapter.parallel.progress import CollectiveState
 from adapter.requests import out_of_memory, processing
 from adapter.requests.batching import Generated, Limits
 from adapter.requests.out_of_memory import MemoryGuard, OutOfMemory, is_out_of_memory
@@ -94,8 +94,8 @@ class Counted:
 
     entered: int = 0
 
-    def standing(self):
-        return Standing(self.entered, False, 0, 0)
+    def state(self):
+        return CollectiveState(self.entered, False, 0, 0)
 
 
 def two_ranks(*works):
