@@ -20,7 +20,7 @@ from adapter.config.load import from_dict, parse_request
 from adapter.parallel.group import Group
 from adapter.parallel.parallel_state import Mpu
 from adapter.requests import scheduler
-from adapter.requests.batching import Limits
+from adapter.requests.batching import Generated, Limits
 from adapter.requests.results import Printed, Recorded
 from adapter.requests.runner import Tally, _judged, _work, answer, make_processor, read_ahead, split
 from adapter.requests.scheduler import BatchQueue, ProgressTicks, join_queue
@@ -274,7 +274,7 @@ def small(output=None, **sections):
 
 
 def one_token(inputs, clock):
-    return torch.full((len(inputs["input_ids"]), 1), 5)
+    return Generated(torch.full((len(inputs["input_ids"]), 1), 5))
 
 
 def test_a_job_in_one_process(processor):
