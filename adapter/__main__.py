@@ -89,6 +89,7 @@ def _checked(args: argparse.Namespace) -> Plan:
     from adapter.planning.load import checked_plan
 
     config = load_config(args.config, args.overrides, download=False)
+    common.clean_up_on_signals()
     with described(config.model.path, config.model.revision) as directory:
         return checked_plan(directory, config.tensor_parallel.tp_size, config.model.dtype,
                             config.tensor_parallel.vision, config.weights.format)[0]

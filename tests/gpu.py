@@ -127,7 +127,8 @@ def killed_rank(machine: Machine, requests: str) -> str:
     if machine.ranks < 2:
         raise DoesNotApply("one rank has nobody who waits for it")
     job = Job(machine.ranks, ROOT / "launch" / "generate.py", "--config", str(DEMO), requests, "batch_size=1",
-              f"tensor_parallel.tp_size={machine.ranks}", "generation={max_new_tokens: 30000, min_new_tokens: 30000}")
+              f"tensor_parallel.tp_size={machine.ranks}", "generation={max_new_tokens: 30000, min_new_tokens: 30000}",
+              launcher="deepspeed")
     try:
         deadline = time.monotonic() + LIMIT_S
         while "generating" not in job.said():

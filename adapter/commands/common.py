@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -84,6 +85,12 @@ def run(main: Callable[[argparse.Namespace, Results], int], arguments: argparse.
         traceback.print_exc()
         code = CRASHED
     _leave(code)
+
+
+def clean_up_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: what it has begun to write is removed."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
 def _report(error: UserError | CheckFailed, rank: int) -> None:

@@ -28,6 +28,7 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
     from adapter.config.load import load_config
 
     config = load_config(args.config, args.overrides, download=False)
+    common.clean_up_on_signals()
     with described(config.model.path, config.model.revision) as directory:
         plan, checkpoint, problems = make_plan(directory, config.tensor_parallel.tp_size, config.model.dtype,
                                                config.tensor_parallel.vision, config.weights.format)

@@ -40,7 +40,7 @@ def download(repo: str, revision: str | None, key: str) -> Path:
         from huggingface_hub import snapshot_download
         from tqdm.auto import tqdm
 
-        class Bar(tqdm):  # type: ignore[misc]
+        class Bar(tqdm):
             """A bar that shows after a second, so that a model in the cache shows none."""
 
             def __init__(self, *args: Any, **kwargs: Any) -> None:

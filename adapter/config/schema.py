@@ -289,7 +289,7 @@ class _Open(Section):
     model_config = ConfigDict(extra="allow")
 
 
-Generation = create_model("Generation", __base__=_Open, __doc__=_Open.__doc__, **{
+Generation = create_model("Generation", __base__=_Open, **{
     name: (kind | None, None) for kind, names in GENERATION.items() for name in names.split()})  # type: ignore
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from adapter.doctor import machine
 from adapter.doctor.check import Case, Finding, failed, ok, warning
 from adapter.parallel import network
-from adapter.parallel.launchers import usable_cores
+from adapter.parallel.cpu import usable_cores
 from policies.errors import UserError
 
 FIXED_BYTES = 700_000_000  # of a rank without weights: torch, DeepSpeed, Transformers

@@ -11,9 +11,9 @@ from importlib import metadata
 from pathlib import Path
 
 from adapter.commands.subprocesses import ROOT, SHM
+from adapter.parallel.cpu import cgroups
 from adapter.parallel.launchers import Launch, environment_rank, launcher_of
 
-CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 LOCAL_SIZES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 SHOWN = (  # beginnings of the names of environment variables that say how a job was started and what steers it
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "CROSS_", "MASTER_",
@@ -43,9 +43,7 @@ def available_memory() -> int:
     around it leave, in which files in the page cache do not count as used."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB$", _read(Path("/proc/meminfo")), re.MULTILINE)
     available = int(found[1]) * 1024 if found else 0
-    own = re.search(r"^0::/(.*)$", _read(OWN_CGROUP), re.MULTILINE)
-    group = CGROUPS / (own[1] if own else "")
-    for directory in (group, *group.parents):
+    for directory in cgroups():
         limit, used = (_read(directory / name).strip() for name in ("memory.max", "memory.current"))
         if limit.isdigit() and used.isdigit():
             cached = re.search(r"^inactive_file (\d+)$", _read(directory / "memory.stat"), re.MULTILINE)

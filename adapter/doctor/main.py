@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 from adapter.commands import common, subprocesses
 from adapter.doctor import check, host, job, launched, machine
 from adapter.doctor.check import FAILED, OK, WARNING, Case, Finding, Trial
-from adapter.parallel.launchers import usable_cores
+from adapter.parallel.cpu import usable_cores
 from policies.errors import UserError
 
 LIMIT_S, COMPILING_S = 120.0, 600.0  # for a job of ranks; for one that may have to compile the shared-memory ops

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import transformers
 
-from adapter.parallel.group import CARD_BYTES, Group, exchange
+from adapter.parallel.group import Group, exchange
 
-MOST_WORDS = CARD_BYTES // 4  # characters of a reason; in JSON one may take more bytes than one
+MOST_WORDS = 200  # characters of a reason that is exchanged
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from adapter.config.hub import shown
 from adapter.config.schema import Config, TensorParallelSection
 from adapter.planning.plan import Plan
 
@@ -29,8 +30,13 @@ def facts_of_model(model: nn.Module, plan: Plan, parallel: TensorParallelSection
 
 
 def facts_of_config(config: Config) -> dict[str, str]:
-    """The other sections of a config file. Of the requests, which files they name is left out."""
+    """The other sections of a config file. Of the requests, which files they name is left out.
+
+    Hosts that resolved a hub id's branch at different times may have different commits of it.
+    """
+    path = config.model.path
     return {
+        "commit of the model": path.name if shown(path) != str(path) else "none, a directory",
         "generation": _json(config.generation),
         "processor": config.processor.model_dump_json(),
         "batch_size": str(config.batch_size),

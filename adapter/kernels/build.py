@@ -14,13 +14,13 @@ import logging
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import time
 from functools import cache
 from pathlib import Path
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 log = logging.getLogger("adapter")
 SOURCES = tuple(sorted(Path(__file__).with_name("csrc").glob("*.cpp")))
@@ -36,7 +36,7 @@ def unavailable() -> str | None:
 
     Every process of a host may call it at once: one builds, the others wait for its lock, which dies with it.
     """
-    if (device := get_accelerator().device_name()) != "cpu":
+    if (device := _device()) != "cpu":
         return f"they are for CPUs, and this job computes on {device}"
     if platform.system() != "Linux":
         return f"they are written for Linux, this is {platform.system()}"
@@ -48,6 +48,14 @@ def unavailable() -> str | None:
     except (OSError, RuntimeError, ImportError) as error:
         return str(error).strip().splitlines()[0]
     return None
+
+
+def _device() -> str:
+    """The kind of device that this process computes on: DeepSpeed's answer where it is imported, else torch's."""
+    accelerator = sys.modules.get("deepspeed.accelerator")
+    if accelerator is not None:
+        return str(accelerator.get_accelerator().device_name())
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _cached() -> Path:

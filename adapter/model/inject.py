@@ -107,10 +107,14 @@ def _load_module(modules: PublishedModules, plan: Plan, rank: int, source: Sourc
         return {"weight": modules[plan.policy.tied[1].rsplit(".", 1)[0]].weight}
     tensors = dict[str, Any]()
     for suffix in plan.claims[name].parameters():
-        tensor = source(f"{name}.{suffix}", plan.slice(name, suffix, rank))
-        tensors[suffix] = tensor.to(device, dtype) if isinstance(tensor, Tensor) else tensor
+        part = plan.slice(name, suffix, rank)
+        tensors[suffix] = _moved(source(f"{name}.{suffix}", part), dtype, device)
     tensors["weight"] = kernels.make_weight(tensors["weight"], plan.format_of(name))
     return tensors
+
+
+def _moved(weight: Weight, dtype: torch.dtype, device: str) -> Weight:
+    return weight.to(device, dtype) if isinstance(weight, Tensor) else weight
 
 
 def _replace(modules: PublishedModules, plan: Plan, tp: Group, name: str, claim: Claim, tensors: Mapping[str, Any],

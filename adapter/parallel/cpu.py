@@ -22,7 +22,7 @@ def cpu_quota() -> float | None:
     A container sees its own cgroup as the root, a Slurm step or a systemd unit is nested in others.
     """
     quotas = []
-    for directory in _cgroups():
+    for directory in cgroups():
         try:
             quota, period = (directory / "cpu.max").read_text().split()
         except (OSError, ValueError):  # the root has no such file; this controller may be off
@@ -42,7 +42,7 @@ def within_quota(cores: int, quota: float | None) -> int:
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
-def _cgroups() -> list[Path]:
+def cgroups() -> list[Path]:
     """The directories of this process's cgroup (v2) and of those around it, the innermost first."""
     try:
         lines = OWN_CGROUP.read_text().splitlines()

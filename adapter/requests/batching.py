@@ -32,7 +32,7 @@ DEFAULT_NEW_TOKENS = 256  # where the config sets neither max_new_tokens nor max
 
 
 class Clock(BaseStreamer):
-    """Times of the tokens of a generate call; the first `put` is the prompt."""
+    """Records the times of the tokens of a generate call; the first `put` is the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -80,19 +80,19 @@ class Limits:
         return cls(arguments, room(config, context), ends, beams == 1, told)
 
     def for_prompt(self, tokens: int) -> dict[str, Any]:
-        """The arguments for a batch `tokens` long: the answer ends where the context does."""
+        """Return the arguments for a batch `tokens` long: the answer ends where the context does."""
         return self.arguments | {"max_new_tokens": min(self.arguments["max_new_tokens"], self.context - tokens)}
 
 
 def room(config: Config, context: int) -> int:
-    """Tokens of prompt and answer together: the model's, or fewer where the deepspeed section says so."""
+    """Return how many tokens prompt and answer may have together: the model's limit, or the deepspeed section's."""
     stated = stated_limit(config)
     return min(context, stated) if isinstance(stated, int) else context  # DeepSpeed refuses what is not a number
 
 
 def answer_batch(items: Sequence[Prepared | RequestError], processor: RequestProcessor, limits: Limits,
                  run: Run) -> list[Row]:
-    """A row for each item, in their order: what was generated, or why not."""
+    """Return a row for each item, in their order: what was generated, or why nothing was."""
     rows: dict[str, Row] = {}
     for item in items:
         if isinstance(item, RequestError):
@@ -123,7 +123,7 @@ def _rows_that_fit(batch: Sequence[Prepared], processor: RequestProcessor, limit
 
 
 def padded_together(items: Sequence[Prepared], limits: Limits) -> Iterator[list[Prepared]]:
-    """The items in order, as batches: one to which padding would cut the answers of others starts another."""
+    """Yield the items in order, as batches; an item whose padding would cut the answers of others starts another."""
     batch: list[Prepared] = []
     for item in items:
         longest = max(other.prompt_tokens for other in [*batch, item])
@@ -136,7 +136,7 @@ def padded_together(items: Sequence[Prepared], limits: Limits) -> Iterator[list[
 
 
 def share(tensors: dict[str, Tensor], tp: Group) -> dict[str, Tensor]:
-    """Rank 0's tensors on every rank, in one broadcast of their safetensors form; {} means that there is no more."""
+    """Return rank 0's tensors on every rank, by one broadcast of their safetensors form; {} says that none follow."""
     if tp.size == 1:
         return tensors
     payload = ALONE.run(lambda: safetensors.torch.save(tensors)) if tensors and tp.rank == 0 else b""
@@ -185,7 +185,7 @@ def _rows(batch: Sequence[Prepared], processor: RequestProcessor, limits: Limits
 
 
 def _until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
-    """A row's tokens up to and with its end-of-sequence token; what follows is the batch's padding."""
+    """Return a row's tokens up to and with its end-of-sequence token; what follows is the batch's padding."""
     for i, token in enumerate(ids):
         if token in ends:
             return list(ids[: i + 1])

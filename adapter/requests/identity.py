@@ -30,13 +30,13 @@ SAME_ANSWERS = ("enable_cuda_graph",)  # keys of the deepspeed section that chan
 
 
 def digests(config: Config) -> dict[str, str]:
-    """Request id -> "VERSION-digest" for every request of the config."""
+    """Return request id -> "VERSION-digest" for every request of the config."""
     settings = [VERSION, _settings(config), _checkpoint(config.model.path)]
     return {r.id: f"{VERSION}-{_hash([*settings, _request(r)])}" for r in config.requests}
 
 
 def version_of(digest: Any) -> int | None:
-    """The format version of a row's digest; None where it is none of ours."""
+    """Return the format version of a row's digest; None where it is none of ours."""
     if not isinstance(digest, str):
         return None
     if len(digest) == 16 and all(c in "0123456789abcdef" for c in digest):
@@ -46,7 +46,7 @@ def version_of(digest: Any) -> int | None:
 
 
 def stated_limit(config: Config) -> Any:
-    """max_out_tokens of the deepspeed section, under either of DeepSpeed's two names; None where it is not stated."""
+    """Return max_out_tokens of the deepspeed section, under either of DeepSpeed's two names; None if unstated."""
     return config.deepspeed.get("max_out_tokens", config.deepspeed.get("max_tokens"))
 
 

@@ -1,4 +1,4 @@
-"""Images and videos: local files and data: URLs -> upright RGB pixels, no more of them than the model will see.
+"""Read images and videos, local files and data: URLs, into upright RGB pixels, no more than the model will see.
 
 `part` is a Transformers image or video processor: its `size`, `patch_size`, `merge_size`, `temporal_patch_size` and
 the `smart_resize` of its own module.
@@ -59,13 +59,13 @@ class Video:
 
 
 def image_size(value: str) -> tuple[int, int]:
-    """(height, width) of an image as stored, from its header; nothing is decoded. Raises UserError."""
+    """Return (height, width) of an image as stored, from its header; nothing is decoded. Raises UserError."""
     with _opened_image(value) as image:
         return image.height, image.width
 
 
 def load_image(value: str) -> Image.Image:
-    """A local file or data: URL as an upright RGB image at its full size. Raises UserError for anything else."""
+    """Read a local file or data: URL as an upright RGB image at its full size. Raises UserError for anything else."""
     with _opened_image(value) as image:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
@@ -100,7 +100,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def sample(total: int, rate: float, fps: float, most: int, patch: int) -> list[int]:
-    """Which of a video's `total` frames to keep: `fps` a second, evenly spread from the first to the last.
+    """Choose which of a video's `total` frames to keep: `fps` a second, evenly spread from the first to the last.
 
     A multiple of `patch`, LEAST_FRAMES or more and `most` or fewer; of a video with fewer than LEAST_FRAMES all.
     """
@@ -110,7 +110,7 @@ def sample(total: int, rate: float, fps: float, most: int, patch: int) -> list[i
 
 
 def video_of_images(values: Sequence[str], part: Any, section: Processor, room: Room) -> Video:
-    """A video stated as its frames, taken to be `section.fps` a second. Raises UserError."""
+    """Read a video stated as its frames, taken to be `section.fps` a second. Raises UserError."""
     total = len(values)
     count = min(total, section.max_frames // part.temporal_patch_size * part.temporal_patch_size)
     indices = [int(index) for index in np.linspace(0, total - 1, count).round()]
@@ -183,7 +183,7 @@ def _video(frames: list[NDArray[np.uint8]], indices: list[int], total: int, rate
 
 
 def shrunk(image: Image.Image, part: Any, frames: int = 1) -> Image.Image:
-    """The image as `part` would resize it, if that makes it smaller and leaves `part` nothing to resize.
+    """Return the image as `part` would resize it, if that makes it smaller and leaves `part` nothing to resize.
 
     frames: how many frames the image's video has; 1 for an image. The pixels are those of `part`'s own resizing.
     """
@@ -199,7 +199,7 @@ def shrunk(image: Image.Image, part: Any, frames: int = 1) -> Image.Image:
 
 
 def kept_size(part: Any, frames: int, height: int, width: int) -> tuple[int, int]:
-    """(height, width) at which an image or frame of that size is held in memory after it was read."""
+    """Return (height, width) at which an image or frame of that size is held in memory after it was read."""
     if frames * height * width <= part.size["longest_edge"]:
         return height, width
     size = _resized(part, frames, height, width)
@@ -236,7 +236,7 @@ def _smart_resize(part: Any) -> Callable[..., tuple[int, int]]:
 
 
 def tokens(part: Any, frames: int, height: int, width: int) -> int:
-    """How many tokens an image or video takes, known before its pixels are worked on."""
+    """Return how many tokens an image or video takes, known before its pixels are worked on."""
     new_height, new_width = _resized(part, frames, height, width)
     cells = new_height * new_width // (part.patch_size * part.merge_size) ** 2
     return math.ceil(frames / part.temporal_patch_size) * cells

@@ -1,6 +1,6 @@
-"""The same requests in one process with plain Transformers: no DeepSpeed, no sharding, no layer of ours.
+"""Answer the same requests in one process with Transformers alone: no DeepSpeed, no sharding, no layer of ours.
 
-What every tensor-parallel answer is held against.
+Every tensor-parallel answer is compared with these.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from policies.policy import Policy
 from policies.registry import policy_for
 
 
-def answer_plain(config: Config, answers: Answers, write: Write) -> Tally:
+def answer_in_one_process(config: Config, answers: Answers, write: Write) -> Tally:
     """Answer every request of the config; `answers` get a row per request, `write` the summary."""
     began = time.perf_counter()
     directory = config.weights.original or config.model.path

@@ -64,7 +64,7 @@ class MemoryGuard:
         raise OutOfMemory(reason)
 
     def _collectives(self) -> int:
-        return 0 if self._tp.progress is None else self._tp.progress.standing().entered
+        return 0 if self._tp.progress is None else self._tp.progress.state().entered
 
     def _agree(self, done: int, reason: str) -> None:
         assert self._store is not None

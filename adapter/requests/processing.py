@@ -114,7 +114,7 @@ class RequestProcessor:
         self.pad_token_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def prepare(self, request: Request) -> Prepared:
-        """The tensors of one request. Raises RequestError for anything that is wrong with it."""
+        """Make the tensors of one request. Raises RequestError for anything that is wrong with it."""
         try:
             return self._prepare(request)
         except MemoryError:
@@ -126,7 +126,7 @@ class RequestProcessor:
             raise RequestError(request.id, f"cannot be prepared: {type(error).__name__}: {error}") from error
 
     def decode(self, token_ids: Iterable[int], continued: bool = False) -> str:
-        """The text of new tokens, special ones left out; of a continued message with the spaces around it."""
+        """Return the text of new tokens, special ones left out; of a continued message with the spaces around it."""
         text: str = self._processor.tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text if continued else text.strip()
 
@@ -150,7 +150,7 @@ class RequestProcessor:
         return Prepared(request.id, tensors, ids.shape[1], turns[-1][0] == "assistant")
 
     def _render(self, turns: Turns) -> str:
-        """The chat template's text. Images and videos are bare placeholders in it, so that it loads nothing itself.
+        """Return the chat template's text. Images and videos are placeholders in it, so that it loads nothing.
 
         A last turn of the assistant's is left open, for the model to continue it. Raises UserError where that turn
         ends with anything but text.
@@ -175,7 +175,7 @@ class RequestProcessor:
         return text[: text.rindex(CUT_HERE)]
 
     def _with_limits(self, request: Request) -> Any:
-        """The processor with the pixel limits of this request: its own, else the section's, else the checkpoint's.
+        """Return the processor with the pixel limits of a request: its own, else the section's, else the checkpoint's.
 
         The arguments of a call that set them change with the releases (4.49 takes none, 5 wants `size`), the attributes
         that hold them hardly: `size` always, and also `min_pixels` and `max_pixels` where a release has these.
@@ -198,7 +198,7 @@ class RequestProcessor:
         return processor
 
     def _load_images(self, turns: Turns, part: Any, room: _Room) -> list[Image.Image]:
-        """The request's images in their order, each read once and shrunk at once."""
+        """Return the request's images in their order, each read once and shrunk at once."""
         values = list(_media(turns, "image"))
         for value in values:
             room.take(part, 1, *media.image_size(value), "the images alone take at least")
@@ -218,7 +218,7 @@ class RequestProcessor:
         return video
 
     def _video_arguments(self, videos: Sequence[Video]) -> dict[str, Any]:
-        """What the processor needs to know of videos: they are sampled already, and when their frames were."""
+        """Return what the processor needs to know of videos: they are sampled already, and when their frames were."""
         arguments: dict[str, Any] = {"videos": [video.frames for video in videos]} if videos else {}
         if videos and hasattr(self._processor, "video_processor"):
             arguments["do_sample_frames"] = False
@@ -241,7 +241,7 @@ class RequestProcessor:
 
 
 def collate(prepared: Sequence[Prepared], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """One batch: [1, S] tensors padded on the left to [B, longest S], all others concatenated along dim 0, in order."""
+    """Make one batch: [1, S] tensors padded on the left to [B, longest S], all others concatenated along dim 0."""
     longest = max(item.prompt_tokens for item in prepared)
     fill = {"input_ids": pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
     batch: dict[str, torch.Tensor] = {}

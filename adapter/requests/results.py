@@ -1,4 +1,4 @@
-"""Where the rows of a job go: to stdout in the order of the requests, or to a file that survives a crash.
+"""Write the rows of a job: to stdout in the order of the requests, or to a file that survives a crash.
 
 The file is JSON lines. Rows are appended as their batch is done, in one write, and put into the order of the requests
 at the end; started again, a job does what is missing. Only rank 0 has such a thing.
@@ -30,19 +30,21 @@ Row = dict[str, Any]
 
 
 class Answers(Protocol):
+    """Takes the rows of a job as its batches are done."""
+
     @property
     def done(self) -> Mapping[str, Row]:
-        """The rows that a former run left, by id."""
+        """Return the rows that a former run left, by id."""
 
     def add(self, number: int, rows: Sequence[Row]) -> None:
-        """The rows of a batch; batches are numbered in the order of the requests and may come in any."""
+        """Take the rows of a batch; batches are numbered in the order of the requests and may come in any."""
 
     def finish(self) -> None:
-        """Every batch has come."""
+        """End the results; every batch has come."""
 
 
 class Printed:
-    """Rows go to `write` as soon as those of all requests before them have."""
+    """Passes rows to `write` as soon as those of all requests before them have been."""
 
     def __init__(self, write: Callable[[Row], None]) -> None:
         self.done: Mapping[str, Row] = {}
@@ -60,7 +62,7 @@ class Printed:
 
 
 class Recorded:
-    """Rows go to the config's `output`, with what each request asked as a digest, and a bar on stderr tells how many.
+    """Appends rows to the config's `output`, each with a digest of what it depends on; a bar on stderr shows progress.
 
     Raises UserError where the file cannot be written, another job writes it, or it holds anything but answers to these
     requests.
@@ -106,8 +108,8 @@ class Recorded:
         """Put the file into the order of the requests, unless it is."""
         with suppress(OSError, ValueError):
             self._bar.close()
-        places = {row["id"]: place for place, row in self._rows()}
-        order = [places[name] for name in self._asked]
+        positions = {row["id"]: position for position, row in self._rows()}
+        order = [positions[name] for name in self._asked]
         try:
             if order != sorted(order):
                 _rewrite(self.path, self._file, order)
@@ -152,7 +154,7 @@ class Recorded:
 
 
 def open_answers(config: Config, write: Callable[[Row], None]) -> Answers:
-    """Where this config's rows go. Raises UserError as `Recorded` does."""
+    """Return where this config's rows go. Raises UserError as `Recorded` does."""
     return Printed(write) if config.output is None else Recorded(config)
 
 
@@ -215,7 +217,7 @@ def _open_locked(path: Path) -> int:
 
 
 def _rewrite(path: Path, file: int, order: Sequence[tuple[int, int]]) -> None:
-    """The lines of `file` at `order`'s places, in that order, in its stead; whole or not at all."""
+    """Replace `file` by its lines at the (offset, length) of `order`, in that order; whole or not at all."""
     path = Path(os.path.realpath(path))  # a link to it stays one
     ordered = path.with_name(path.name + ".ordering")
     with ordered.open("wb") as out:

@@ -86,8 +86,8 @@ def test_under_a_launcher_it_is_a_rank(config):
 @pytest.mark.parametrize(("number", "foreground"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_signal_ends_all_of_it(config, tmp_path, number, foreground):
     """Ctrl-C reaches the whole foreground group; SIGTERM, as of `timeout`, only the command itself."""
-    output = tmp_path / "answers.jsonl"
-    requests = "[" + ", ".join(f"{{id: r{i}, prompt: 'What colour is the shape?'}}" for i in range(5000)) + "]"
+    output, requests = tmp_path / "answers.jsonl", tmp_path / "r.jsonl"
+    requests.write_text('{"prompt": "What colour is the shape?"}\n' * 9999)
     job = Running([sys.executable, "-m", "adapter", "generate", "--config", config, f"requests={requests}",
                    f"output={output}", "batch_size=1"])
     until = time.monotonic() + 200

@@ -13,6 +13,7 @@ from launching import ROOT
 
 from adapter.doctor import check, host, machine
 from adapter.doctor.check import FAILED, OK, Case
+from adapter.parallel import cpu
 from adapter.parallel.launchers import LAUNCHERS, Launch
 
 
@@ -49,8 +50,8 @@ def test_secrets_are_not_shown():
 
 def test_the_limit_of_a_container(monkeypatch, tmp_path):
     """cgroup v2: what is left of the limit around this process's group, files in the page cache not counted."""
-    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
-    monkeypatch.setattr(machine, "OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(cpu, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cpu, "OWN_CGROUP", tmp_path / "own")
     (tmp_path / "job" / "step").mkdir(parents=True)
     (tmp_path / "own").write_text("0::/job/step\n")
     free = machine.available_memory()

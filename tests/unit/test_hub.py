@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,18 @@ def test_names_of_snapshots():
 def test_messages_name_the_id_and_not_the_cache(config, hub):
     done = plan(config, "tensor_parallel.tp_size=100", "--json", HF_ENDPOINT=hub.url)
     assert done.returncode == 2 and not re.search("snapshots|qwenvl-tp-plan", done.stdout + done.stderr)
+
+
+def test_a_plan_that_is_ended_leaves_no_directory(config, hub):
+    temporary = config.parent / "tmp"
+    temporary.mkdir()
+    hub.pause = 5.0
+    process = subprocess.Popen([sys.executable, str(ROOT / "launch" / "plan.py"), "--config", str(config)], text=True,
+                               env=environment(config.parent, HF_ENDPOINT=hub.url, TMPDIR=str(temporary)),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not list(temporary.iterdir()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate(timeout=100)
+    assert process.returncode == 143 and not list(temporary.iterdir())

@@ -47,3 +47,13 @@ def test_objects_count_by_their_type():
     one = facts(config(), defaults=SimpleNamespace(to_dict=lambda: {"a": object()}), section={"mpu": object()})
     assert one == facts(config(), defaults=SimpleNamespace(to_dict=lambda: {"a": object()}), section={"mpu": object()})
     assert "0x" not in "".join(one.values())
+
+
+def test_hosts_may_not_have_different_commits_of_a_hub_id():
+    def cached(path: str):
+        given = config()
+        return facts(given.model_copy(update={"model": given.model.model_copy(update={"path": Path(path)})}))
+
+    ours = cached("/a/hub/models--Qwen--Q/snapshots/1")
+    assert ours == cached("/b/hub/models--Qwen--Q/snapshots/1") != cached("/b/hub/models--Qwen--Q/snapshots/2")
+    assert cached("/a/1") == cached("/a/2")

@@ -232,7 +232,7 @@ def test_pictures_are_small_and_unreadable_ones_are_words(page):
     film = sizes[1:5]
     assert all(max(size) <= report.FRAME_SIDE for size in film)
     assert sizes == [(128, 256), *film, (128, 256), *film, *[(64, 128)] * 4]  # each alone, then the batch of all three
-    assert page.count("broken.png: not a picture of a known format") == 2
+    assert page.count("broken.png: not an image of a known format") == 2
     assert page.count("missing.png: no such file") == 2
 
 
