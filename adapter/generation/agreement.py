@@ -60,4 +60,7 @@ def _first(cards: list[dict[str, Any]] | list[Mapping[str, Any]], key: str) -> s
 
 
 def _short(words: str | None) -> str | None:
-    return words if words is None or len(words) <= MOST_WORDS else words[:MOST_WORDS - 3] + "..."
+    if words is None:
+        return None
+    words = words.encode("ascii", "replace").decode()
+    return words if len(words) <= MOST_WORDS else words[:MOST_WORDS - 3] + "..."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from adapter.generation.kv_cache import Buffers, KVCache
+from adapter.generation.kv_cache import KVCache
 from adapter.parallel.group import Group
 from policies.errors import UserError
 
@@ -40,23 +41,26 @@ class CudaGraphStep:
     """Decode steps captured once for each size of the cache and replayed from then on, as long as the engine lives.
 
     A size is (rows, length, attended places), each from a few buckets (adapter.generation.kv_cache). Graphs read the
-    buffers of the engine at their addresses, so all are dropped when the buffers grow. They share one memory pool.
-    All ranks of a group must call it alike, for the graphs have their collectives in them.
+    engine's buffers and weights at their addresses, so all are dropped when those move (`keep_for`). They share one
+    memory pool. All ranks of a group must call it alike, for the graphs have their collectives in them.
     """
 
-    def __init__(self, buffers: Buffers, accelerator: Any) -> None:
-        self.buffers, self.accelerator = buffers, accelerator
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
         self.stream = accelerator.Stream()
         self.captured = dict[tuple[int, int, int], _Captured]()
-        self.generation = buffers.generation
+        self.addresses: tuple[int, ...] = ()
         self.pool: Any = None
-        atexit.register(self.release)
+        atexit.register(_release, weakref.ref(self))
+
+    def keep_for(self, addresses: tuple[int, ...]) -> None:
+        """Drop the graphs of an earlier answer unless all that they read is still where it was."""
+        if addresses != self.addresses:
+            self.release()
+            self.addresses = addresses
 
     def __call__(self, step: Step, ids: Tensor, cache: KVCache) -> Tensor:
         """One step. ids: int64 [batch], at most the cache's rows -> logits [batch, vocab], the caller's own."""
-        if self.generation != self.buffers.generation:
-            self.release()
-            self.generation = self.buffers.generation
         size = cache.rows, cache.length, cache.attended
         if size not in self.captured:
             self.captured[size] = self._capture(step, ids, cache)
@@ -89,6 +93,11 @@ class CudaGraphStep:
             self.accelerator.synchronize()
         self.captured.clear()
         self.pool = None
+
+
+def _release(runner: weakref.ref[CudaGraphStep]) -> None:
+    if alive := runner():
+        alive.release()
 
 
 def wanted(section: Mapping[str, Any], tp: Group) -> bool:

@@ -87,7 +87,7 @@ class DecodeLoop:
             log.warning("%s", start.remark)
         self.before = TextDecoderState(model, plan)
         self.buffers = Buffers()
-        self.graphs = CudaGraphStep(self.buffers, get_accelerator()) if graphs else None
+        self.graphs = CudaGraphStep(get_accelerator()) if graphs else None
         self.reported = set[str]()
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -177,7 +177,10 @@ class DecodeLoop:
         def forward(cache: Any) -> Any:
             return _forward(model, ids, {**model_kwargs, "past_key_values": cache})
 
-        return prefill(self.decoder, forward, mask, room, self.buffers)
+        logits, cache = prefill(self.decoder, forward, mask, room, self.buffers)
+        if self.graphs:
+            self.graphs.keep_for((self.buffers.generation, *self.decoder.addresses()))
+        return logits, cache
 
     def _step(self, new: Tensor, cache: KVCache, filled: int) -> Tensor:
         """Logits [batch, vocab] after the newest tokens [batch]. filled: places of the cache that have a token then."""

@@ -74,7 +74,8 @@ def allocate(decoder: Decoder, mask: Tensor, room: Room, buffers: Buffers) -> KV
     first[:batch] = prompt - mask.sum(-1)
     place = take("place", 1, dtype=torch.int64).fill_(prompt)
     start = take("prompt", 1, dtype=torch.int64).fill_(prompt)
-    return KVCache(list(keys), list(values), cos, sin, first, start, place, room.length)
+    layers = range(len(decoder.layers))
+    return KVCache([keys[i] for i in layers], [values[i] for i in layers], cos, sin, first, start, place, room.length)
 
 
 def fill_rotary_tables(decoder: Decoder, cache: KVCache, positions: Tensor, mask: Tensor) -> None:

@@ -171,8 +171,7 @@ def _rows(batch: Sequence[Prepared], processor: RequestProcessor, limits: Limits
     rows: list[Row] = []
     for i, (item, ids) in enumerate(zip(batch, generated.tokens.tolist(), strict=True)):
         if i in generated.failed:
-            log.error("request %s failed: %s", item.id, generated.failed[i])
-            rows.append({"id": item.id, "error": generated.failed[i]})
+            rows.append(failed_row(item.id, generated.failed[i]))
             continue
         tokens = _until_end(ids, limits.ends)
         rows.append({

@@ -53,7 +53,9 @@ class FiniteLogits:
         sampling goes on for the others. unfinished: bool [rows]; the logits of a row that has ended do not matter."""
         bad = ~torch.isfinite(logits.sum(-1, dtype=torch.float32))
         self.steps.append(bad if unfinished is None else bad & unfinished)
-        return logits.masked_fill_(bad[:, None], 0)
+        if logits.device.type != "cpu" or bad.any():  # to ask a GPU would make it wait
+            logits.masked_fill_(bad[:, None], 0)
+        return logits
 
     def raise_for(self, output: Any, dtype: torch.dtype) -> None:
         """Raises NonFiniteLogits, with `output`, where a row's logits have not been finite."""

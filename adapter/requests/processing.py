@@ -214,7 +214,8 @@ class RequestProcessor:
 
         load = media.video_of_images if isinstance(value, tuple) else media.video_of_file
         video = load(value, part, self._section, check)  # type: ignore[arg-type]
-        room.take(part, *video.frames.shape[:3], "the images and videos alone take at least")
+        frames, height, width, _ = video.frames.shape
+        room.take(part, frames, height, width, "the images and videos alone take at least")
         return video
 
     def _video_arguments(self, videos: Sequence[Video]) -> dict[str, Any]:

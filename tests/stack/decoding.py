@@ -11,6 +11,7 @@ from checkpoints import Shape, cases
 
 from adapter.generation.decoder import Decoder
 from adapter.generation.kv_cache import Buffers, Room
+from adapter.generation.loop import DecodeLoop
 from adapter.generation.prefill import prefill
 from adapter.kernels import fused
 
@@ -32,3 +33,10 @@ def started(engine, compiled=None, rows=None):
             decoder, lambda cache: engine.module(**inputs, use_cache=True, past_key_values=cache),
             inputs["attention_mask"], room, Buffers())
     return decoder, logits.argmax(-1), cache
+
+
+def loop_of(engine, monkeypatch, **options):
+    """A loop of its own for a model that has one already, around Transformers' `generate`."""
+    with monkeypatch.context() as patch:
+        patch.delattr(engine.module, "generate")
+        return DecodeLoop(engine.module, engine.plan, engine.mpu.tp, **options)

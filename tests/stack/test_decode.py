@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import cases, make_checkpoint
-from decoding import SHAPE, TWELVE, lean, started
+from decoding import SHAPE, TWELVE, lean, loop_of, started
 from transformers.generation.streamers import BaseStreamer
 
 import adapter
@@ -126,8 +126,8 @@ def test_a_stopping_criterion_stops(engine, steps):
     ({"cache_implementation": "static"}, "cache_implementation"), ({"prompt_lookup_num_tokens": 3}, "prompt_lookup"),
     ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
 ])
-def test_what_it_does_not_cover_goes_to_transformers_own_loop(engine, steps, more, words):
-    generate = DecodeLoop(engine.module, engine.plan, engine.mpu.tp)
+def test_what_it_does_not_cover_goes_to_transformers_own_loop(engine, steps, monkeypatch, more, words):
+    generate = loop_of(engine, monkeypatch)
     assert words in generate.why_not((), {**cases()["text"], **TWELVE, **more})
     if "use_cache" not in more and "cache_implementation" not in more:
         engine.generate(**cases()["text"], **TWELVE, **more)

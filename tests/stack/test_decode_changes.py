@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 from checkpoints import cases, make_checkpoint
-from decoding import SHAPE, TWELVE, lean
+from decoding import SHAPE, TWELVE, lean, loop_of
 
 import adapter
 from adapter.config.load import from_dict
@@ -164,21 +164,14 @@ def test_a_parameter_between_the_modules_is_refused(engine):
         check_total(engine.module, engine.plan)
 
 
-def test_a_family_with_norms_of_queries_is_decoded_by_transformers(engine, steps, caplog):
-    """From the start, so that no module is new: the reason is in the log, and the norms are called at each token."""
-    seen: list[int] = []
-
-    class Norm(torch.nn.Module):
-        def forward(self, x):
-            seen.append(1)
-            return x
-
+def test_a_family_with_norms_of_queries_is_decoded_by_transformers(engine, monkeypatch, caplog):
+    """From the start, so that no module is new: the reason is in the log."""
     for layer in engine.module.model.language_model.layers:
-        layer.self_attn.q_norm = Norm()
-    loop = DecodeLoop(engine.module, engine.plan, engine.mpu.tp)
+        layer.self_attn.q_norm = torch.nn.Identity()
+    loop = loop_of(engine, monkeypatch)
     with caplog.at_level(logging.WARNING, "adapter"):
         assert "q_norm" in loop.why_not((), {**cases()["text"], **TWELVE})
-    assert "q_norm (Norm) is not among the modules that the family's page names" in caplog.text
+    assert "q_norm (Identity) is not among the modules that the family's page names" in caplog.text
 
 
 def test_another_activation_is_seen(engine):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 import transformers
 from checkpoints import cases, make_checkpoint
-from decoding import SHAPE, TWELVE, lean, started
+from decoding import SHAPE, TWELVE, lean, loop_of, started
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,7 +21,6 @@ import adapter
 from adapter.config.load import from_dict
 from adapter.generation import cuda_graph, kv_cache, loop
 from adapter.generation.cuda_graph import CudaGraphStep
-from adapter.generation.kv_cache import Buffers
 from adapter.generation.loop import DecodeLoop
 from adapter.kernels import fused
 from adapter.parallel.group import Group
@@ -132,7 +131,7 @@ def plain(directory):
 def taping(monkeypatch) -> Taping:
     """The loop's accelerator, and torch's operators, as on a GPU."""
     accelerator = Taping()
-    monkeypatch.setattr(loop, "CudaGraphStep", lambda buffers, _: CudaGraphStep(buffers, accelerator))
+    monkeypatch.setattr(loop, "CudaGraphStep", lambda _: CudaGraphStep(accelerator))
     monkeypatch.setattr(fused, "unavailable", lambda device: "as on a GPU")
     return accelerator
 
@@ -140,8 +139,7 @@ def taping(monkeypatch) -> Taping:
 @pytest.fixture
 def graphed(engine, taping, monkeypatch) -> DecodeLoop:
     """generate with graphs, of the sharded model: below what init_inference put around it."""
-    monkeypatch.delattr(engine.module, "generate")
-    return DecodeLoop(engine.module, engine.plan, engine.mpu.tp, graphs=True)
+    return loop_of(engine, monkeypatch, graphs=True)
 
 
 def logits_of(generate, inputs, **more):
@@ -213,6 +211,21 @@ def test_graphs_are_dropped_when_the_buffers_grow_and_at_the_end(plain, graphed,
 
 
 @lean
+def test_graphs_are_dropped_when_weights_are_replaced(plain, graphed, taping):
+    """They would go on reading the old ones."""
+    logits_of(graphed, cases()["text"])
+    first, second = graphed.model.model.language_model.layers
+    first.mlp, second.mlp = second.mlp, first.mlp
+    try:
+        replayed = logits_of(graphed, cases()["text"])
+        by_transformers = logits_of(graphed.generate, cases()["text"])
+    finally:
+        first.mlp, second.mlp = second.mlp, first.mlp
+    assert torch.equal(replayed.sequences, by_transformers.sequences) and taping.captured == 2
+    assert not torch.equal(replayed.sequences, logits_of(graphed, cases()["text"]).sequences)
+
+
+@lean
 def test_an_answer_that_is_not_finite_spoils_no_later_one(plain, graphed):
     """Its keys and values stay in the buffers; those of the next answer are zero where it has no token."""
     norm = graphed.model.model.language_model.layers[0].input_layernorm
@@ -243,7 +256,7 @@ def test_an_engine_that_may_have_graphs_replays_them(directory, taping, monkeypa
 def test_a_replayed_step_is_the_step(engine, compiled):
     """With either set of operators; those of torch are what runs on a GPU."""
     (eager, ids, cache), (same, _, other), taping = started(engine, compiled), started(engine, compiled, 8), Taping()
-    captured = CudaGraphStep(Buffers(), taping)
+    captured = CudaGraphStep(taping)
     with torch.no_grad():
         for _ in range(7):
             logits = eager.step(ids, cache)

@@ -21,7 +21,7 @@ HIDDEN, DIM, HEADS, KV_HEADS, MLP, VOCAB = 12, 4, 3, 1, 8, 11
 
 @pytest.fixture
 def gpu():
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.no_grad():
         yield torch.device("cuda:0")
 
 

@@ -18,7 +18,7 @@ from adapter.config.load import from_dict, parse_request
 from adapter.parallel.group import Group
 from adapter.parallel.progress import CollectiveState
 from adapter.requests import out_of_memory, processing
-from adapter.requests.batching import Limits
+from adapter.requests.batching import Generated, Limits
 from adapter.requests.out_of_memory import MemoryGuard, OutOfMemory, is_out_of_memory
 from adapter.requests.results import Printed
 from adapter.requests.runner import _prepare, answer, make_processor
@@ -54,7 +54,7 @@ def test_a_batch_is_halved_until_it_fits(processor, monkeypatch, error, fits, fa
         sizes.append(len(inputs["input_ids"]))
         if sizes[-1] > fits:
             raise error
-        return torch.full((sizes[-1], 1), 5)
+        return Generated(torch.full((sizes[-1], 1), 5))
 
     limits = Limits.of(config, 512, GenerationConfig(eos_token_id=0))
     tally = answer(config, processor, limits, run, Printed(written.append))
@@ -72,7 +72,7 @@ def test_one_request_that_does_not_fit_fails_alone(processor):
     def run(inputs, clock):
         if inputs["input_ids"].shape[1] > 60:
             raise MemoryError
-        return torch.full((len(inputs["input_ids"]), 1), 5)
+        return Generated(torch.full((len(inputs["input_ids"]), 1), 5))
 
     answer(config, processor, Limits.of(config, 512, GenerationConfig(eos_token_id=0)), run, Printed(written.append))
     assert ["error" in row for row in written] == [False, False, True, False, False]

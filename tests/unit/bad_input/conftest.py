@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from checkpoints import Shape, make_checkpoint
 from launching import Job
 
+SMALL = Shape(heads=6, kv_heads=2, head_dim=4, layers=1, mlp=40, vocab=37, v_heads=3, v_head_dim=4, v_layers=1)
 Refused = Callable[..., str]
 HERE = Path(__file__).parent
 LIGHT, FULL = HERE / "imported.py", HERE / "imported_with_processor.py"
@@ -34,5 +37,23 @@ def refused(tmp_path) -> Refused:
         for word in words:
             assert word in message, (word, message[:3000])
         return message
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory) -> dict[int, Path]:
+    home = tmp_path_factory.mktemp("sound")
+    return {n: make_checkpoint(home / str(n), SMALL, files=n) for n in (1, 2)}
+
+
+@pytest.fixture
+def refuse(refused, tmp_path, sound):
+    """refuse(change, words, files=1): copy a sound checkpoint, change it, and run generate on it."""
+    def check(change: Callable[[Path], None], words: list[str], files: int = 1) -> str:
+        model = Path(shutil.copytree(sound[files], tmp_path / "model"))
+        change(model)
+        (tmp_path / "c.yaml").write_text("{model: {path: model}, tensor_parallel: {tp_size: 2}}")
+        return refused("generate", "--config", tmp_path / "c.yaml", words=words)
 
     return check

@@ -164,5 +164,5 @@ def test_avif(processor, tmp_path):
     assert np.abs(np.asarray(load_image(str(path))).astype(int) - (200, 30, 30)).max() < 6
     assert ask(processor, images=[str(path)]).tensors["image_grid_thw"].tolist() == [[1, 4, 6]]
     assert ask(processor, images=[data_url(str(path), "image/avif")]).prompt_tokens
-    path.write_bytes(path.read_bytes()[:200])
+    path.write_bytes(path.read_bytes()[:-1])
     assert "cannot be decoded" in reason(processor, images=[str(path)])
