@@ -102,7 +102,7 @@ def test_a_signal_ends_all_of_it(config, tmp_path, number, foreground):
 def test_a_signal_before_the_ranks_are_there_starts_none(config):
     job = Running([sys.executable, "-c", "import sys, adapter.__main__ as m, deepspeed.launcher.runner, os, signal\n"
                    "def early(*_): os.kill(os.getpid(), signal.SIGTERM)\n"
-                   "m.network.free_port = early\nsys.argv[1:] = sys.argv[1:]\nm.start()",
+                   "m.network.free_port = early\nm.start()",
                    "generate", "--config", config])
     assert job.finish(100).code == 143, job.said()
-    assert not job.said("stdout") and not (left := job.leftovers()), left
+    assert "spawned" not in job.said("stdout") + job.said() and not job.leftovers()
