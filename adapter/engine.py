@@ -20,11 +20,13 @@ from adapter.config.schema import Config, TensorParallelSection
 from adapter.generation import cuda_graph
 from adapter.generation.loop import DecodeLoop
 from adapter.health.desync import checked_generate
+from adapter.health.job_facts import facts_of_config, facts_of_model
 from adapter.health.self_test import self_test, skeletons
 from adapter.kernels import linear as kernels
-from adapter.model.checks import check_arguments, check_loaded
+from adapter.model.checks import check_arguments, check_loaded, checked_prompt, prompt_of
 from adapter.model.inject import checkpoint_source, inject, model_source
 from adapter.model.meta_init import build_on_meta
+from adapter.model.published import PublishedModules
 from adapter.parallel import parallel_state
 from adapter.parallel.launchers import read_environment
 from adapter.parallel.parallel_state import Mpu
@@ -159,10 +161,11 @@ def _shard_loaded(model: nn.Module, parallel: TensorParallelSection, megatron: A
     plan = Plan(policy, geometry, tp_size, str(dtype).removeprefix("torch."), parallel.vision)
     require(policy.problems(geometry, tp_size), plan, type(model).__name__)
     _check_dtype(dtype)
-    mpu = parallel_state.start(tp_size, megatron, _token_bytes(plan, dtype))
+    mpu = parallel_state.start(tp_size, megatron, _token_bytes(plan, dtype),
+                               facts_of_model(model, plan, parallel, section))
     graphed = cuda_graph.wanted(section, mpu.tp)
     began, whole = time.perf_counter(), skeletons(model, plan)
-    inject(model, plan, mpu.tp, model_source(model, policy), dtype)
+    inject(model, plan, mpu.tp, model_source(model, policy), dtype, get_accelerator().current_device_name())
     report = LoadReport(0, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
     return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole, graphed)
 
@@ -178,10 +181,12 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     _check_dtype(dtype)
     kernels.check(plan.form, dtype, get_accelerator().device_name())
     model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)
-    mpu = parallel_state.start(plan.tp_size, megatron, _token_bytes(plan, dtype))
+    mpu = parallel_state.start(plan.tp_size, megatron, _token_bytes(plan, dtype),
+                               facts_of_model(model, plan, parallel, config.deepspeed) | facts_of_config(config))
     graphed = cuda_graph.wanted(config.deepspeed, mpu.tp)
     began, whole = time.perf_counter(), skeletons(model, plan)
-    inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), dtype)
+    inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), dtype,
+           get_accelerator().current_device_name())
     report = LoadReport(checkpoint.bytes_read, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
     return _ready(_Shard(model, plan, mpu, dtype, report, parallel), whole, graphed)
 
@@ -201,7 +206,8 @@ def _ready(shard: _Shard, whole: Mapping[str, nn.Module], graphed: bool) -> _Sha
     if every:
         model.generate = finite_generate(model)  # type: ignore[assignment]
         checked = checked_generate(model, shard.plan, tp, every)
-    model.generate = on_the_models_device(model, DecodeLoop(model, shard.plan, tp, graphed, checked))  # type: ignore[assignment]
+    generate = on_the_models_device(model, DecodeLoop(model, shard.plan, tp, graphed, checked))
+    model.generate = checked_prompt(generate, shard.plan.geometry.sizes["vocab"], tp)  # type: ignore[assignment]
     return shard
 
 
@@ -265,7 +271,7 @@ def _deepspeed_arguments(shard: _Shard, section: Mapping[str, Any]) -> dict[str,
 
 def _policy_by_class(model: nn.Module, policy: Policy) -> dict[type[nn.Module], tuple[str, ...]]:
     """DeepSpeed's form of the policy: the class of each stack's layers -> its row-parallel linears."""
-    modules = {policy.published(name): module for name, module in model.named_modules()}
+    modules = PublishedModules(model, policy)
     return {type(modules[f"{stack}.0"]): rows for stack, rows in row_parallel(policy).items()}
 
 
@@ -281,7 +287,7 @@ def _generate(engine: deepspeed.InferenceEngine) -> Callable[..., Any]:
     limit = engine._config.max_out_tokens
 
     def generate(*inputs: Any, **kwargs: Any) -> Any:
-        ids = kwargs.get("input_ids", kwargs.get("inputs", inputs[0] if inputs else None))
+        ids = prompt_of(inputs, kwargs)
         if ids is not None and ids.shape[-1] > limit:
             raise UserError(f"prompt of {ids.shape[-1]} tokens: deepspeed.max_out_tokens allows {limit}")
         return engine.module.generate(*inputs, **kwargs)

@@ -17,10 +17,10 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
     from adapter.config.load import load_config
 
     config = load_config(args.config, args.overrides)
-    from adapter.requests.one_process import answer_plain
+    from adapter.requests.one_process import answer_in_one_process
     from adapter.requests.results import open_answers
 
-    return answer_plain(config, open_answers(config, results.write), results.write).exit_code
+    return answer_in_one_process(config, open_answers(config, results.write), results.write).exit_code
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What each rank would own, before anything is loaded: `adapter.planning.plan` from a checkout."""
+"""What each rank would own, before anything is loaded: `adapter.commands.plan` from a checkout."""
 
 import sys
 from pathlib import Path

@@ -79,7 +79,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Encoder:
-    """The module that reads pictures. It looks at one picture, or one frame of a film, at a time.
+    """The vision encoder. Nothing in it looks from one image, or one frame of a video, at another.
 
     module, stack: its published name and that of its layers. heads: its key in Geometry.attention.
     patches, grid: arguments of its forward: [n, values], and int64 [media, 3], a row (t, h, w) standing for t frames of
@@ -104,6 +104,7 @@ class Policy:
 
     head_axes: named dimension -> (encoder, "q" or "kv"): dimensions that are cut by heads; other cut ones go by grains.
     renames: (newer prefix, published prefix): module and tensor names of newer releases, in order of application.
+    media_tokens: keys of config.json with ids of tokens that stand for media: fed back they claim an image's place.
     ignored: tensors old releases saved that are computed, not loaded (name endings).
     tied: (parameter, the parameter it is tied to) where the config ties them.
     decoder: the text decoder's modules, for the decode loop.
@@ -117,6 +118,7 @@ class Policy:
     head_axes: Mapping[str, tuple[str, str]]
     head_numbers: tuple[HeadNumbers, ...]
     renames: tuple[tuple[str, str], ...]
+    media_tokens: tuple[str, ...]
     ignored: tuple[str, ...]
     tied: tuple[str, str]
     decoder: DecoderNames

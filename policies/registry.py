@@ -31,5 +31,7 @@ def policy_for(config: Mapping[str, Any], where: str = "config.json") -> Policy:
     model_type = model_type[:100]
     near = difflib.get_close_matches(model_type, POLICIES, n=1, cutoff=0.5)
     hint = f" The nearest known one is {near[0]!r}." if near else ""
+    if not any("vision" in str(key) for key in config):
+        hint += " There is no vision_config in it: is it a model of text alone?"
     raise UserError(f"{where}: no policy for model_type {model_type!r}; known: {', '.join(sorted(POLICIES))}.{hint} "
                     "A new family is one page in policies/families/.")

@@ -1,8 +1,9 @@
-"""Start real ranks with a real launcher, and make sure that nothing of them is left."""
+"""Start real ranks, forked or by a real launcher, and make sure that nothing of them is left."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,13 +11,18 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from forking import PRELOAD, Forked, forked
+
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "QWENVL_TP_TEST"
+SHM_NAME = re.compile(r"/dev/shm/(.+?)(?: \(deleted\))?$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,13 @@ def command(ranks: int, script: Path, args: Sequence[str], launcher: str, port: 
     }[launcher]
 
 
+def spawn(argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(argv, text=True, start_new_session=True, cwd=cwd, env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+
+
 class Running:
-    """A running command with all its descendants, found by a mark in their environment.
+    """A running command with all its descendants, found by a mark in their environment; a forked job knows its own.
 
     `running` lists those that no `finish` has seen end; conftest kills what a failed test leaves in it.
     """
@@ -55,16 +66,12 @@ class Running:
     running: ClassVar[list[Running]] = []
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str] | None = None, port: int | None = None,
-                 cwd: Path = ROOT) -> None:
+                 cwd: Path = ROOT, start: Callable[..., subprocess.Popen[str] | Forked] = spawn) -> None:
         self.mark, self.port = uuid.uuid4().hex, port
         self.shm_before = set(os.listdir("/dev/shm"))
         self.began = time.monotonic()
-        self.process = subprocess.Popen(
-            argv, text=True, start_new_session=True, cwd=cwd,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", MARK: self.mark, **(env or {})},
-        )
-
+        marked = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", MARK: self.mark, **(env or {})}
+        self.process = start(argv, env=marked, cwd=cwd)
         Running.running.append(self)
         self._lines: dict[str, list[str]] = {"stdout": [], "stderr": []}
         self._readers = [threading.Thread(target=self._read, args=(name,), daemon=True) for name in self._lines]
@@ -92,8 +99,8 @@ class Running:
         return Outcome(self.process.returncode, self.said("stdout"), self.said(), time.monotonic() - self.began)
 
     def descendants(self) -> list[int]:
-        """Process ids that carry this job's mark, the launcher included."""
-        found = []
+        """Process ids of this job, the launcher included."""
+        found = sorted(self.process.members()) if isinstance(self.process, Forked) else []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
@@ -101,10 +108,12 @@ class Running:
                         found.append(int(entry.name))
                 except OSError:
                     pass
-        return found
+        return sorted(set(found))
 
     def rank_pid(self, rank: int) -> int:
-        """Process id of one rank, found by RANK in its environment and the script in its command line."""
+        """Process id of one rank, found by RANK in its environment; a forked job has said it."""
+        if isinstance(self.process, Forked):
+            return self.process.ranks[rank]
         for pid in self.descendants():
             env = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             if f"RANK={rank}".encode() in env and b"LOCAL_RANK" in b"".join(env):
@@ -113,14 +122,15 @@ class Running:
 
     def kill_all(self) -> None:
         for pid in self.descendants():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # the one before may have been its parent
+                os.kill(pid, signal.SIGKILL)
 
     def leftovers(self, wait_s: float = 10) -> list[str]:
         """Processes, new /dev/shm names and the known port of this job that are left after `wait_s` at most."""
         deadline = time.monotonic() + wait_s
         while True:
             left = [f"process {pid}" for pid in self.descendants()]
-            left += [f"/dev/shm/{n}" for n in set(os.listdir("/dev/shm")) - self.shm_before]
+            left += [f"/dev/shm/{name}" for name in unheld(set(os.listdir("/dev/shm")) - self.shm_before)]
             if self.port is not None:
                 with socket.socket() as s:
                     if s.connect_ex(("127.0.0.1", self.port)) == 0:
@@ -130,13 +140,36 @@ class Running:
             time.sleep(0.1)
 
 
-class Job(Running):
-    """Ranks of `script` under one of the launchers of `command`, on this host."""
+def unheld(names: set[str]) -> list[str]:
+    """Those of the names in /dev/shm that no living process has mapped: one that has is another job's."""
+    if not names:
+        return []
+    held = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                held |= set(SHM_NAME.findall((entry / "maps").read_text()))
+    return sorted(names - held)
 
-    def __init__(self, ranks: int, script: Path, *args: str, launcher: str = "deepspeed", python: str = sys.executable,
-                 env: Mapping[str, str] | None = None, port: int | None = None, cwd: Path = ROOT) -> None:
+
+class Job(Running):
+    """Ranks of `script` on this host.
+
+    launcher: one of `command`; or "fork", ranks forked from one process that has imported everything, with the
+    variables that the deepspeed launcher sets, or "alone", one such process that no launcher has started. preload: the
+    file that imports it.
+    """
+
+    def __init__(self, ranks: int, script: Path, *args: str, launcher: str = "fork", python: str = sys.executable,
+                 env: Mapping[str, str] | None = None, port: int | None = None, cwd: Path = ROOT,
+                 preload: Path = PRELOAD) -> None:
         port = port or free_port()
-        super().__init__(command(ranks, script, args, launcher, port, python), env, port, cwd)
+        if launcher in ("fork", "alone"):
+            told = port if launcher == "fork" else None
+            start = partial(forked, python=python, preload=preload, ranks=ranks, port=told)
+            super().__init__([str(script), *args], env, port, cwd, start)
+        else:
+            super().__init__(command(ranks, script, args, launcher, port, python), env, port, cwd)
 
 
 def launch(ranks: int, script: Path, *args: str, timeout: float = 240, **options) -> Outcome:

@@ -12,67 +12,71 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from adapter.benchmark.children import Ended, memory_file, run
 from adapter.benchmark.request import as_line, first_request
 from adapter.benchmark.summary import OURS
 from adapter.commands import common
+from adapter.commands.subprocesses import Ended, run
 from adapter.config.schema import Config
 from adapter.parallel import network
-from adapter.parallel.launchers import usable_cores
+from adapter.parallel.cpu import usable_cores
 from adapter.planning.plan import Plan
 from policies.errors import UserError
 
 log = logging.getLogger("adapter")
-Row = dict[str, Any]
+Record = dict[str, Any]
 PEERS = ("hf", "hf-tp", "deepspeed", "vllm")
 SCRIPTS = Path(__file__).parent / "peers"
 
 
 @dataclass(frozen=True)
 class Task:
-    """name: for people. argv: made anew for each start, since each needs a free port. ranks: among which the cores are
-    shared. rows: what the process told -> rows of the results. own: part of this project, whose failure ends all."""
+    """One job to start and time.
+
+    name: for people. argv: the command, given a free port. ranks: how many share the cores. records: what the process
+    reported -> records of the results. own: part of this project, whose failure ends the benchmark.
+    """
 
     name: str
     engine: str
-    argv: Callable[[], list[str]]
+    argv: Callable[[int], list[str]]
     ranks: int
-    rows: Callable[[Ended], list[Row]]
-    own: bool = False
+    records: Callable[[Ended], list[Record]]
+    own: bool = True
 
 
-def drive(config: Config, plan: Plan, args: argparse.Namespace, write: Callable[[Row], None]) -> int:
-    """Every task, `args.repeats` times. The exit code: that of a job of ours which failed, or 1 where a peer did."""
+def drive(config: Config, plan: Plan, args: argparse.Namespace, write: Callable[[Record], None]) -> int:
+    """Run every task `args.repeats` times. Returns the exit code of a job of ours which failed, or 1 if a peer did."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are ended on the way out
     code = common.DONE
     with ExitStack() as files:
-        inputs = files.enter_context(memory_file()) if args.against else ""
         requests = files.enter_context(memory_file(as_line(first_request(config))))
+        tasks = [_ours(plan, args, OURS, args.requests_at_once), _first_answer(plan, args, requests),
+                 *(_ours(plan, args, name, 1, f"weights.format={name}") for name in args.formats)]
         if args.against:
-            prepared = _run(Task("inputs", OURS, lambda: _inputs(args, inputs), 1, lambda _: [], own=True), args)
+            inputs = files.enter_context(memory_file())
+            command = [sys.executable, "-m", "adapter.benchmark.main", "--config", args.config, "--inputs-into", inputs,
+                       "--new", str(args.new), *args.overrides]
+            prepared = _run(Task("inputs", OURS, lambda _: command, 1, lambda _: []), args)
             if prepared.code != common.DONE:
                 return _failed(prepared)
-        tasks = [_ours(plan, args, OURS, args.requests_at_once), _first_answer(plan, args, requests),
-                 *(_ours(plan, args, name, 1, f"weights.format={name}") for name in args.formats),
-                 *(_peer(name, config, plan, args, inputs) for name in args.against)]
+            tasks += [_peer(name, config, plan, args, inputs) for name in args.against]
         for repeat in range(args.repeats):
             for task in list(tasks):
                 log.info("repeat %d of %d: %s", repeat + 1, args.repeats, task.name)
                 ended = _run(task, args)
                 if ended.code == common.DONE:
-                    for row in task.rows(ended):
-                        write({"engine": task.engine, **row, "repeat": repeat})
+                    for record in task.records(ended):
+                        write({"engine": task.engine, **record, "repeat": repeat})
                 elif task.own:
                     return _failed(ended)
                 else:
-                    log.warning("%s: %s; the last it said:\n%s", task.name, ended.failure, "\n".join(ended.said[-20:]))
-                    write({"engine": task.engine, "repeat": repeat, "error": ended.failure})
+                    log.warning("%s: %s; its last lines:\n%s", task.name, ended.how, "\n".join(ended.err[-20:]))
+                    write({"engine": task.engine, "repeat": repeat, "error": ended.how})
                     tasks.remove(task)
                     code = common.CHECK_FAILED
     return code
@@ -92,74 +96,68 @@ def check(args: argparse.Namespace, plan: Plan) -> None:
 
 
 def _run(task: Task, args: argparse.Namespace) -> Ended:
-    threads = max(1, usable_cores() // task.ranks)
-    argv = task.argv()
-    port = next((value for option, value in pairwise(argv) if option == "--master_port"), "none")
-    return run(argv, {"OMP_NUM_THREADS": str(threads)}, args.limit, task.own, port)
+    port, threads = network.free_port(), max(1, usable_cores() // task.ranks)
+    return run(task.argv(port), args.limit, {"OMP_NUM_THREADS": str(threads)}, port=str(port),
+               echo=log.info if task.own else None)
 
 
 def _failed(ended: Ended) -> int:
-    """A job of ours has said why on stderr, which is ours too; a launcher that was killed has not."""
+    """The exit code of a job of ours that failed. It has reported why on stderr, unless it was killed."""
     if ended.code in (common.CHECK_FAILED, common.BAD_INPUT):
         return ended.code
-    print(f"error: the job ended without a result: {ended.failure}", file=sys.stderr, flush=True)
+    print(f"error: the job ended without a result: {ended.how}", file=sys.stderr, flush=True)
     return common.CRASHED if ended.code is None or ended.code < 0 else ended.code
 
 
-def _launcher(ranks: int) -> list[str]:
+def _launcher(ranks: int, port: int) -> list[str]:
     return [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", os.devnull,
-            "--num_accelerators", str(ranks), "--master_addr", "127.0.0.1", "--master_port", str(network.free_port())]
+            "--num_accelerators", str(ranks), "--master_addr", "127.0.0.1", "--master_port", str(port)]
 
 
 def _ours(plan: Plan, args: argparse.Namespace, engine: str, at_once: int, *overrides: str) -> Task:
-    """`bench` itself as ranks. Its row of the start and the one of its only repeat."""
+    """`bench` itself as ranks. Its record of the start and the one of its only repeat."""
     own = ["--module", "adapter.benchmark.main", "--config", args.config, "--repeats", "1", "--new", str(args.new),
            "--requests-at-once", str(at_once), *(["--profile"] if args.profile else []), *args.overrides, *overrides]
-    return Task(" ".join(["this project", *overrides]), engine, lambda: [*_launcher(plan.tp_size), *own], plan.tp_size,
-                lambda ended: [{**row, "engine": engine} for _, row in ended.rows if "summary" not in row], own=True)
+
+    def records(ended: Ended) -> list[Record]:
+        return [{**row, "engine": engine} for row in ended.objects if "summary" not in row]
+
+    return Task(" ".join(["this project", *overrides]), engine, lambda port: [*_launcher(plan.tp_size, port), *own],
+                plan.tp_size, records)
 
 
 def _first_answer(plan: Plan, args: argparse.Namespace, requests: str) -> Task:
     """From the start of the command until the answer of one token is on its stdout."""
     own = ["--module", "adapter.commands.generate", "--config", args.config, *args.overrides, f"requests={requests}",
            "generation={max_new_tokens: 1, do_sample: false, num_beams: 1}", "output=null"]
-
-    def rows(ended: Ended) -> list[Row]:
-        return [{"command_to_first_answer_s": round(ended.rows[0][0], 4)}]
-
-    return Task("command to first answer", OURS, lambda: [*_launcher(plan.tp_size), *own], plan.tp_size, rows, own=True)
-
-
-def _inputs(args: argparse.Namespace, file: str) -> list[str]:
-    return [sys.executable, "-m", "adapter.benchmark.request", "--config", args.config, "--into", file,
-            "--new", str(args.new), *args.overrides]
+    return Task("command to first answer", OURS, lambda port: [*_launcher(plan.tp_size, port), *own], plan.tp_size,
+                lambda ended: [{"command_to_first_answer_s": round(ended.rows[0][0], 4)}])
 
 
 def _peer(name: str, config: Config, plan: Plan, args: argparse.Namespace, inputs: str) -> Task:
     ranks = 1 if name == "hf" else plan.tp_size
-    script = str(SCRIPTS / ("vllm_peer.py" if name == "vllm" else "transformers_peer.py"))
     own = ["--model", str(config.model.path), "--dtype", config.model.dtype, "--inputs", inputs, "--new", str(args.new)]
     if name == "vllm":
-        cores, pixels = binding(ranks, usable_cores()), json.dumps(_pixels(config))
-        own += ["--tp", str(ranks), "--binding", cores, "--limits", pixels]
+        own = [str(SCRIPTS / "vllm_peer.py"), *own, "--tp", str(ranks), "--binding", binding(ranks, usable_cores()),
+               "--limits", json.dumps(_pixels(config))]
     else:
-        own += ["--engine", name]
+        own = [str(SCRIPTS / "transformers_peer.py"), *own, "--engine", name]
 
-    def argv() -> list[str]:
+    def argv(port: int) -> list[str]:
         start: Mapping[str, list[str]] = {
-            "hf": [sys.executable], "deepspeed": _launcher(ranks), "vllm": [str(args.vllm_python)],
+            "hf": [sys.executable], "deepspeed": _launcher(ranks, port), "vllm": [str(args.vllm_python)],
             "hf-tp": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr",
-                      "127.0.0.1", "--master-port", str(network.free_port())],
+                      "127.0.0.1", "--master-port", str(port)],
         }
-        return [*start[name], script, *own]
+        return [*start[name], *own]
 
-    return Task(name, name, argv, ranks, merged)
+    return Task(name, name, argv, ranks, merged, own=False)
 
 
-def merged(ended: Ended) -> list[Row]:
+def merged(ended: Ended) -> list[Record]:
     """A peer's rows, one of each rank, as one: what rank 0 timed, and of every rank the memory, in their order.
-    start_s: from the command to the row in which the last rank said that its model was ready."""
-    rows = sorted((row for _, row in ended.rows if "rank" in row), key=lambda row: int(row["rank"]))
+    start_s: from the command to the row in which the last rank reported that its model was ready."""
+    rows = sorted((row for row in ended.objects if "rank" in row), key=lambda row: int(row["rank"]))
     each = [name for name in rows[0] if name.endswith("_bytes") and not isinstance(rows[0][name], list)]
     ready = [at for at, row in ended.rows if "ready" in row]
     return [{"start_s": round(max(ready), 4)} | rows[0] | {name: [row[name] for row in rows] for name in each}]
@@ -173,8 +171,18 @@ def binding(ranks: int, cores: int) -> str:
 
 
 def _pixels(config: Config) -> dict[str, int]:
-    """What the request, or else the config, says of a picture's pixels."""
+    """The limits of an image's pixels that the request, or else the config, states."""
     request, section = first_request(config), config.processor
-    limits: Iterator[tuple[str, int | None]] = (
-        (name, getattr(request, name) or getattr(section, name)) for name in ("min_pixels", "max_pixels"))
-    return {name: value for name, value in limits if value is not None}
+    limits = {name: getattr(request, name) or getattr(section, name) for name in ("min_pixels", "max_pixels")}
+    return {name: value for name, value in limits.items() if value is not None}
+
+
+@contextmanager
+def memory_file(content: str = "") -> Iterator[str]:
+    """A path that children can read and write while this process lives, and that no file system keeps."""
+    fd = os.memfd_create("bench")
+    try:
+        os.write(fd, content.encode())
+        yield f"/proc/{os.getpid()}/fd/{fd}"
+    finally:
+        os.close(fd)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -23,21 +23,9 @@ from adapter.planning.plan import Plan
 from adapter.requests.batching import Clock
 
 READ_BYTES = 512 << 20  # a rank; beyond any cache
-MATMUL = (1024, 1280, 5120)  # rows, in, out: the vision encoder's MLP on a picture of 448 x 448
+MATMUL = (1024, 1280, 5120)  # rows, in, out: the vision encoder's MLP on an image of 448 x 448
 AT_LEAST_S = 0.25  # that each figure is measured for
 EVERY = 8  # tokens from one look at the machine to the next
-
-
-@dataclass(frozen=True)
-class Moment:
-    """GB/s and GFLOP/s of every rank, all of them at it at once; powers of ten."""
-
-    read_gb_s: list[float]
-    matmul_gflop_s: list[float]
-
-    def facts(self) -> dict[str, float | list[float]]:
-        return {"read_gb_s": [round(x, 3) for x in self.read_gb_s], "read_total_gb_s": round(sum(self.read_gb_s), 3),
-                "matmul_gflop_s": [round(x, 2) for x in self.matmul_gflop_s]}
 
 
 class Machine:
@@ -89,24 +77,26 @@ class Paused(Clock):
             self._products.append(self._machine.multiplies())
         if new % EVERY == 1:
             self._reads.append(self._machine.reads())
-            self._machine.world.barrier()  # or a rank that is through first would wait for the others in the next step
+            self._machine.world.barrier()  # or a rank that is done first would wait for the others in the next step
         self._stood += time.perf_counter() - now
 
     def end(self) -> None:
         self._reads.append(self._machine.reads())
 
-    def moment(self) -> Moment:
-        """The means of what every rank measured. Every rank must call it."""
+    def figures(self) -> dict[str, Any]:
+        """GB/s and GFLOP/s of every rank, the means of what it measured, in powers of ten. Every rank must call it."""
         rows = everyone(self._machine.world, [mean(self._reads), mean(self._products)])
-        return Moment([row[0] for row in rows], [row[1] for row in rows])
+        return {"read_gb_s": [round(row[0], 3) for row in rows],
+                "read_total_gb_s": round(sum(row[0] for row in rows), 3),
+                "matmul_gflop_s": [round(row[1], 2) for row in rows]}
 
 
 def product(dtype: torch.dtype) -> Callable[[], Tensor]:
-    """MATMUL at its fastest: on a CPU with a weight that oneDNN has packed for so many rows before."""
+    """MATMUL at its fastest: on a CPU whose bfloat16 oneDNN knows, with a weight packed for so many rows before."""
     rows, inner, outer = MATMUL
     left, right = (to_device(torch.ones(n, inner, dtype=dtype)) for n in (rows, outer))
-    if left.device.type == "cpu" and dtype is torch.bfloat16 and torch.backends.mkldnn.is_available():
-        ops = torch.ops.mkldnn
+    ops, onednn = torch.ops.mkldnn, torch.backends.mkldnn.is_available() and left.device.type == "cpu"
+    if onednn and dtype is torch.bfloat16 and ops._is_mkldnn_bf16_supported():
         packed = ops._reorder_linear_weight(right, rows)
         return lambda: ops._linear_pointwise(left, packed, None, "none", [], "")
     return lambda: torch.nn.functional.linear(left, right)
@@ -125,7 +115,7 @@ def decode_bytes(plan: Plan, rank: int) -> int:
 
 
 def prefill_flop(plan: Plan, load: Workload, rank: int) -> int:
-    """Multiplications and additions of `rank` before the first token, those of attention included. Pictures as a split
-    encoder has them: where they are dealt to whole encoders, the busiest rank has no less."""
+    """Multiplications and additions of `rank` before the first token, those of attention included. Images are counted
+    as for a split encoder: where whole images are assigned to the ranks, the busiest rank has no less."""
     work = text_work(plan, load.batch, load.prompt_tokens, 0, rank) + vision_work(plan.divided, load, rank)
     return work.linear_flop + work.attention_flop

@@ -1,11 +1,10 @@
 """How fast and how large, beside what the machine allows, and beside other engines.
 
-    deepspeed --num_accelerators 2 launch/bench.py --config C [key=value ...]    these ranks measure themselves
-    python launch/bench.py --config C [--against hf,hf-tp,deepspeed,vllm] ...    starts such a job, and peers, in turn
-    ... [--formats int8,int4]                                                    and the same job in other formats
-    python -m adapter.benchmark.main ...                                                  where it is installed
+    qwenvl-tp bench --config C [--against hf,hf-tp,deepspeed,vllm] [key=value ...]    starts our job, and peers, in turn
+    ... [--formats int8,int4]                                                         and the same job in other formats
+    deepspeed --num_accelerators 2 launch/bench.py --config C ...                     these ranks measure themselves
 
-Times the config's first request (without any: a drawn picture of 448 x 448), greedily, --new tokens exactly. stdout: a
+Times the config's first request (without any: a drawn image of 448 x 448), greedily, --new tokens exactly. stdout: a
 JSON line per start and repeat, then a summary: load_s, peak_rss_bytes of each rank, ttft_s, decode_tok_s, collective_us
 and more, each as min, median and max of the repeats. Exit 0: measured; 1: a peer failed; 2: bad input.
 
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from adapter.benchmark.driver import PEERS, check, drive
+from adapter.benchmark.request import write_inputs
 from adapter.benchmark.summary import summary
 from adapter.commands import common
 from adapter.parallel.launchers import launcher_of
@@ -49,6 +49,9 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
         if ranked and names:
             raise UserError(f"{option} starts jobs of its own, which need the cores that this job's ranks would hold: "
                             f"start `python launch/bench.py {option} {','.join(names)} ...`, without a launcher")
+    if args.inputs_into:
+        write_inputs(config, plan, args.new, args.inputs_into)
+        return common.DONE
     if rank == 0:
         check(args, plan)
         _check_files(args)
@@ -61,7 +64,7 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
     if rank == 0 and code in (common.DONE, common.CHECK_FAILED) and rows:
         results.write(found := summary(rows, args.repeats))
         if args.png:
-            from adapter.benchmark.picture import draw
+            from adapter.benchmark.chart import draw
 
             draw(found, args.png)
         if args.write_hardware:
@@ -72,7 +75,7 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
 def _check_files(args: argparse.Namespace) -> None:
     """Before a long run: can its files be made at its end? Raises UserError."""
     if args.png:
-        from adapter.verify.report import require_matplotlib
+        from adapter.verify.plot import require_matplotlib
 
         require_matplotlib()
     for option, file in (("--png", args.png), ("--write-hardware", args.write_hardware)):
@@ -102,31 +105,25 @@ def _some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def _count(least: int, most: int) -> Callable[[str], int]:
-    def parse(stated: str) -> int:
-        if not stated.isdecimal() or not least <= int(stated) <= most:
-            raise argparse.ArgumentTypeError(f"{stated!r} is not a whole number from {least} to {most}")
-        return int(stated)
-
-    return parse
-
-
 def start() -> NoReturn:
     arguments = common.parser(__doc__)
-    arguments.add_argument("--repeats", type=_count(1, 1000), default=3, metavar="N", help="default 3")
-    arguments.add_argument("--new", type=_count(2, 2**20), default=32, metavar="N", help="tokens an answer, default 32")
-    arguments.add_argument("--requests-at-once", type=_count(1, 4096), default=8, metavar="N", help="default 8")
+    arguments.add_argument("--repeats", type=common.whole_number(1, 1000), default=3, metavar="N", help="default 3")
+    arguments.add_argument("--new", type=common.whole_number(2, 2**20), default=32, metavar="N",
+                           help="tokens an answer, default 32")
+    arguments.add_argument("--requests-at-once", type=common.whole_number(1, 4096), default=8, metavar="N",
+                           help="default 8")
     arguments.add_argument("--against", type=_some_of(PEERS), default=[], metavar="PEERS",
                            help=f"time others on the same request too, of {','.join(PEERS)}")
     arguments.add_argument("--formats", type=_some_of(tuple(FORMATS)), default=[], metavar="FORMATS",
                            help=f"time one request with other weights.format too, of {','.join(FORMATS)}")
     arguments.add_argument("--vllm-python", metavar="PATH", help="interpreter of an environment with vLLM")
-    arguments.add_argument("--profile", action="store_true", help="tell the operators that take the most time, too")
+    arguments.add_argument("--profile", action="store_true", help="report the operators that take the most time, too")
     arguments.add_argument("--png", type=Path, metavar="FILE", help="draw first token and tokens/s of all")
     arguments.add_argument("--write-hardware", type=Path, metavar="FILE",
                            help="write this machine, as measured, for launch/plan.py --hardware")
-    arguments.add_argument("--limit", type=_count(1, 10**6), default=1800, metavar="SECONDS",
+    arguments.add_argument("--limit", type=common.whole_number(1, 10**6), default=1800, metavar="SECONDS",
                            help="that one job may take before it is ended, default 1800")
+    arguments.add_argument("--inputs-into", type=Path, help=argparse.SUPPRESS)  # for the peers, which see request.py
     common.run(main, arguments)
 
 

@@ -1,4 +1,4 @@
-"""Where the time goes: seconds of each operator until the first token, and of a decode step, on one rank."""
+"""`bench --profile`: seconds of each operator until the first token, and in a decode step, on one rank."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
 
-STEPS = 8  # decode steps that a step's figures are the mean of
-MOST = 10  # operators that are told by name
+STEPS = 8  # decode steps over which a step's figures are averaged
+MOST = 10  # operators that are reported by name
 
 
 def operators(run: Callable[[int], object]) -> dict[str, dict[str, float]]:
-    """run(n): a request of n new tokens. Two of them, their difference some steps: so the prompt's part and a step's
-    are told apart. CPU seconds by themselves, the largest first; `all others` is their rest."""
-    short, long = _told(run, 2), _told(run, 2 + STEPS)
+    """CPU seconds of each operator by itself, the largest first, `all others` together.
+
+    run(n) answers a request with n new tokens. Two answers whose lengths differ by STEPS separate the prompt's part
+    from a step's. An operator that the longer one calls no more often is the prompt's alone.
+    """
+    short, long = _profiled(run, 2), _profiled(run, 2 + STEPS)
     step = {}
-    for name, (took, calls) in long.items():
-        took_of_two, calls_of_two = short.get(name, (0.0, 0))
-        # called as often for two tokens as for more, it is the prompt's alone, and the difference is noise
-        step[name] = max(0.0, (took - took_of_two) / STEPS) if calls > calls_of_two else 0.0
-    first = {name: max(0.0, took - step.get(name, 0.0)) for name, (took, _) in short.items()}
+    for name, (seconds, calls) in long.items():
+        seconds_of_two, calls_of_two = short.get(name, (0.0, 0))
+        step[name] = max(0.0, (seconds - seconds_of_two) / STEPS) if calls > calls_of_two else 0.0
+    first = {name: max(0.0, seconds - step.get(name, 0.0)) for name, (seconds, _) in short.items()}
     return {"first_token_s": _largest(first), "step_s": _largest(step)}
 
 
-def _told(run: Callable[[int], object], new: int) -> dict[str, tuple[float, int]]:
+def _profiled(run: Callable[[int], object], new: int) -> dict[str, tuple[float, int]]:
     """Operator -> its own CPU seconds, and how often it was called."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
         run(new)
@@ -32,5 +34,5 @@ def _told(run: Callable[[int], object], new: int) -> dict[str, tuple[float, int]
 
 def _largest(seconds: dict[str, float]) -> dict[str, float]:
     names = sorted(seconds, key=lambda name: -seconds[name])
-    told = {name: round(seconds[name], 5) for name in names[:MOST]}
-    return {**told, "all others": round(sum(seconds[name] for name in names[MOST:]), 5)}
+    rest = sum(seconds[name] for name in names[MOST:])
+    return {**{name: round(seconds[name], 5) for name in names[:MOST]}, "all others": round(rest, 5)}

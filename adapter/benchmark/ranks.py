@@ -1,13 +1,16 @@
-"""What one job measures of itself, over the ranks it was started with: a row for its start, and a row each repeat."""
+"""What the ranks of one job measure of themselves: a record of the start, and a record of each repeat."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -17,18 +20,19 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from adapter.benchmark.limits import Machine, Moment, Paused, decode_bytes, everyone, prefill_flop
+from adapter.benchmark.limits import Machine, Paused, decode_bytes, everyone, prefill_flop
 from adapter.benchmark.operators import operators
 from adapter.benchmark.peers.peer import ENDLESS, WARM_UP_TOKENS, memory, speed
 from adapter.benchmark.request import first_request, make_processor
-from adapter.benchmark.vision import ways
+from adapter.benchmark.vision import both_modes
 from adapter.commands import common
 from adapter.config.schema import Config
-from adapter.doctor.machine import cpu
 from adapter.engine import init_inference
 from adapter.health.watchdog import watching
+from adapter.kernels import malloc
+from adapter.parallel.cpu import usable_cores
 from adapter.parallel.group import to_device
-from adapter.parallel.launchers import read_environment, usable_cores
+from adapter.parallel.launchers import read_environment
 from adapter.planning.cost_model import Workload
 from adapter.planning.plan import Plan
 from adapter.requests.batching import Clock, Limits, generate, rank_facts, share
@@ -37,14 +41,14 @@ from policies.errors import UserError
 from policies.rules import Head
 
 log = logging.getLogger("adapter")
-Row = dict[str, Any]
+Record = dict[str, Any]
 Inputs = dict[str, Tensor]
-CALLS = 20  # of a collective, of which the middle one counts
+CALLS = 20  # of a collective, of which the median counts
 
 
 @dataclass(frozen=True)
 class Job:
-    """One rank's part. one, many: the request, and as many of it as are asked for at once, on every rank."""
+    """One rank's part of the job. one: the inputs of the request; many: of `--requests-at-once` of it."""
 
     engine: deepspeed.InferenceEngine
     config: Config
@@ -62,7 +66,7 @@ class Job:
 
     @property
     def load(self) -> Workload:
-        """The request, as adapter.planning.cost_model counts: a film is a picture for every two of its frames."""
+        """The request as adapter.planning.cost_model counts it: two frames of a video are one image."""
         grids = [row for name, grid in self.one.items() if name.endswith("_grid_thw") for row in grid.tolist()]
         patches = tuple(height * width for times, height, width in grids for _ in range(times))
         return Workload(self.tokens, patches)
@@ -78,7 +82,7 @@ class Job:
         return speed(began, clock.times[1:])  # the first is the prompt
 
 
-def measure(config: Config, plan: Plan, args: argparse.Namespace, write: Callable[[Row], None]) -> int:
+def measure(config: Config, plan: Plan, args: argparse.Namespace, write: Callable[[Record], None]) -> int:
     """Every rank of the job must call it. `write` gets the rows, on rank 0. Raises UserError."""
     launch = read_environment()
     if launch.world_size > plan.tp_size:
@@ -88,8 +92,9 @@ def measure(config: Config, plan: Plan, args: argparse.Namespace, write: Callabl
     began = time.perf_counter()
     engine = init_inference(config)
     load_s = time.perf_counter() - began
+    malloc.keep()
     tp, first = engine.mpu.tp, launch.rank == 0
-    with watching(engine.mpu):
+    with watching(engine.mpu, heartbeat_s=config.tensor_parallel.heartbeat_s):
         job = Job(engine, config, share(one, tp), share(many, tp))
         row = _started(job, load_s) | {"case": _case(job, args)}
         if first:
@@ -110,29 +115,30 @@ def measure(config: Config, plan: Plan, args: argparse.Namespace, write: Callabl
 
 
 def _inputs(config: Config, plan: Plan, args: argparse.Namespace) -> tuple[Inputs, Inputs]:
-    """Before the ranks join, so that a request that cannot be prepared is said at once."""
+    """Before the ranks join, so that a request that cannot be prepared is reported at once."""
     processor = make_processor(config, plan.geometry.context, args.new)
     prepared = processor.prepare(first_request(config))
     return prepared.tensors, collate([prepared] * args.requests_at_once, processor.pad_token_id)
 
 
-def _started(job: Job, load_s: float) -> Row:
+def _started(job: Job, load_s: float) -> Record:
     """Loading, memory after it, and the first request, before the machine is measured: its buffers are no part of the
     product."""
-    facts = rank_facts(job.engine)
     rows = everyone(job.engine.mpu.world, [load_s, *memory().values()])
     cold = job.run(job.one, WARM_UP_TOKENS)
+    facts = rank_facts(job.engine)
+    cards = [fact["device_peak_bytes"] for fact in facts if "device_peak_bytes" in fact]
     of_ranks = {name: [int(row[1 + place]) for row in rows] for place, name in enumerate(memory())}
     return {
         "load_s": round(max(row[0] for row in rows), 4), "read_s": round(max(fact["load_s"] for fact in facts), 4),
         "bytes_read": sum(fact["bytes_read"] for fact in facts), **of_ranks,
         "pss_per_weight_byte": [round(pss / fact["weight_bytes"], 4)
                                 for pss, fact in zip(of_ranks["pss_bytes"], facts, strict=True)],
-        "cold_ttft_s": cold["ttft_s"],
+        "cold_ttft_s": cold["ttft_s"], **({"device_peak_bytes": cards} if cards else {}),
     }
 
 
-def _case(job: Job, args: argparse.Namespace) -> Row:
+def _case(job: Job, args: argparse.Namespace) -> Record:
     """What is the same in every repeat."""
     ranks = range(job.plan.tp_size)
     return {
@@ -148,42 +154,37 @@ def _case(job: Job, args: argparse.Namespace) -> Row:
     }
 
 
-def _machine(plan: Plan) -> Row:
+def _machine(plan: Plan) -> Record:
     """Devices as adapter.planning.hardware counts them, and bytes of one of their memories."""
     accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        cores = usable_cores()
-        return {"machine": f"{cpu()['model']}, {cores} cores", "devices": cores,
-                "memory_bytes": psutil.virtual_memory().total}
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else accelerator.device_name()
-    return {"machine": f"{name} x {plan.tp_size}", "devices": plan.tp_size, "memory_bytes": accelerator.total_memory()}
+    if accelerator.device_name() != "cpu":
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else accelerator.device_name()
+        return {"machine": f"{name} x {plan.tp_size}", "devices": plan.tp_size,
+                "memory_bytes": accelerator.total_memory()}
+    model = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    cores = usable_cores()
+    return {"machine": f"{model[1] if model else platform.machine()}, {cores} cores", "devices": cores,
+            "memory_bytes": psutil.virtual_memory().total}
 
 
-def _repeated(job: Job, machine: Machine, args: argparse.Namespace) -> Row:
-    def timed(inputs: Inputs) -> tuple[dict[str, float], Moment]:
+def _repeated(job: Job, machine: Machine, args: argparse.Namespace) -> Record:
+    """One repeat: the request alone, beside what the machine allowed meanwhile, then many of it at once."""
+    def timed(inputs: Inputs) -> Record:
         clock = Paused(machine)
-        return job.run(inputs, args.new, clock), clock.moment()
+        return {**job.run(inputs, args.new, clock), **clock.figures()}
 
-    one, moment = timed(job.one)
-    many, moment_of_many = timed(job.many)
+    one, many, plan = timed(job.one), timed(job.many), job.plan
+    reading = [decode_bytes(plan, rank) / (gb_s * 1e9) for rank, gb_s in enumerate(one["read_gb_s"])]
+    products = [prefill_flop(plan, job.load, rank) / (gflop_s * 1e9)
+                for rank, gflop_s in enumerate(one["matmul_gflop_s"])]
     total = many["decode_tok_s"] * args.requests_at_once
+    many |= {"decode_tok_s": round(total, 4), "times_one": round(total / one["decode_tok_s"], 4)}
+    vision_s = both_modes(job.engine)
     return {
-        **one, **_against_limits(job.plan, moment, one["decode_tok_s"], job),
-        "at_once": {"ttft_s": many["ttft_s"], "decode_tok_s": round(total, 4),
-                    "times_one": round(total / one["decode_tok_s"], 4), **moment_of_many.facts()},
-        "collective_us": {name: round(_microseconds(job, call, x), 2) for name, (call, x) in _collectives(job).items()},
-        **({"vision_s": seconds} if (seconds := ways(job.engine)) else {}),
+        **one, "read_share": [round(seconds * one["decode_tok_s"], 4) for seconds in reading],
+        "limit_ttft_s": round(max(products), 4), "limit_decode_tok_s": round(1 / max(reading), 4), "at_once": many,
+        "collective_us": _collective_us(job), **({"vision_s": vision_s} if vision_s else {}),
     }
-
-
-def _against_limits(plan: Plan, moment: Moment, tok_s: float, job: Job) -> Row:
-    """The machine while it ran, what it allowed, and each rank's part of the reading that decode came to."""
-    ranks = range(plan.tp_size)
-    reading = [decode_bytes(plan, rank) / (moment.read_gb_s[rank] * 1e9) for rank in ranks]
-    products = [prefill_flop(plan, job.load, rank) / (moment.matmul_gflop_s[rank] * 1e9)
-                for rank in ranks]
-    return {**moment.facts(), "read_share": [round(seconds * tok_s, 4) for seconds in reading],
-            "limit_ttft_s": round(max(products), 4), "limit_decode_tok_s": round(1 / max(reading), 4)}
 
 
 def _collectives(job: Job) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
@@ -205,13 +206,16 @@ def _collectives(job: Job) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor
     }
 
 
-def _microseconds(job: Job, call: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """The middle of some calls one after another, on this rank."""
-    job.engine.mpu.world.barrier()
-    took = []
-    for _ in range(CALLS):
-        began = time.perf_counter()
-        call(x)
-        get_accelerator().synchronize()
-        took.append((time.perf_counter() - began) * 1e6)
-    return median(took)
+def _collective_us(job: Job) -> dict[str, float]:
+    """Microseconds of each collective on this rank: the median of CALLS calls one after another."""
+    found = {}
+    for name, (call, x) in _collectives(job).items():
+        job.engine.mpu.world.barrier()
+        took = []
+        for _ in range(CALLS):
+            began = time.perf_counter()
+            call(x)
+            get_accelerator().synchronize()
+            took.append((time.perf_counter() - began) * 1e6)
+        found[name] = round(median(took), 2)
+    return found

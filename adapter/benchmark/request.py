@@ -1,38 +1,32 @@
-"""The request that is timed, and its tensors for those that cannot prepare it themselves.
-
-    python -m adapter.benchmark.request --config C --into FILE [key=value ...]
-
-writes safetensors: what the model's forward takes, as adapter.requests.processing.Prepared has it, and the pictures as
-they were before any resizing, uint8 [height, width, 3], under picture.000 and so on.
-"""
+"""The request that is timed, and its tensors."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 import json
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from adapter.commands import common
 from adapter.config.load import parse_request
 from adapter.config.schema import Config, Request
 from policies.errors import UserError
 
 if TYPE_CHECKING:
+    from adapter.planning.plan import Plan
     from adapter.requests.processing import RequestProcessor
 
 PROMPT, SIDE = "Describe this image in detail.", 448  # where a config has no requests; 283 tokens for the published 2B
 
 
 def first_request(config: Config) -> Request:
-    """The config's first request, or a question about a drawn picture; no answer is expected of it."""
+    """The config's first request, or a question about a drawn image; no answer is expected of it."""
     if config.requests:
         return config.requests[0].model_copy(update={"expected": None})
-    return parse_request({"id": "drawn", "prompt": PROMPT, "images": [drawn_picture(SIDE)]})
+    return parse_request({"id": "drawn", "prompt": PROMPT, "images": [drawn_image(SIDE)]})
 
 
-def drawn_picture(side: int) -> str:
+def drawn_image(side: int) -> str:
     """A data: URL of a square PNG whose red grows to the right, its green downwards, its blue both ways."""
     import numpy as np
     from PIL import Image
@@ -61,37 +55,18 @@ def make_processor(config: Config, context: int, new_tokens: int) -> RequestProc
     return RequestProcessor(config.model.path, config.processor, most)
 
 
-def main(args: argparse.Namespace, results: common.Results) -> int:
-    from pathlib import Path
-
+def write_inputs(config: Config, plan: Plan, new_tokens: int, file: Path) -> None:
+    """Write the request as safetensors, for engines that cannot prepare it themselves: what the model's forward takes,
+    and the images before any resizing, uint8 [height, width, 3], as image.000 and so on. Raises UserError."""
     import safetensors.torch
     import torch
 
-    from adapter.config.load import load_config
-    from adapter.planning.load import checked_plan
     from adapter.requests.media import load_image
 
-    config = load_config(args.config, args.overrides)
-    plan, _ = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
-                           config.tensor_parallel.vision, config.weights.format)
     request = first_request(config)
-    tensors = dict(make_processor(config, plan.geometry.context, args.new).prepare(request).tensors)
-    pictures = [value for _, parts in request.turns() for kind, value in parts if kind == "image"]
-    for number, value in enumerate(pictures):
-        picture = load_image(value)
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        tensors[f"picture.{number:03}"] = pixels.view(picture.height, picture.width, 3)
-    Path(args.into).write_bytes(safetensors.torch.save(tensors))
-    results.write({"prompt_tokens": tensors["input_ids"].shape[1]})
-    return common.DONE
-
-
-def start() -> NoReturn:
-    arguments = common.parser(__doc__)
-    arguments.add_argument("--into", required=True, metavar="FILE")
-    arguments.add_argument("--new", type=int, required=True, help="tokens that will be generated")
-    common.run(main, arguments)
-
-
-if __name__ == "__main__":
-    start()
+    tensors = dict(make_processor(config, plan.geometry.context, new_tokens).prepare(request).tensors)
+    images = [value for _, parts in request.turns() for kind, value in parts if kind == "image"]
+    for number, image in enumerate(map(load_image, images)):
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        tensors[f"image.{number:03}"] = pixels.view(image.height, image.width, 3)
+    file.write_bytes(safetensors.torch.save(tensors))

@@ -1,5 +1,5 @@
-"""`tensor_parallel.vision: auto`, checked: pictures through the encoder in both ways, and the way that its cost
-takes."""
+"""`tensor_parallel.vision: auto`, checked: images through the encoder in both modes, and the mode that its cost
+chooses."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from deepspeed.accelerator import get_accelerator
 
 from adapter.model.vision_data_parallel import VisionDataParallel, data_parallel_of
 from adapter.parallel.group import to_device
-from adapter.planning.vision_balance import EXAMPLES, deal
+from adapter.planning.vision_balance import EXAMPLES, assign
 
 
-def ways(engine: deepspeed.InferenceEngine) -> dict[str, dict[str, float]]:
-    """What is read -> seconds split over the ranks (tensor_s), dealt to them (data_s), and of the two the way that
-    `auto` takes (auto_s). Empty unless the engine's encoder is whole on every rank. Every rank must call it."""
+def both_modes(engine: deepspeed.InferenceEngine) -> dict[str, dict[str, float]]:
+    """Images or video -> seconds with the encoder split over the ranks (tensor_s), with whole frames assigned to them
+    (data_s), and those of the two that `auto` chooses (auto_s). Empty unless every rank holds the whole encoder. Every
+    rank must call it."""
     encoder = data_parallel_of(engine.module, engine.plan)
     if encoder is None or encoder.tp.size == 1:
         return {}
-    return {what: _both(engine, encoder, grid) for what, grid in EXAMPLES.items() if sum(row[0] for row in grid) > 1}
+    return {what: _timed(engine, encoder, grid) for what, grid in EXAMPLES.items() if sum(row[0] for row in grid) > 1}
 
 
-def _both(engine: deepspeed.InferenceEngine, encoder: VisionDataParallel, rows: list[list[int]]) -> dict[str, float]:
-    grid, who = to_device(torch.tensor(rows)), deal(rows, encoder.tp.size)
+def _timed(engine: deepspeed.InferenceEngine, encoder: VisionDataParallel, rows: list[list[int]]) -> dict[str, float]:
+    grid, assignment = to_device(torch.tensor(rows)), assign(rows, encoder.tp.size)
     dtype = next(engine.module.parameters()).dtype
-    patches = to_device(torch.zeros(sum(who.sizes), engine.plan.geometry.picture[0], dtype=dtype))
+    patches = to_device(torch.zeros(sum(assignment.sizes), engine.plan.geometry.picture[0], dtype=dtype))
 
     def seconds(run: Callable[[], Any]) -> float:
         engine.mpu.world.barrier()
@@ -38,6 +39,7 @@ def _both(engine: deepspeed.InferenceEngine, encoder: VisionDataParallel, rows: 
         get_accelerator().synchronize()
         return round(time.perf_counter() - began, 4)
 
-    split = seconds(lambda: encoder.run(True, patches, grid, {}))
-    dealt = seconds(lambda: encoder.by_share(who, patches, grid, {}))
-    return {"tensor_s": split, "data_s": dealt, "auto_s": dealt if encoder.cost.deals(who) else split}
+    tensor_s = seconds(lambda: encoder.run(True, patches, grid, {}))
+    data_s = seconds(lambda: encoder.by_share(assignment, patches, grid, {}))
+    auto_s = data_s if encoder.cost.prefers_data(assignment) else tensor_s
+    return {"tensor_s": tensor_s, "data_s": data_s, "auto_s": auto_s}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def pieces(value: Any) -> Iterator[Any]:
         yield repr(value).encode()
 
 
-def unlike(column: Sequence[int]) -> tuple[int, ...]:
+def unlike(column: Sequence[Hashable]) -> tuple[int, ...]:
     """Ranks whose value is not the most frequent one; among equally frequent ones rank 0's counts."""
     counts = Counter(column)
     usual = max(counts, key=lambda value: (counts[value], value == column[0]))

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapter.checkpoint.other_formats import other_format
 from adapter.config.files import open_regular, read_text
+from adapter.config.hub import shown
 from policies.errors import UserError
 from policies.policy import Geometry, Policy
 from policies.rules import TensorSlice
@@ -65,7 +67,7 @@ class Checkpoint:
         tied_copy = policy.tied[0] if geometry.tied else None
         explained = expected.keys() if self.explained is None else self.explained
         for name in sorted(expected.keys() - self.tensors.keys() - explained - {tied_copy}):
-            found.append(f"tensor {name!r} {list(expected[name])} is missing from {self.directory}")
+            found.append(f"tensor {name!r} {list(expected[name])} is missing from {shown(self.directory)}")
         for name in sorted(self.tensors.keys() - expected.keys()):
             if not name.endswith(policy.ignored):
                 found.append(f"{self.tensors[name].file.name}: tensor {self.tensors[name].name!r} is not part of a "
@@ -143,7 +145,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads(read_text(file, MAX_CONFIG_BYTES))
     except FileNotFoundError:
-        raise UserError(f"{directory}: no config.json here; model.path must be a model directory") from None
+        found = other_format(directory) or "model.path must be a model directory"
+        raise UserError(f"{shown(directory)}: no config.json here; {found}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
@@ -183,7 +186,7 @@ def read_header(file: Path, problems: list[str]) -> list[TensorInfo] | None:
         infos = [_tensor_info(name, file, entry, 8 + length) for name, entry in header.items()]
         _check_layout(infos, 8 + length, size)
     except FileNotFoundError:
-        problems.append(f"{file.name}: missing from {file.parent}; download it again")
+        problems.append(f"{file.name}: missing from {shown(file.parent)}; download it again")
     except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{file.name}: {error}")
     else:

@@ -8,7 +8,7 @@
 
 A rank maps its file, and its weights are views of that: nothing is copied, and what the page cache has is not read
 again. As with every mapped file, replace it by a new one (mv), and never write into it, while a job runs. Nothing in a
-manifest or header is trusted: what does not fit the plan is a problem, told with all others.
+manifest or header is trusted: what does not fit the plan is a problem, reported with all others.
 """
 
 from __future__ import annotations
@@ -202,9 +202,8 @@ def open_shards(directory: Path, wanted: Plan) -> Shards:
         manifest = read_manifest(directory)
     except UserError as error:
         return Shards(directory, wanted, problems=[str(error)])
-    whole, alike = manifest.whole_encoder, manifest.tp_size == 1  # one rank holds all in any case
-    vision = wanted.vision if alike or whole == (wanted.vision != "tensor") else "data" if whole else "tensor"
-    plan = replace(wanted, tp_size=manifest.tp_size, dtype=manifest.dtype, vision=vision, form=FORMATS[manifest.format])
+    plan = replace(wanted, tp_size=manifest.tp_size, dtype=manifest.dtype, vision=_vision(manifest, wanted),
+                   form=FORMATS[manifest.format])
     problems = list(_misfits(manifest, plan, wanted))
     impossible = plan.policy.problems(plan.geometry, plan.tp_size) or plan.off_group()
     if impossible:
@@ -220,6 +219,15 @@ def open_shards(directory: Path, wanted: Plan) -> Shards:
     files = tuple(_file(directory / f.name, f.bytes, list(entries(plan, rank)), problems)
                   for rank, f in enumerate(manifest.files))
     return Shards(directory, plan, manifest, files, problems)
+
+
+def _vision(manifest: Manifest, wanted: Plan) -> str:
+    """The tensor_parallel.vision that the files are for: the wanted one wherever they can serve it."""
+    if manifest.tp_size == 1:
+        return wanted.vision  # one rank holds the whole encoder in every mode
+    if manifest.whole_encoder:
+        return "data" if wanted.vision == "tensor" else wanted.vision
+    return "tensor"
 
 
 def _misfits(manifest: Manifest, plan: Plan, wanted: Plan) -> Iterator[str]:

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -29,6 +30,16 @@ def parser(description: str, config_required: bool = True) -> argparse.ArgumentP
     return p
 
 
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number from `least` to `most`."""
+    def parse(stated: str) -> int:
+        if not stated.isdecimal() or not least <= int(stated) <= most:
+            raise argparse.ArgumentTypeError(f"{stated!r} is not a whole number from {least} to {most}")
+        return int(stated)
+
+    return parse
+
+
 class Results:
     """JSON lines on the real stdout. Libraries that print go to stderr, so that stdout holds nothing but results."""
 
@@ -39,6 +50,10 @@ class Results:
 
     def write(self, row: dict[str, Any]) -> None:
         self.text(json.dumps(finite(row), ensure_ascii=False, allow_nan=False))
+
+    def give_back(self) -> None:
+        """Make stdout what it was, for a process to be started."""
+        os.dup2(self._out.fileno(), 1)
 
     def text(self, text: str) -> None:
         self._out.write(text + "\n")
@@ -70,6 +85,12 @@ def run(main: Callable[[argparse.Namespace, Results], int], arguments: argparse.
         traceback.print_exc()
         code = CRASHED
     _leave(code)
+
+
+def clean_up_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: what it has begun to write is removed."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
 def _report(error: UserError | CheckFailed, rank: int) -> None:

@@ -1,11 +1,10 @@
-"""The command side of adapter.planning.cost_model: its options, its arithmetic line by line, and its table over tp
-sizes."""
+"""`launch/plan.py --hardware`: its options, and the prediction as plain data and as two tables."""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from adapter.planning.cost_model import TEXT_TOKENS, Phase, Prediction, Workload, predict, predict_all
@@ -17,6 +16,8 @@ from policies.policy import Geometry
 DEFAULT_IMAGE = "448x448"
 MOST = {"--prompt-tokens": 2**20, "--new-tokens": 2**20, "--batch": 2**16}
 MOST_SIDE = 2**16  # pixels
+PHASES = ("phase", "rank", "GFLOP", "compute", "GB read", "reading", "collectives", "MB", "time", "overhead", "total")
+SIZES = ("tp_size", "first token", "collectives", "tokens/s", "collectives", "GB a rank", "fits")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -41,15 +42,15 @@ def forecast(plan: Plan, args: argparse.Namespace) -> tuple[dict[str, Any], str]
         return None
     hardware = load_hardware(args.hardware)
     load = workload(plan.geometry, args.image or [DEFAULT_IMAGE], args.prompt_tokens, args.new_tokens, args.batch)
-    here, table = predict(plan, hardware, load), predict_all(plan, hardware, load)
+    here, by_size = predict(plan, hardware, load), predict_all(plan, hardware, load)
     facts = {
         "hardware": hardware.model_dump(exclude_none=True), "workload": vars(load), **_summary(here),
         "notes": list(hardware.sharing(plan.tp_size)),
         "memory": {**vars(here.memory), "total": here.memory.total, "fits": here.memory.fits},
         "phases": {name: _phase_facts(p) for name, p in _phases(here)},
-        "by_tp_size": [_summary(p) for p in table],
+        "by_tp_size": [_summary(p) for p in by_size],
     }
-    return facts, "\n".join([*_lines(plan, hardware, load, here), "", *_table(table, hardware)])
+    return facts, "\n".join([*_lines(plan, hardware, load, here), "", *_columns(SIZES, [_row(p) for p in by_size])])
 
 
 def workload(geometry: Geometry, images: list[str], prompt_tokens: int | None, new_tokens: int | None,
@@ -70,14 +71,14 @@ def workload(geometry: Geometry, images: list[str], prompt_tokens: int | None, n
 
 
 def _patches(geometry: Geometry, image: str) -> int:
-    """Patches of one picture, each side rounded to whole merged patches as Qwen2-VL's processor does."""
+    """Patches of one image, each side rounded to whole tokens, as the family's processor does."""
     sides = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", image)
     if not sides or not all(1 <= int(side) <= MOST_SIDE for side in sides.groups()):
         raise UserError(f"--image {image[:100]!r}: HEIGHTxWIDTH in pixels is needed, such as {DEFAULT_IMAGE}, or none; "
                         f"a side has 1 to {MOST_SIDE}")
     merge = geometry.picture[1]
-    grid = [merge * max(1, round(int(side) / (geometry.sizes["patch"] * merge))) for side in sides.groups()]
-    return grid[0] * grid[1]
+    height, width = (merge * max(1, round(int(side) / (geometry.sizes["patch"] * merge))) for side in sides.groups())
+    return height * width
 
 
 def _phases(p: Prediction) -> Iterator[tuple[str, Phase]]:
@@ -102,66 +103,45 @@ def _lines(plan: Plan, hardware: Hardware, load: Workload, p: Prediction) -> Ite
     yield f"  its figures: {' '.join(hardware.source.split())}"
     yield from (f"  note: {note}" for note in hardware.sharing(p.tp_size))
     images = f"images of {', '.join(map(str, load.patches))} patches" if load.patches else "no image"
-    yield f"  workload: batch {load.batch}, {images}, {load.prompt_tokens} prompt tokens, {load.new_tokens} new"
-    for name, phase in _phases(p):
-        at = f" of one token at {load.context} cached ones" if name == "decode" else ""
-        yield f"{name}{at}, on the slowest rank ({phase.rank})"
-        yield from _arithmetic(plan, hardware, phase)
+    yield (f"  workload: batch {load.batch}, {images}, {load.prompt_tokens} prompt tokens, {load.new_tokens} new; a "
+           f"decode step is one token at {load.context} cached ones")
+    yield "  total = the longer of compute and reading + time of the collectives + overhead, on the slowest rank"
+    yield from _columns(PHASES, [_phase_row(name, phase) for name, phase in _phases(p)])
     sums = " + ".join(_time(phase.total_s) for phase in p.first)
     yield f"time to first token: {sums} = {_time(p.ttft_s)}, {p.ttft_collectives:.1%} of it in collectives"
     total = f", all {load.batch} sequences {_n(load.batch * p.decode_tok_s)}" if load.batch > 1 else ""
     yield (f"decode: 1 / {_time(p.decode.total_s)} = {_n(p.decode_tok_s)} tokens/s a sequence{total}, "
            f"{p.decode_collectives:.1%} of it in collectives")
-    m, tokens = p.memory, load.prompt_tokens + load.new_tokens
-    yield f"memory of the fullest rank ({m.rank})"
-    yield (f"  KV cache: batch {load.batch} x {tokens} tokens x {plan.kv_bytes_per_token(m.rank):,} B = {_gb(m.kv)}; "
-           "activations: everything one layer computes, pixels and logits, an upper estimate")
-    yield (f"  weights {_gb(m.weights)} + KV cache {_gb(m.kv)} + activations {_gb(m.activations)} + process "
-           f"{_gb(m.process)} = {_gb(m.total)}")
-    yield (f"  ranks on one memory: {m.ranks} x {_gb(m.total)} = {_gb(m.ranks * m.total)} of {_gb(m.available)}: "
+    m = p.memory
+    yield (f"memory of the fullest rank ({m.rank}): weights {_gb(m.weights)} + KV cache {_gb(m.kv)} + activations "
+           f"{_gb(m.activations)} + process {_gb(m.process)} = {_gb(m.total)}")
+    yield (f"ranks on one memory: {m.ranks} x {_gb(m.total)} = {_gb(m.ranks * m.total)} of {_gb(m.available)}: "
            f"{'fits' if m.fits else 'DOES NOT FIT'}")
 
 
-def _arithmetic(plan: Plan, hardware: Hardware, phase: Phase) -> Iterator[str]:
-    """The terms of a forward, each as amount / rate = time, and their sum."""
-    work, ranks, achieved = phase.work, plan.tp_size, hardware.efficiency
-    devices, gflop_s = hardware.devices_per_rank(ranks), 1e3 * hardware.tflop_s(plan.dtype)
-    for name, flop, part, seconds in (("linears", work.linear_flop, achieved.matmul, phase.linear_s),
-                                      ("attention", work.attention_flop, achieved.attention, phase.attention_s)):
-        yield (f"  {name}: {_n(flop / 1e9)} GFLOP / ({_n(gflop_s)} GFLOP/s x {part:g} achieved x {_n(devices)} "
-               f"devices) = {_time(seconds)}")
-    cache = f"weights {_gb(work.weight_bytes)} + KV cache {_gb(work.kv_bytes)}"
-    yield (f"  reading: ({cache}) / ({_n(hardware.memory_read_gb_s)} GB/s x {achieved.memory_read:g} achieved / "
-           f"{hardware.ranks_per_memory(ranks)} ranks) = {_time(phase.read_s)}")
-    if ranks > 1:
-        c = hardware.collective(ranks)
-        yield (f"  collectives: ({work.reduces} all-reduces + {work.gathers} gathers) x {_n(c.latency_us)} us "
-               f"+ ({_n(c.per_reduced_byte)} x {_n(work.reduced_bytes / 1e6)} MB reduced + {_n(c.per_gathered_byte)} x "
-               f"{_n(work.gathered_bytes / 1e6)} MB gathered) / {_n(c.bandwidth_gb_s)} GB/s = "
-               f"{_time(phase.collective_s)}")
-    yield (f"  overhead: ({work.layers} layers x {_n(hardware.per_layer_overhead_us)} us + "
-           f"{_n(hardware.per_step_overhead_us)} us) / {_n(min(1.0, devices))} device = {_time(phase.overhead_s)}")
-    bound = "computing" if phase.compute_s >= phase.read_s else "reading"
-    yield (f"  sum: {_time(max(phase.compute_s, phase.read_s))} {bound}, the longer of the two, + "
-           f"{_time(phase.collective_s)} + {_time(phase.overhead_s)} = {_time(phase.total_s)}")
+def _phase_row(name: str, phase: Phase) -> tuple[str, ...]:
+    work = phase.work
+    return (name, str(phase.rank), _n((work.linear_flop + work.attention_flop) / 1e9), _time(phase.compute_s),
+            _n((work.weight_bytes + work.kv_bytes) / 1e9), _time(phase.read_s), str(work.reduces + work.gathers),
+            _n((work.reduced_bytes + work.gathered_bytes) / 1e6), _time(phase.collective_s), _time(phase.overhead_s),
+            _time(phase.total_s))
 
 
-def _table(predictions: list[Prediction], hardware: Hardware) -> Iterator[str]:
-    yield "tp_size  first token  collectives  tokens/s  collectives  GB a rank  fits"
-    for p in predictions:
-        shared = f"  {p.tp_size} ranks share {hardware.devices}" if p.tp_size > hardware.devices else ""
-        fits = "yes" if p.memory.fits else "no"
-        row = (f"{p.tp_size:7}  {_time(p.ttft_s):>11}  {p.ttft_collectives:11.1%}  {_n(p.decode_tok_s):>8}  "
-               f"{p.decode_collectives:11.1%}  {p.memory.total / 1e9:9.3f}  {fits:4}{shared}")
-        yield row.rstrip()
+def _row(p: Prediction) -> tuple[str, ...]:
+    return (str(p.tp_size), _time(p.ttft_s), f"{p.ttft_collectives:.1%}", _n(p.decode_tok_s),
+            f"{p.decode_collectives:.1%}", f"{p.memory.total / 1e9:.3f}", "yes" if p.memory.fits else "no")
+
+
+def _columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Right-aligned columns."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    for row in (titles, *rows):
+        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
 
 
 def _n(value: float) -> str:
     """Five significant digits, in the plain notation of a pocket calculator where that is short."""
-    if not 1 <= value < 1e9:
-        return f"{value:.5g}"
-    text = f"{value:.{max(0, 5 - len(str(int(value))))}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    return f"{value:.5g}" if value < 1e5 else f"{value:.0f}"
 
 
 def _time(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """Answer the requests of a config over tp_size ranks.
 
-    deepspeed --num_accelerators 4 launch/generate.py --config configs/demo_tp4.yaml [key=value ...]
-    deepspeed --num_accelerators 4 --module adapter.commands.generate --config C ...    where it is installed
+    qwenvl-tp generate --config configs/demo_tp4.yaml [--ranks N] [key=value ...]
+    deepspeed --num_accelerators 4 launch/generate.py --config C ...    from a checkout, or over several hosts
 
 Ranks beyond tp_size make replicas, which share the requests. stdout: a JSON line per request, then a summary; with
 `output: FILE` the lines go there, and a job that was stopped goes on where it was. Exit 0: all answered (and right,
@@ -28,17 +28,23 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
         answers = open_answers(config, results.write)
     from adapter.engine import init_inference
     from adapter.health.watchdog import watching
+    from adapter.kernels import malloc
     from adapter.requests.runner import answer_all, make_processor
 
     leads = rank % plan.tp_size == 0
     processor = make_processor(config, plan.geometry.context) if leads else None
     engine = init_inference(config)
-    with watching(engine.mpu):
+    malloc.keep()
+    with watching(engine.mpu, heartbeat_s=config.tensor_parallel.heartbeat_s):
         return answer_all(config, engine, processor, answers, results.write).exit_code
 
 
+def arguments() -> argparse.ArgumentParser:
+    return common.parser(__doc__)
+
+
 def start() -> NoReturn:
-    common.run(main, common.parser(__doc__))
+    common.run(main, arguments())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Print what each rank would own, before anything is loaded.
 
-    python launch/plan.py --config configs/qwen2_vl_7b_tp4.yaml [--json] [key=value ...]
-    python -m adapter.commands.plan --config C ...    where it is installed
+    qwenvl-tp plan --config configs/qwen2_vl_7b_tp4.yaml [--json] [key=value ...]
+    python launch/plan.py --config C ...    from a checkout
 
 Heads, slices, bytes, collectives and every violated constraint, from config.json and the headers of the safetensors
 files. Exit 2 where the plan has problems. With --hardware configs/hardware/X.yaml it also predicts first token,
@@ -16,9 +16,10 @@ import sys
 from typing import Any, NoReturn
 
 from adapter.commands import common
+from adapter.config.hub import described
 from adapter.planning.load import make_plan
 from adapter.planning.plan import DTYPE_BYTES, Plan
-from adapter.planning.vision_balance import EXAMPLES, FLOPS_PER_BYTE, cost, deal
+from adapter.planning.vision_balance import EXAMPLES, FLOPS_PER_BYTE, assign, cost
 from policies.rules import Replicated
 
 
@@ -26,9 +27,11 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
     from adapter.commands.forecast import forecast
     from adapter.config.load import load_config
 
-    config = load_config(args.config, args.overrides)
-    plan, checkpoint, problems = make_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
-                                           config.tensor_parallel.vision, config.weights.format)
+    config = load_config(args.config, args.overrides, download=False)
+    common.clean_up_on_signals()
+    with described(config.model.path, config.model.revision) as directory:
+        plan, checkpoint, problems = make_plan(directory, config.tensor_parallel.tp_size, config.model.dtype,
+                                               config.tensor_parallel.vision, config.weights.format)
     facts = report(plan, problems)
     if checkpoint is None:
         print(f"note: {config.model.path} holds no safetensors file; planned from config.json alone", file=sys.stderr)
@@ -41,7 +44,7 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
 
 
 def report(plan: Plan, problems: list[str]) -> dict[str, Any]:
-    """The plan as plain data, as launch/plan.py prints it."""
+    """The plan as plain data, as the command prints it."""
     known = not plan.policy.problems(plan.geometry, plan.tp_size)
     ranks = range(plan.tp_size) if known else range(0)
     return {
@@ -78,15 +81,15 @@ def _tensor_report(plan: Plan, module: str, suffix: str) -> dict[str, Any]:
 
 
 def _vision_report(plan: Plan, item: int) -> dict[str, Any]:
-    """What `tensor_parallel.vision` comes to, as launch/plan.py prints it."""
+    """What `tensor_parallel.vision` comes to, as the command prints it."""
     encoder, price, ranks = plan.policy.encoder, cost(plan, item), range(plan.tp_size)
     shares = [_held(plan.divided, r, item) for r in ranks]
     held = [_held(plan, r, item) for r in ranks]
     examples = []
     for name, grid in EXAMPLES.items():
-        dealt = deal(grid, plan.tp_size)
-        examples.append({"what": name, "tensor": price.tensor(dealt.sizes), "data": price.data(dealt),
-                         "auto": "data" if price.deals(dealt) else "tensor"})
+        assignment = assign(grid, plan.tp_size)
+        examples.append({"what": name, "tensor": price.tensor(assignment.sizes), "data": price.data(assignment),
+                         "auto": "data" if price.prefers_data(assignment) else "tensor"})
     return {
         "mode": plan.vision, "encoder": encoder.module, "held_bytes": held,
         "replica_bytes": [a - b for a, b in zip(held, shares, strict=True)],
@@ -128,13 +131,13 @@ def _vision_lines(facts: dict[str, Any]) -> list[str]:
     """The same for people."""
     price, mode = facts["cost"], facts["mode"]
     how = {"tensor": "each rank holds its part of the encoder",
-           "data": "each rank holds the whole encoder and reads whole pictures and frames",
+           "data": "each rank holds the whole encoder and reads whole images and frames",
            "auto": "each rank holds the whole encoder; a call takes the cheaper way"}[mode]
     out = [f"vision {mode}: {how}: {max(facts['held_bytes']) / 1e9:.3f} GB a rank, at most "
            f"{max(facts['replica_bytes']) / 1e9:.3f} GB more than split"]
     part = max(price["parts"], key=lambda p: p["patch"])
     out += [f"vision cost, {price['unit']}: data {price['whole']['patch']:.4g} a patch + {price['whole']['pair']:.4g} "
-            f"n^2 for n patches of a piece, over the fullest rank's share; tensor {part['patch']:.4g} a patch + "
+            f"n^2 for n patches of a frame, over the fullest rank's share; tensor {part['patch']:.4g} a patch + "
             f"{part['pair']:.4g} n^2 over all; {price['flops_per_byte']:g} a byte sent, of all patches "
             f"{price['gather_bytes_per_patch']:.5g} bytes each (data) and {price['all_reduce_bytes_per_patch']:.5g} "
             "(tensor)"]

@@ -1,8 +1,8 @@
 """Write a model's shards once, so that ranks load theirs without slicing or quantising: one file per rank.
 
-    python launch/shard.py --config C --out DIR [key=value ...]
-    python -m adapter.commands.shard --config C --out DIR ...    where it is installed
-    deepspeed --num_accelerators N launch/generate.py --config C model.path=DIR    loads them
+    qwenvl-tp shard --config C --out DIR [key=value ...]
+    python launch/shard.py --config C --out DIR ...    from a checkout
+    qwenvl-tp generate --config C model.path=DIR       loads them
 
 For the config's tensor_parallel, weights.format and model.dtype, by one process that holds one tensor at a time
 (adapter.checkpoint.sharded says what is in DIR). DIR appears when all of it is written, or not at all; one that exists
@@ -18,8 +18,6 @@ import json
 import logging
 import os
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,8 +67,7 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
     plan, checkpoint = checked_plan(source, config.tensor_parallel.tp_size, config.model.dtype,
                                     config.tensor_parallel.vision, config.weights.format)
     assert isinstance(checkpoint, Checkpoint)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # they clean up as Ctrl-C does
-        signal.signal(number, lambda received, _: sys.exit(128 + received))
+    common.clean_up_on_signals()
     manifest = write_shards(plan, checkpoint, Path(args.out))
     results.write({"summary": True, "out": str(args.out), **manifest.model_dump(mode="json"),
                    "seconds": round(time.perf_counter() - began, 3)})

@@ -14,12 +14,14 @@ import json
 import re
 import reprlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
 
+from adapter.config import hub
 from adapter.config.files import open_regular, read_text
 from adapter.config.schema import Config, Generation, Request, Section, absolute
 from policies.errors import UserError, told
@@ -27,11 +29,15 @@ from policies.errors import UserError, told
 T = TypeVar("T", bound=Section)
 Bases = dict[str, Path]  # what relative paths are relative to, under these keys
 BASED = ("model", "weights", "requests", "output")
-WORDING = (  # pydantic's words in those of YAML
-    (r"Input should", "it should"),
-    (r"a valid (dictionary|mapping)( or instance of \w+)?", "a mapping"),
-    (r"a valid (tuple|list)", "a list"),
-)
+ALLOWED = {  # pydantic's type of an error -> what is allowed, with the numbers of the error's context
+    "bool_type": "a boolean", "int_type": "an integer", "float_type": "a number", "finite_number": "a finite number",
+    "string_type": "a string", "list_type": "a list", "tuple_type": "a list", "dict_type": "a mapping",
+    "model_type": "a mapping", "model_attributes_type": "a mapping", "literal_error": "{expected}",
+    "greater_than": "greater than {gt}", "greater_than_equal": "greater than or equal to {ge}",
+    "less_than": "less than {lt}", "less_than_equal": "less than or equal to {le}",
+    "string_too_short": "at least {min_length} character long", "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+}
 KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", list: "a list", dict: "a mapping",
          type(None): "null"}
 MOST_BYTES = 8 << 20  # of a YAML file; requests may be in a file of their own, which may be of any size
@@ -41,8 +47,12 @@ _short.maxstring = _short.maxother = _short.maxlong = 120
 _short.maxlevel = 3
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, put `key.sub=value` overrides over it, check it. Raises UserError with every problem."""
+def load_config(path: str | Path, overrides: Sequence[str] = (), download: bool = True) -> Config:
+    """Read a YAML file, put `key.sub=value` overrides over it, check it. Raises UserError with every problem.
+
+    download: models that are named by hub ids are downloaded, and model.path is their directory; otherwise it stays
+    the id, a relative path.
+    """
     path, problems = Path(path), []
     home = path.absolute().parent
     tree, bases = _read_yaml(path), dict.fromkeys(BASED, home)
@@ -56,7 +66,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             problems.append(f"override {override!r}: {error}")
         if key in (*BASED, "model.path", "weights.original"):
             bases[key.split(".")[0]] = Path.cwd()
-    return _build(tree, bases, str(path), problems)
+    config = _build(tree, bases, str(path), problems)
+    return on_disk(config) if download else config
+
+
+def on_disk(config: Config) -> Config:
+    """The same config with the directories of models that it names by hub ids, downloaded. Raises UserError."""
+    model, weights = config.model, config.weights
+    if not model.path.is_absolute():
+        path = hub.download(str(model.path), model.revision, "model.path")
+        config = config.model_copy(update={"model": model.model_copy(update={"path": path})})
+    if weights.original is not None and not weights.original.is_absolute():
+        path = hub.download(str(weights.original), weights.original_revision, "weights.original")
+        config = config.model_copy(update={"weights": weights.model_copy(update={"original": path})})
+    return config
 
 
 def load_section(kind: type[T], path: str | Path, least: str) -> T:
@@ -69,7 +92,7 @@ def load_section(kind: type[T], path: str | Path, least: str) -> T:
 def from_dict(mapping: Mapping[str, Any], base_dir: str | Path = ".", name: str = "config") -> Config:
     """The same for a mapping; relative paths are relative to `base_dir`. Raises UserError with every problem."""
     base = Path(base_dir).absolute()
-    return _build(dict(mapping), dict.fromkeys(BASED, base), name, [])
+    return on_disk(_build(dict(mapping), dict.fromkeys(BASED, base), name, []))
 
 
 def parse_request(mapping: Mapping[str, Any], base_dir: str | Path = ".", name: str = "request") -> Request:
@@ -96,8 +119,9 @@ def _build(tree: dict[str, Any], bases: Bases, name: str, problems: list[str]) -
         numbered = [{"id": str(i), **r} if isinstance(r, dict) else r for i, r in enumerate(stated, start=1)]
         tree = {**tree, "requests": numbered}
         problems += _repeated_ids(numbered, where)
-    if generation := tree.get("generation"):
-        problems += _generation_problems(generation)
+    if isinstance(generation := tree.get("generation"), dict):
+        tree = {**tree, "generation": {key: value for key, value in generation.items() if value is not None}}
+        problems += _generation_problems(tree["generation"])
     return _or_raise(_validate(Config, tree, bases, where, problems), name, problems)
 
 
@@ -116,25 +140,29 @@ def _or_raise(result: T | None, name: str, problems: list[str]) -> T:
 
 
 def _say(kind: type[Section], problem: Mapping[str, Any], where: dict[int, str]) -> str:
-    """One of pydantic's errors as a line: the dotted key, the value, what is allowed, the nearest known word."""
+    """Word one of pydantic's errors as a line: the dotted key, the value, what is allowed, the nearest known word."""
     steps = [step for step in problem["loc"] if not str(step).startswith("<")]  # <...> are tags of unions, not keys
     key = ".".join(map(str, steps))
     if where and len(steps) > 1 and steps[0] == "requests":
         key = f"{where[steps[1]]} {'.'.join(map(str, steps[2:]))}".rstrip()
-    if problem["type"] == "missing":
+    what, value, context = problem["type"], problem["input"], problem.get("ctx", {})
+    if what == "missing":
         return f"{key}: missing; it must be given"
-    message = problem["msg"].removeprefix("Value error, ")
-    for theirs, ours in WORDING:
-        message = re.sub(theirs, ours, message)
-    if problem["type"].endswith("_type"):
-        message = f"{_kind(problem['input'])}; {message}"
-    if problem["type"] == "float_type" and isinstance(problem["input"], str):
-        message += " (in YAML 1e-5 is text, 1.0e-5 a number)"
-    if problem["type"] == "extra_forbidden":
+    if what == "extra_forbidden":
         message = "unknown key" + _nearest(str(steps[-1]), _known_keys(kind, steps[:-1]))
-    elif problem["type"] == "literal_error":
-        message += _nearest(str(problem["input"]), re.findall(r"'([^']*)'", problem["ctx"]["expected"]), show=False)
-    return f"{key} = {_show(problem['input'])}: {message}"
+    elif what == "value_error":
+        message = str(context["error"])
+    elif what in ALLOWED:
+        message = f"it should be {ALLOWED[what].format(**context)}"
+    else:
+        message = problem["msg"]
+    if what.endswith("_type"):
+        message = f"{_kind(value)}; {message}"
+    if what == "float_type" and isinstance(value, str):
+        message += " (in YAML 1e-5 is text, 1.0e-5 a number)"
+    if what == "literal_error":
+        message += _nearest(str(value), [word.strip("'") for word in re.split(", | or ", context["expected"])], False)
+    return f"{key} = {_show(value)}: {message}"
 
 
 def _kind(value: Any) -> str:
@@ -177,32 +205,29 @@ def _repeated_ids(requests: Sequence[Any], where: dict[int, str]) -> list[str]:
 REFUSED = {  # names of GenerationConfig that cannot hold over ranks or batches here -> why, or what to use
     "max_length": "it counts the prompt; use max_new_tokens",
     "max_time": "every rank has a clock of its own, and they would stop at different tokens",
-    "stop_strings": "not supported",
     "num_return_sequences": "one answer per request; state the request twice",
     "return_dict_in_generate": "the answer is its tokens",
-    "prompt_lookup_num_tokens": "not supported over ranks",
-    **dict.fromkeys(
-        ("num_beam_groups", "diversity_penalty", "penalty_alpha", "dola_layers", "constraints", "force_words_ids"),
-        "not supported; newer releases of Transformers fetch code from the hub for it"),
-    "watermarking_config": "not supported",
     "cache_implementation": "caches are sized by the shard, Transformers' other ones by the whole model",
+    **dict.fromkeys(("stop_strings", "prompt_lookup_num_tokens", "watermarking_config", "num_beam_groups",
+                     "diversity_penalty", "penalty_alpha", "dola_layers", "constraints", "force_words_ids"),
+                    "not supported"),
 }
 
 
-def _generation_problems(generation: Any) -> list[str]:
+def _generation_problems(generation: dict[Any, Any]) -> list[str]:
+    """Judge names and values by GenerationConfig, and types that it does not look at by the schema."""
     from transformers import GenerationConfig
 
-    if not isinstance(generation, dict):
-        return []  # the schema says so itself
     names = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "transformers_version"]
-    unknown = {str(key): value for key, value in generation.items() if key not in names}
-    problems = [f"{key} = {_show(value)}: unknown name{_nearest(key, names, show=False)}"
-                for key, value in unknown.items()]
+    problems = [f"{key} = {_show(value)}: unknown name{_nearest(str(key), names, show=False)}"
+                for key, value in generation.items() if key not in names]
     problems += [f"{key} = {_show(value)}: {REFUSED[key]}" for key, value in generation.items() if key in REFUSED]
     _validate(Generation, generation, {}, {}, problems)
     if not problems:
+        checks = signature(GenerationConfig.validate).parameters
+        strict: dict[str, Any] = {"strict": True} if "strict" in checks else {}  # Transformers 4.49 has none
         try:
-            GenerationConfig(**generation)
+            GenerationConfig(**generation).validate(**strict)
         except Exception as error:  # whatever Transformers finds, the user can mend
             problems.append(f"{_show(generation)}: Transformers refuses it: {error}")
     return [f"generation.{problem}" for problem in problems]

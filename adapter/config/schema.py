@@ -1,7 +1,7 @@
 """The YAML schema: strict, typed, frozen. Nothing is coerced ("4" is not 4, 1 is not true), nothing unknown dropped.
 
-`adapter.config.load` reads files into it and words what does not fit. Validation context: what relative paths are
-relative to, under "model", "weights", "requests" and "output".
+`adapter.config.load` reads files into it and words what does not fit; `json_schema` prints it for editors. Validation
+context: what relative paths are relative to, under "model", "weights", "requests" and "output".
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationInfo,
+    create_model,
 )
 from pydantic import field_validator as check
 
@@ -47,22 +48,22 @@ def _media(value: Any, info: ValidationInfo) -> Any:
     return str(absolute(value, _base(info, "requests"))) if is_path else value
 
 
-def _directory(value: Any, info: ValidationInfo, *, key: str = "model.path") -> Any:
+def _directory(value: Any, info: ValidationInfo, *, key: str = "model") -> Any:
+    """Make a directory's path absolute. A hub id stays relative, unless there is a directory of that name."""
     if not isinstance(value, str) or not value.strip():
-        raise ValueError("the directory of a checkpoint is needed")
-    path = absolute(value, _base(info, key.split(".")[0]))
+        raise ValueError("the directory of a checkpoint is needed, or a hub id")
+    path = absolute(value, _base(info, key))
     if os.path.isdir(path):  # unlike Path.is_dir it has an answer to every path, one that is too long included
         return path
-    advice = "the directory of a checkpoint is needed"
+    if os.path.exists(path):
+        raise ValueError(f"not a directory: {path}; name the directory that it is in")
     if HUB_ID.fullmatch(value):
-        name = value.split("/")[1]
-        get = f"`huggingface-cli download {value} --local-dir {name}` (newer: `hf download`)"
-        advice = f"it looks like a hub id, and nothing is downloaded here: run {get}, then {key}={name}"
-    raise ValueError(f"{'not a directory' if os.path.exists(path) else 'no such directory'}: {path}; {advice}")
+        return Path(value)
+    raise ValueError(f"no such directory: {path}; the directory of a checkpoint is needed, or a hub id")
 
 
 def _original(value: Any, info: ValidationInfo) -> Any:
-    return None if value is None else _directory(value, info, key="weights.original")
+    return None if value is None else _directory(value, info, key="weights")
 
 
 def _output(value: Any, info: ValidationInfo) -> Any:
@@ -99,10 +100,10 @@ class Section(BaseModel):
 
 
 class Pixels(Section):
-    """How many pixels a picture, or each frame of a film, has after resizing; None: as the checkpoint says."""
+    """How many pixels an image, or each frame of a video, has after resizing; null: as the checkpoint says."""
 
-    min_pixels: Count | None = None
-    max_pixels: Count | None = None
+    min_pixels: Count | None = Field(default=None, description="An image of fewer pixels is enlarged to this many.")
+    max_pixels: Count | None = Field(default=None, description="An image of more pixels is shrunk to this many.")
 
     @check("max_pixels")
     @classmethod
@@ -114,18 +115,20 @@ class Pixels(Section):
 
 
 class ImageUrl(Section):
-    url: Media
-    detail: str = "auto"
+    """An image in OpenAI's words."""
+
+    url: Media = Field(description="A path, file://, or data: with base64; nothing is downloaded.")
+    detail: str = Field(default="auto", description="Accepted and not used; max_pixels decides.")
 
 
 class Part(Section):
-    """A piece of a message: text, a picture or a film, in the words of Transformers or of OpenAI."""
+    """A piece of a message: text, an image or a video, in the words of Transformers or of OpenAI."""
 
     text: str | None = None
-    image: Media | None = None
-    video: Film | None = None
+    image: Media | None = Field(default=None, description="A path, file://, or data: with base64.")
+    video: Film | None = Field(default=None, description="A video file, or a list of images as its frames.")
     image_url: ImageUrl | None = None
-    type: Literal["text", "image", "video", "image_url"]
+    type: Literal["text", "image", "video", "image_url"] = Field(description="Which of the keys the part has.")
 
     @check("type")
     @classmethod
@@ -137,13 +140,15 @@ class Part(Section):
 
 
 class Message(Section):
+    """One turn of a chat."""
+
     role: Literal["system", "user", "assistant"]
     content: Annotated[
         tuple[Part, ...],
         BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value),
         AfterValidator(_not_empty),
         Listed,
-    ]
+    ] = Field(description="A text, or a list of parts.")
 
 
 Ids = Annotated[
@@ -153,15 +158,15 @@ Chat = Annotated[tuple[Message, ...], Listed, AfterValidator(_not_empty)]
 
 
 class Request(Pixels):
-    """One question: a `prompt` with its pictures and films, or a whole chat as `messages`."""
+    """One question: a `prompt` with its images and videos, or a whole chat as `messages`."""
 
-    id: Text
-    prompt: str | None = None
-    images: Annotated[tuple[Media, ...], Listed] = ()
-    videos: Annotated[tuple[Film, ...], Listed] = ()
-    system: str | None = None
-    expected: str | None = None
-    messages: Chat | None = Field(None, validate_default=True)
+    id: Text = Field(description="What its answer is named by; default: its position, from 1.")
+    prompt: str | None = Field(default=None, description="The question; either this or messages.")
+    images: Annotated[tuple[Media, ...], Listed] = Field(default=(), description="Image files, put before the text.")
+    videos: Annotated[tuple[Film, ...], Listed] = Field(default=(), description="Video files, or lists of frames.")
+    system: str | None = Field(default=None, description="The system turn of a prompt.")
+    expected: str | None = Field(default=None, description="The right answer; with another one the exit code is 1.")
+    messages: Chat | None = Field(default=None, validate_default=True, description="A chat; either this or prompt.")
 
     @check("messages")
     @classmethod
@@ -186,9 +191,27 @@ def _kind_and_value(part: Part) -> tuple[str, Any]:
 
 
 class Model(Section):
-    path: Annotated[Path, BeforeValidator(_directory)]
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Which checkpoint, and how it computes."""
+
+    path: Annotated[Path, BeforeValidator(_directory)] = Field(
+        description="A directory (relative to this file), or a hub id such as Qwen/Qwen2-VL-7B-Instruct.")
+    revision: Text | None = Field(default=None, description="Branch, tag or commit of a hub id; default: main.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="Of weights, activations.")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        default="sdpa", description="As in Transformers; flash_attention_2 needs a GPU, flash-attn, half precision.")
+
+    @check("revision")
+    @classmethod
+    def _of_a_hub_id(cls, revision: str | None, info: ValidationInfo) -> str | None:
+        return _hub_only(revision, info.data.get("path"))
+
+    @check("attn_implementation")
+    @classmethod
+    def _in_half_precision(cls, attention: str, info: ValidationInfo) -> str:
+        if attention == "flash_attention_2" and info.data.get("dtype") == "float32":
+            raise ValueError("it computes in half precision only: set model.dtype to bfloat16 or float16, or "
+                             "model.attn_implementation to sdpa")
+        return attention
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -198,73 +221,89 @@ class Model(Section):
         return dtype
 
 
+def _hub_only(revision: str | None, path: Path | None) -> str | None:
+    if revision is not None and path is not None and path.is_absolute():
+        raise ValueError(f"only a hub id has revisions, and {path} is a directory")
+    return revision
+
+
 class TensorParallelSection(Section):
-    tp_size: Count = 4
-    vision: Literal["tensor", "data", "auto"] = "tensor"  # see planning/vision_balance.py
-    desync_check: Annotated[int, Field(ge=0)] = 0  # compare the ranks every that many steps of generate; 0: never
-    self_test: bool = True  # one attention and one MLP of each encoder against the formula before anything is served
+    """How the model is split."""
+
+    tp_size: Count = Field(default=4, description="Ranks of one replica; the plan lists what a model can have.")
+    vision: Literal["tensor", "data", "auto"] = Field(
+        default="tensor", description="tensor: the vision encoder is split; data: each rank holds it whole and encodes "
+        "its share of the images; auto: whichever is estimated to be faster.")
+    desync_check: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        default=0, description="Compare the ranks every that many steps of generate; 0: never.")
+    heartbeat_s: Annotated[int, Field(ge=0, le=86_400)] = Field(
+        default=30, description="End when another host has been silent for so many seconds; 0: never.")
+    self_test: bool = Field(
+        default=True, description="Test one attention and one MLP of each encoder against one process before serving.")
 
 
 class Weights(Section):
-    format: Literal["dense", "int8", "int4"] = "dense"  # of the text encoder; policies/formats.py says of what
-    original: Annotated[Path | None, BeforeValidator(_original)] = None  # the model that shards in model.path are of
+    """In what form weights are held."""
+
+    format: Literal["dense", "int8", "int4"] = Field(default="dense", description="Of the text layers' linear weights.")
+    original: Annotated[Path | None, BeforeValidator(_original)] = Field(
+        default=None, description="Where model.path has shards: the model that they were made from, as path.")
+    original_revision: Text | None = Field(default=None, description="Branch, tag or commit, for a hub id.")
+
+    @check("original_revision")
+    @classmethod
+    def _of_a_hub_id(cls, revision: str | None, info: ValidationInfo) -> str | None:
+        return _hub_only(revision, info.data.get("original"))
 
 
 class Processor(Pixels):
-    fps: Annotated[float, Field(gt=0)] = 2.0  # frames taken from a second of film
-    max_frames: Annotated[int, Field(ge=2)] = 768
+    """How images and videos become patches; a request's own min_pixels and max_pixels come first."""
+
+    fps: Annotated[float, Field(gt=0)] = Field(default=2.0, description="Frames taken from a second of video.")
+    max_frames: Annotated[int, Field(ge=2)] = Field(default=768, description="The most frames taken from one video.")
 
 
-class Generation(Section):
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Beams = Annotated[int, Field(ge=1, le=1024)]  # each holds a KV cache of its own
+GENERATION = {  # what GenerationConfig.validate does not look at, and what would fail in the middle of a job
+    bool: "do_sample use_cache renormalize_logits remove_invalid_values output_scores output_logits output_attentions "
+          "output_hidden_states",
+    Count: "max_new_tokens",
+    Beams: "num_beams",
+    Natural: "top_k min_length min_new_tokens no_repeat_ngram_size encoder_no_repeat_ngram_size pad_token_id "
+             "bos_token_id forced_bos_token_id",
+    Positive: "temperature repetition_penalty encoder_repetition_penalty guidance_scale",
+    Share: "top_p typical_p",
+    Fraction: "min_p epsilon_cutoff eta_cutoff",
+    float: "length_penalty",
+    Ids: "eos_token_id forced_eos_token_id",
+    list[Natural]: "suppress_tokens begin_suppress_tokens",
+    list[Annotated[list[Natural], Field(min_length=1)]]: "bad_words_ids",
+}
+
+
+class _Open(Section):
     """The types of GenerationConfig's common names. Transformers itself looks at the others."""
 
     model_config = ConfigDict(extra="allow")
-    max_new_tokens: Count = 1
-    do_sample: bool = False
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_k: Natural = 0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    num_beams: Annotated[int, Field(ge=1, le=1024)] = 1  # each holds a KV cache of its own
-    eos_token_id: Ids = [0]
-    pad_token_id: Natural | None = None
-    bos_token_id: Natural | None = None
-    min_length: Natural | None = None
-    min_new_tokens: Natural | None = None
-    early_stopping: bool | Literal["never"] | None = None
-    use_cache: bool | None = None
-    min_p: Fraction | None = None
-    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    epsilon_cutoff: Fraction | None = None
-    eta_cutoff: Fraction | None = None
-    encoder_repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    length_penalty: float | None = None
-    no_repeat_ngram_size: Natural | None = None
-    encoder_no_repeat_ngram_size: Natural | None = None
-    bad_words_ids: Annotated[list[Annotated[list[Natural], Field(min_length=1)]], Field(min_length=1)] | None = None
-    suppress_tokens: list[Natural] | None = None
-    begin_suppress_tokens: list[Natural] | None = None
-    forced_bos_token_id: Natural | None = None
-    forced_eos_token_id: Ids | None = None
-    exponential_decay_length_penalty: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
-    renormalize_logits: bool | None = None
-    remove_invalid_values: bool | None = None
-    guidance_scale: Annotated[float, Field(gt=0)] | None = None
-    output_scores: bool | None = None
-    output_logits: bool | None = None
-    output_attentions: bool | None = None
-    output_hidden_states: bool | None = None
+
+
+Generation = create_model("Generation", __base__=_Open, **{
+    name: (kind | None, None) for kind, names in GENERATION.items() for name in names.split()})  # type: ignore
 
 
 class Config(Section):
-    """The whole file. `deepspeed` is for DeepSpeedInferenceConfig, `generation` for GenerationConfig, as they stand."""
+    """A job of qwenvl-tp: a model, how it is split, and what it is asked."""
 
     model: Model
     tensor_parallel: TensorParallelSection = TensorParallelSection()
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default={}, description="Passed on to DeepSpeedInferenceConfig as it stands.")
     weights: Weights = Weights()
     processor: Processor = Processor()
-    generation: dict[str, Any] = {}
-    requests: Annotated[tuple[Request, ...], Listed] = ()
-    output: Annotated[Path | None, BeforeValidator(_output)] = None  # JSON lines, resumable; None: stdout
-    batch_size: Count = 8
+    generation: dict[str, Any] = Field(default={}, description="Names of Transformers' GenerationConfig.")
+    requests: Annotated[tuple[Request, ...], Listed] = Field(
+        default=(), description="Questions, or the path of a JSON-lines file with one on each line.")
+    output: Annotated[Path | None, BeforeValidator(_output)] = Field(
+        default=None, description="A JSON-lines file for the answers; a stopped job goes on there. Default: stdout.")
+    batch_size: Count = Field(default=8, description="Requests answered at once by a replica.")

@@ -1,31 +1,32 @@
-"""A check, and what it looks at.
+"""What a check of the doctor looks at, and what it finds.
 
-A check takes the Case and returns a Row: what was found, and what to do about it; or None where it has nothing to say
-of such a machine or job. The checks are in host.py (this machine and what is installed), launched.py (a job's config
-and its launcher's environment) and job.py (what the ranks of a real job told), each with a list at its end: a new check
-is one function and its name there. None imports a package that may be broken: what the packages say of themselves was
-asked in a process of its own (probe.py).
+A check is a function of a Case that returns a Finding, or None where it has nothing to say about such a machine or
+job. The checks are in host.py (this machine and what is installed), launched.py (a job's config and its launcher's
+environment) and job.py (what the ranks of a real job reported), each with a list at its end: a new check is one
+function and its name there. None imports a package that may be broken: probe.py asks those in a process of its own.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from adapter.doctor import machine
 from adapter.parallel.launchers import Launch
 
 if TYPE_CHECKING:
     from adapter.config.load import Config
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
-PATIENCE_S = 60.0  # with a check
+PATIENCE_S = 60.0  # for one check: a name server or a file system may not answer
 
 
 @dataclass(frozen=True)
-class Row:
+class Finding:
+    """check: its name; status: OK, WARNING or FAILED; found: what it saw; do: the remedy, where there is one."""
+
     check: str
     status: str
     found: str
@@ -33,12 +34,27 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """What the ranks of a real job reported.
+
+    not_tried: why no job was started; code and how: how the job ended; steps: rank -> the step it had reached
+    (trial.STEPS); errors: rank -> its error; ranks: one row a rank, once all had joined.
+    """
+
+    not_tried: str = ""
+    code: int | None = 0
+    how: str = ""
+    steps: Mapping[int, str] = field(default_factory=dict)
+    errors: Mapping[int, str] = field(default_factory=dict)
+    ranks: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class Case:
     """What the checks look at.
 
-    place: of this rank, None where it was started without a launcher. ranks: of a job on this host, as started or as
-    asked about. packages: import name -> what probe.py found. trial: what the ranks of a real job told, None: there was
-    none.
+    ranks: of the job on this host, as started or as asked for. place: of this rank, None without a launcher. packages:
+    import name -> what probe.py found. trial: None where no job was asked for.
     """
 
     environ: Mapping[str, str]
@@ -46,7 +62,7 @@ class Case:
     place: Launch | None = None
     packages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     config: Config | None = None
-    trial: Mapping[str, Any] | None = None
+    trial: Trial | None = None
 
     @property
     def several_hosts(self) -> bool:
@@ -61,29 +77,35 @@ class Case:
         return bool(self.facts("deepspeed").get("accelerator", "cpu") == "cpu")
 
 
-Check = Callable[[Case], Row | None]
-
-
-def run(checks: Iterable[Check], case: Case) -> Iterator[Row]:
-    """A row of each check that has something to say; one that itself breaks or hangs is a row too."""
+def run(checks: Iterable[Callable[[Case], Finding | None]], case: Case) -> Iterator[Finding]:
+    """Yield what each check found; a check that itself breaks or hangs is a finding too."""
     for check in checks:
-        name = check.__name__.replace("_", " ")
+        future = Future[Finding | None]()
+        threading.Thread(target=_work, args=(future, check, case), daemon=True).start()
         try:
-            row = machine.bounded(partial(check, case), PATIENCE_S)
+            finding = future.result(PATIENCE_S)
         except Exception as error:
-            row = Row(name, FAILED, f"the check itself broke: {type(error).__name__}: {error}",
-                      "see whether the message explains it; else report it with all of this")
-        if row is not None:
-            yield Row(**{**asdict(row), "check": name})
+            finding = failed(f"the check itself broke: {error!r}" if str(error) else
+                             f"the check itself broke: no answer within {PATIENCE_S:.0f} s",
+                             "see whether the message explains it; else report it with all of this")
+        if finding is not None:
+            yield replace(finding, check=check.__name__.replace("_", " "))
 
 
-def ok(found: str) -> Row:
-    return Row("", OK, found)
+def _work(future: Future[Finding | None], check: Callable[[Case], Finding | None], case: Case) -> None:
+    try:
+        future.set_result(check(case))
+    except Exception as error:
+        future.set_exception(error)
 
 
-def warning(found: str, do: str) -> Row:
-    return Row("", WARNING, found, do)
+def ok(found: str) -> Finding:
+    return Finding("", OK, found)
 
 
-def failed(found: str, do: str) -> Row:
-    return Row("", FAILED, found, do)
+def warning(found: str, do: str) -> Finding:
+    return Finding("", WARNING, found, do)
+
+
+def failed(found: str, do: str) -> Finding:
+    return Finding("", FAILED, found, do)

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import resource
 import shlex
+import shutil
 import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
+from adapter.commands.subprocesses import ROOT, mapped, segments
 from adapter.doctor import machine
-from adapter.doctor.check import Case, Check, Row, failed, ok, warning
-from adapter.doctor.child import ROOT
+from adapter.doctor.check import Case, Finding, failed, ok, warning
 
-SEGMENT_BYTES = 69_300_000  # what DeepSpeed's shared-memory op takes of /dev/shm, each rank
-YOUNG_S = 300  # no build takes longer; a younger lock without a holder on this host may be another host's
+SEGMENT_BYTES = 69_300_000  # of /dev/shm, that DeepSpeed's shared-memory op takes for each rank
+NCCL_BYTES = 512 << 20  # of /dev/shm, below which ds_report warns where NCCL is used
+BUILD_S = 300  # no build takes longer, so that an older lock file was left by a killed process
 STARTING_S = 60  # a younger segment may be about to be mapped
-FEW_FILES = 1024
 NEEDED = ("torch", "torchvision", "deepspeed", "transformers", "safetensors", "numpy", "pydantic", "yaml", "PIL", "av",
           "psutil", "packaging", "jinja2")  # by the names they are imported under
 REMEDY = {
@@ -38,8 +37,8 @@ REMEDY = {
 }
 
 
-def packages(case: Case) -> Row:
-    """Releases in the ranges that pyproject.toml states."""
+def packages(case: Case) -> Finding:
+    """Are the releases in the ranges that pyproject.toml states?"""
     from packaging.requirements import Requirement
 
     stated = requirements()
@@ -67,7 +66,8 @@ def requirements() -> list[str] | None:
         return None
 
 
-def imports(case: Case) -> Row:
+def imports(case: Case) -> Finding:
+    """Does every package that is needed import?"""
     broken = {name: found["error"] for name, found in case.packages.items() if name in NEEDED and "error" in found}
     if broken:
         return failed("; ".join(f"import {name}: {error}" for name, error in broken.items()), "; ".join(dict.fromkeys(
@@ -75,7 +75,8 @@ def imports(case: Case) -> Row:
     return ok(f"{', '.join(name for name in case.packages if name in NEEDED)} import")
 
 
-def gpu(case: Case, devices: Path = Path("/dev")) -> Row | None:
+def gpu(case: Case, devices: Path = Path("/dev")) -> Finding | None:
+    """Can torch use the GPUs of this machine, and are they enough for the ranks?"""
     torch, cards = case.facts("torch"), list(devices.glob("nvidia[0-9]*"))
     if not torch or case.environ.get("DS_ACCELERATOR") == "cpu" or not (cards or torch.get("cards")):
         return None
@@ -84,7 +85,7 @@ def gpu(case: Case, devices: Path = Path("/dev")) -> Row | None:
         return warning(f"{len(cards)} NVIDIA devices here, and torch {torch['version']} is a build without CUDA",
                        "install a CUDA build of torch, or DS_ACCELERATOR=cpu to say that this is meant")
     if not torch.get("cuda_available"):
-        driver = machine.nvidia_driver() or "unknown"
+        driver = torch.get("environment", {}).get("nvidia_driver_version") or "unknown"
         return failed(f"{len(cards)} NVIDIA devices here, and torch (CUDA {torch['cuda']}) can use none: driver "
                       f"{driver}, CUDA_VISIBLE_DEVICES={chosen}",
                       "a driver for that CUDA or a torch for an older one; in a container --gpus all")
@@ -98,19 +99,19 @@ def gpu(case: Case, devices: Path = Path("/dev")) -> Row | None:
     return ok(f"{visible} x {torch['cards'][0]['name']}, NCCL {torch['nccl']}")
 
 
-def compiler(case: Case) -> Row | None:
+def compiler(case: Case) -> Finding | None:
     """DeepSpeed's shared-memory op is compiled at first use: ninja, a C++ compiler, Python's headers."""
     if not case.on_cpu:
         return None
-    ninja, cxx = (machine.which(name, case.environ) for name in ("ninja", case.environ.get("CXX", "c++")))
+    wanted = case.environ.get("CXX", "c++")
+    ninja, cxx = (shutil.which(name, path=case.environ.get("PATH")) for name in ("ninja", wanted))
     if not ninja or not cxx:
         beside = Path(sys.executable).parent / "ninja"
         have_ninja = f"export PATH={shlex.quote(str(beside.parent))}:$PATH" if beside.exists() else "pip install ninja"
-        wanted = case.environ.get("CXX", "c++")
+        remedies = ([] if ninja else [have_ninja]) + ([] if cxx else ["apt install g++, or CXX=<a C++ compiler>"])
         return warning(f"{' and '.join(w for w, has in (('ninja', ninja), (wanted, cxx)) if not has)} not on PATH: "
                        "sums go over torch's group, which is slower, where no shared-memory op was compiled before",
-                       "; ".join(([] if ninja else [have_ninja]) + ([] if cxx else [
-                           "apt install g++, or CXX=<a C++ compiler>"])))
+                       "; ".join(remedies))
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return failed(f"no Python.h in {sysconfig.get_path('include')}: the shared-memory op does not compile",
                       "apt install python3-dev (of this Python), or CXX=none to do without the op")
@@ -123,8 +124,8 @@ def extensions(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("TORCH_EXTENSIONS_DIR") or Path(cache, "torch_extensions"))
 
 
-def extensions_cache(case: Case) -> Row:
-    """Can what is compiled be written there, and loaded from there?"""
+def extensions_cache(case: Case) -> Finding:
+    """Can compiled operators be written to torch's cache and loaded from it, and has a killed build locked it?"""
     root = extensions(case.environ)
     above = next(path for path in (root, *root.absolute().parents) if path.exists())
     elsewhere = "TORCH_EXTENSIONS_DIR=<a directory that can be written and is not mounted noexec>"
@@ -136,93 +137,48 @@ def extensions_cache(case: Case) -> Row:
         return failed(f"{root}: {above} cannot be written ({error.strerror}): nothing can be compiled there", elsewhere)
     if os.statvfs(above).f_flag & os.ST_NOEXEC:
         return failed(f"{root} is mounted noexec: what is compiled there cannot be loaded", elsewhere)
+    locks = sorted({*root.glob("*/lock"), *root.glob("*/*/lock")}) if waits_for_lock_files() else []
+    old = [str(lock) for lock in locks if time.time() - lock.stat().st_mtime > BUILD_S]
+    if old:
+        return failed(f"{', '.join(old)}: older than any build takes, left by a killed process; every start waits for "
+                      "it to go away",
+                      f"if no other host or container is compiling: rm {' '.join(map(shlex.quote, old))}")
     return ok(str(root))
 
 
-def stale_lock(case: Case) -> Row:
-    """A process that is killed while it compiles or loads the op leaves its lock file, for which later starts wait for
-    ever under most releases of torch. Under newer ones the kernel frees it, unless its holder is stopped or hangs."""
-    root, by_file, now = extensions(case.environ), waits_for_lock_files(), time.time()
-    held, old, young = list[str](), list[str](), list[str]()
-    said = dict[str, str]()
-    for lock in sorted({*root.glob("*/lock"), *root.glob("*/*/lock")}):
-        holders = machine.openers(lock) if by_file else machine.lockers(lock)
-        with suppress(OSError):  # released while we look
-            age = now - lock.stat().st_mtime
-            if holders:
-                stuck = [f"process {pid} ({state}, {age / 60:.0f} minutes old)" for pid, state, age in
-                         map(machine.process, holders) if state == "stopped" or age > YOUNG_S]
-                held += [f"{lock} is held by {who}" for who in stuck]
-            elif by_file and lock.exists():
-                said[str(lock)] = f"{lock} is {age / 60:.1f} minutes old and no process of this host has it open"
-                (old if age > YOUNG_S else young).append(str(lock))
-    remove = "if no other host or container is compiling: rm " + " ".join(map(shlex.quote, old + young))
-    if old or held:
-        return failed("; ".join([*held, *(said[lock] for lock in old)]) + ": every start waits for that",
-                      "; ".join([*(["end these processes (kill), or kill -CONT a stopped one"] if held else []),
-                                 *([remove] if old else [])]))
-    return warning("; ".join(said.values()), remove) if young else ok(f"none under {root}")
-
-
 def waits_for_lock_files() -> bool:
-    """Does this torch wait for a lock file to go away? Read, not imported: torch may be broken."""
+    """Does this torch wait for a lock file to go away? Later releases lock through the kernel, which frees the lock of
+    a killed process. Read from its source, not imported: torch may be broken."""
     spec = importlib.util.find_spec("torch")
     source = Path(spec.origin).parent / "utils" / "cpp_extension.py" if spec and spec.origin else None
     return source is None or not source.exists() or "FileBaton(" in source.read_text(errors="replace")
 
 
-def dev_shm(case: Case) -> Row | None:
-    """Room for the segment of each rank. A write past the end of /dev/shm is a SIGBUS, not an error."""
-    if not case.on_cpu:
-        return None
-    (size, free), need = machine.shm_bytes(), case.ranks * SEGMENT_BYTES
-    said = f"{free / 1e6:.0f} MB of {size / 1e6:.0f} MB free, {case.ranks} x 69 MB needed"
+def dev_shm(case: Case) -> Finding:
+    """Is there room in /dev/shm, and did killed jobs leave something there? A write past its end is a SIGBUS."""
+    size, free = machine.shm_bytes()
+    need = case.ranks * SEGMENT_BYTES if case.on_cpu else NCCL_BYTES * (case.ranks > 1)
+    found = f"{free / 1e6:.0f} MB of {size / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed"
     if free < need:
-        return failed(f"{said}: ranks die of SIGBUS", "docker run --shm-size=2g (or --ipc=host); in Kubernetes an "
-                      "emptyDir of medium Memory at /dev/shm; else mount -o remount,size=2G /dev/shm")
-    return ok(said)
-
-
-def stale_segments(case: Case) -> Row:
-    """Names that killed jobs left: each holds 69 MB, and a job on the same port would take them for its own."""
-    old = []
-    for file in sorted(machine.SHM.glob("deepspeed_allreduce_buffer_*")):
-        with suppress(OSError):
-            facts = file.stat()
-            mine = os.geteuid() in (0, facts.st_uid)  # of others' jobs it cannot be seen who has them mapped
-            old += [file] if mine and time.time() - facts.st_mtime > STARTING_S else []
-    used = machine.mapped(old)
-    left = [str(file) for file in old if file not in used]
+        dies = "ranks die of SIGBUS" if case.on_cpu else "NCCL may fail (unhandled system error)"
+        row = failed if case.on_cpu else warning
+        return row(f"{found}: {dies}", "docker run --shm-size=2g (or --ipc=host); in Kubernetes an emptyDir of medium "
+                   "Memory at /dev/shm; else mount -o remount,size=2G /dev/shm")
+    left = segments_of_ended_jobs()
     if left:
-        return warning(f"{len(left)} in /dev/shm that no process of this host has mapped, e.g. {left[0]}",
-                       "if no other container shares /dev/shm: rm " + " ".join(map(shlex.quote, left)))
-    return ok("none in /dev/shm")
+        return warning(f"{len(left)} segments that no process of this host has mapped, e.g. {left[0]}: each holds 69 "
+                       "MB, and a job on the same port would take them for its own",
+                       f"if no other container shares /dev/shm: rm {' '.join(map(shlex.quote, left))}")
+    return ok(found)
 
 
-def numactl(case: Case) -> Row | None:
-    if machine.numa_nodes() == 1 or not case.on_cpu:
-        return None
-    if not machine.which("numactl", case.environ):
-        return warning(f"{machine.numa_nodes()} NUMA nodes and no numactl: ranks are not bound to memory beside them",
-                       "apt install numactl, then deepspeed --bind_cores_to_rank ...")
-    return ok("there; deepspeed --bind_cores_to_rank uses it")
+def segments_of_ended_jobs() -> list[str]:
+    """DeepSpeed's names in /dev/shm, older than a start takes, that no process has mapped. Other users' are left out,
+    unless root looks: who has those mapped cannot be seen."""
+    files = {file for file in segments(r"\d+") if file.name.startswith("deepspeed_") and file.exists()}
+    mine = {file for file in files if os.geteuid() in (0, file.stat().st_uid)}
+    old = {file for file in mine if time.time() - file.stat().st_mtime > STARTING_S}
+    return sorted(str(file) for file in old - mapped(old))
 
 
-def encoding(case: Case) -> Row:
-    name = sys.getfilesystemencoding()
-    if name.lower().replace("-", "") != "utf8":
-        return warning(f"file names are {name}: names and prompts that are not ASCII may not be found or shown",
-                       "export LC_ALL=C.UTF-8")
-    return ok("UTF-8")
-
-
-def open_files(case: Case) -> Row:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < FEW_FILES:
-        return warning(f"at most {soft} open files a process: the ranks' connections and a checkpoint may need more",
-                       f"ulimit -n {FEW_FILES if hard < 0 else min(hard, 65536)}")
-    return ok(f"{soft} a process")
-
-
-HOST: tuple[Check, ...] = (packages, imports, gpu, compiler, extensions_cache, stale_lock, dev_shm, stale_segments,
-                           numactl, encoding, open_files)
+HOST = (packages, imports, gpu, compiler, extensions_cache, dev_shm)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import transformers
 
-from adapter.parallel.group import CARD_BYTES, Group, exchange
+from adapter.parallel.group import Group, exchange
 
-MOST_WORDS = CARD_BYTES // 5  # characters of a reason: a card has two, and a quotation mark takes two bytes in JSON
+MOST_WORDS = 200  # characters of a reason that is exchanged
 
 
 @dataclass(frozen=True)

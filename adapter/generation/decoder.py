@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter.generation.kv_cache import KVCache
+from adapter.model.published import PublishedModules
 from adapter.planning.plan import Plan
 
 
@@ -39,7 +41,7 @@ class Decoder:
 
     def __init__(self, model: nn.Module, plan: Plan, ops: Any, rank: int = 0) -> None:
         names, stack = plan.policy.decoder, plan.geometry.text_stack
-        modules = {plan.policy.published(name): module for name, module in model.named_modules()}
+        modules: Mapping[str, Any] = PublishedModules(model, plan.policy)
         count = plan.geometry.layers[stack]
         try:
             self.layers = [Layer(**{part: modules[f"{stack}.{i}.{getattr(names, part)}"]

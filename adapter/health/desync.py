@@ -1,67 +1,47 @@
-"""Do all ranks still compute the same thing? Digests of what every rank must have alike, compared while it generates.
+"""Compare the ranks while they generate, by digests of what every rank must have alike (tensor_parallel.desync_check).
 
-A tensor-parallel rank whose tokens, positions or pictures differ from the others' goes on silently: the sums mix two
+A tensor-parallel rank whose tokens, positions or images differ from the others' goes on silently: the sums mix two
 answers, and when one rank meets its end-of-sequence token first, the others wait for it in a collective for ever.
-`checked_generate` compares ranks after every k-th step, before any of them enters the next one, and once more when
-`generate` is through. Step 1 reads the prompt; each step ends with its sampled token (beams: one per beam).
+`checked_generate` compares the ranks before every k-th step and once more after `generate`. Step 1 reads the prompt;
+each step ends with its sampled token (beams: one per beam).
 
-At k = 1 a rank that leaves the loop, for whatever reason, meets the others where they compare, and all stop. At k > 1
-every step's digests are still compared, with the step's own number, but up to k - 1 steps late; and a rank that leaves
-the loop between two comparisons leaves the others in a collective that it does not enter. Nothing here sees that;
-adapter.health.watchdog does, from outside, and names the ranks within seconds.
-
-Digests are of bits. Features come out of sums that are the same bits on every rank and of replicated arithmetic, so
-ranks on unlike processors may differ there without a fault.
+At k = 1 a rank that leaves the loop meets the others where they compare, and all stop. At k > 1 differences are found
+up to k - 1 steps late, with the number of their step; a rank that leaves between two comparisons leaves the others in a
+collective that it does not enter, which adapter.health.watchdog reports. Digests are of bits: ranks on unlike
+processors may differ in image features without a fault.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from adapter.checkpoint.digest import pieces, to_int64, unlike
-from adapter.parallel.group import Group
+from adapter.checkpoint.digest import digest, unlike
+from adapter.model.published import PublishedModules
+from adapter.parallel.group import Group, to_device
 from adapter.planning.plan import Plan
 from policies.errors import CheckFailed
 
-IDS, SHAPES, POSITIONS, FEATURES, TOKEN = QUANTITIES = (  # of a step, in the order in which they arise
-    "input ids", "input shapes", "position ids", "image features", "sampled token")
-LEAVING = "end of generation"
+IDS, SHAPES, POSITIONS, FEATURES, TOKEN, LEAVING = QUANTITIES = (  # of a step, in the order in which they arise
+    "input ids", "input shapes", "position ids", "image features", "sampled token", "end of generation")
 
-SAME_INPUTS = "Give every rank rank 0's inputs, as adapter.requests.batching.share does"
-SAME_MACHINE = "Where that is so already, the weights, library versions or memory of that rank differ"
+INPUTS_ADVICE = "Give every rank rank 0's inputs, as adapter.requests.batching.share does: ids, masks and pixels"
 ADVICE = {
-    IDS: SAME_INPUTS,
-    SHAPES: SAME_INPUTS,
-    POSITIONS: f"{SAME_INPUTS}: ids, attention mask and picture grids alike",
-    FEATURES: f"{SAME_INPUTS}: pixels alike. {SAME_MACHINE}",
-    TOKEN: "Give every rank the same generation arguments and logits processors, which take random numbers from "
-           f"torch's generator only. {SAME_MACHINE}",
-    LEAVING: "Give every rank the same generation arguments; a stopping criterion must decide alike on all, which one "
-             "that looks at a clock (max_time) does not",
+    TOKEN: "Give every rank the same generation arguments, and logits processors that draw from torch's generator only",
+    LEAVING: "Give every rank the same generation arguments, and stopping criteria that look at no clock (max_time)",
 }
+Seen = tuple[int, str, int]  # step, quantity, digest; a step may have several of one quantity
+Disagreement = tuple[int, str, tuple[int, ...]]  # step, quantity, ranks as digest.unlike's
 
 
 class Desync(CheckFailed):
     """The ranks do not compute the same thing any more; raised on every rank."""
-
-
-@dataclass(frozen=True)
-class Disagreement:
-    """ranks: those unlike the majority, or unlike rank 0 where no value has more ranks than another."""
-
-    step: int
-    quantity: str
-    ranks: tuple[int, ...]
 
 
 def checked_generate(model: nn.Module, plan: Plan, tp: Group, every: int) -> Callable[..., Any]:
@@ -75,26 +55,26 @@ def checked_generate(model: nn.Module, plan: Plan, tp: Group, every: int) -> Cal
     signature = inspect.signature(generate)
 
     def checked(*inputs: Any, **kwargs: Any) -> Any:
-        call, steps = signature.bind(*inputs, **kwargs), Steps(tp, every)
+        call, digests = signature.bind(*inputs, **kwargs), StepDigests(tp, every)
         own = call.arguments.get("stopping_criteria") or ()
-        call.arguments["stopping_criteria"] = StoppingCriteriaList([*own, steps])
-        with _observed(model, plan, steps):
+        call.arguments["stopping_criteria"] = StoppingCriteriaList([*own, digests])
+        with _observed(model, plan, digests):
             output = generate(*call.args, **call.kwargs)
-        steps.compare(leaving=True)
+        digests.leave()
         return output
 
     return checked
 
 
 @contextmanager
-def _observed(model: nn.Module, plan: Plan, steps: Steps) -> Iterator[None]:
-    """Within, `steps` sees what goes into the model and its text encoder and what comes out of the other encoders."""
-    names = {plan.policy.published(name): name for name, _ in model.named_modules()}
+def _observed(model: nn.Module, plan: Plan, digests: StepDigests) -> Iterator[None]:
+    """Within, `digests` sees what goes into the model and its text decoder and what comes out of the other encoders."""
+    names = PublishedModules(model, plan.policy).names
     text, *others = (model.get_submodule(names[stack].rpartition(".")[0]) for stack in plan.geometry.layers)
     hooks = [
-        model.register_forward_pre_hook(steps.before_forward, with_kwargs=True),
-        text.register_forward_pre_hook(steps.before_text, with_kwargs=True),
-        *(encoder.register_forward_hook(steps.after_vision) for encoder in others),
+        model.register_forward_pre_hook(digests.before_forward, with_kwargs=True),
+        text.register_forward_pre_hook(digests.before_text, with_kwargs=True),
+        *(encoder.register_forward_hook(digests.after_vision) for encoder in others),
     ]
     try:
         yield
@@ -103,84 +83,79 @@ def _observed(model: nn.Module, plan: Plan, steps: Steps) -> Iterator[None]:
             hook.remove()
 
 
-class Steps(StoppingCriteria):
-    """Digests of the steps since the last comparison. As a stopping criterion it sees the tokens, and stops nothing."""
+class StepDigests(StoppingCriteria):
+    """What this rank has seen since the last comparison. As a stopping criterion it sees the tokens, and stops nothing.
+
+    step: the number of the one under way; due: the ranks compare before the forward of that step.
+    """
 
     def __init__(self, tp: Group, every: int) -> None:
         self.tp, self.every = tp, every
-        self.first = 1  # number of the first step in `rows`
-        self.rows = [Digests()]  # one per step; the last is under way
-        self.due = 0  # steps that are through when the ranks compare next
+        self.step, self.due = 1, 1
+        self.seen = list[Seen]()
 
-    @property
-    def done(self) -> int:
-        return self.first + len(self.rows) - 2
+    def add(self, quantity: str, value: Any) -> None:
+        self.seen.append((self.step, quantity, digest(value)))
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Compares before the step's first collective, which ranks with inputs of different shapes do not survive."""
-        now = self.rows[-1]
-        now.add(IDS, [args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")])
-        now.add(SHAPES, {name: tuple(x.shape) for name, x in sorted(kwargs.items()) if isinstance(x, Tensor)})
-        if self.done >= self.due:
+        self.add(IDS, [args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")])
+        self.add(SHAPES, {name: tuple(x.shape) for name, x in sorted(kwargs.items()) if isinstance(x, Tensor)})
+        if self.step >= self.due:
             self.compare()
+            self.due = self.step + self.every
 
     def before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.rows[-1].add(POSITIONS, kwargs.get("position_ids"))
+        self.add(POSITIONS, kwargs.get("position_ids"))
 
     def after_vision(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.rows[-1].add(FEATURES, output)
+        self.add(FEATURES, output)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """input_ids: int64 [B, S], of which the last column is new. Returns B times False."""
-        self.rows[-1].add(TOKEN, input_ids[:, -1])
-        self.rows.append(Digests())
+        self.add(TOKEN, input_ids[:, -1])
+        self.step += 1
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    def compare(self, leaving: bool = False) -> None:
-        """One gather of 5 * every + 3 int64s. The step under way takes part with what is known before its forward.
+    def leave(self) -> None:
+        """The last comparison: this rank has returned from `generate`. Raises Desync."""
+        self.seen.append((self.step - 1, LEAVING, 1))
+        self.compare()
 
-        leaving: this rank is through with `generate`. Raises Desync.
-        """
-        *through, now = self.rows
-        through += [Digests()] * (self.every - len(through))
-        mine = [row.value(q) for row in through for q in QUANTITIES] + [int(leaving), now.value(IDS), now.value(SHAPES)]
-        labels = [(self.first + i, q) for i in range(len(through)) for q in QUANTITIES]
-        labels += [(self.done, LEAVING), (self.done + 1, IDS), (self.done + 1, SHAPES)]
-        row = torch.tensor(mine).to(get_accelerator().current_device_name())
-        table = self.tp.all_gather_last(row, (len(mine),) * self.tp.size).view(self.tp.size, -1).tolist()
-        if found := disagreements(labels, table):
-            raise Desync(message(found))
-        self.first, self.rows, self.due = self.done + 1, [now], self.done + self.every
-
-
-class Digests:
-    """A digest for each quantity of one step, of all that was added to it, in order."""
-
-    def __init__(self) -> None:
-        self._hashes = {quantity: hashlib.blake2b(digest_size=8) for quantity in QUANTITIES}
-
-    def add(self, quantity: str, value: Any) -> None:
-        for piece in pieces(value):
-            self._hashes[quantity].update(piece)
-
-    def value(self, quantity: str) -> int:
-        """As an int64."""
-        return to_int64(self._hashes[quantity].digest())
+    def compare(self) -> None:
+        """Gather two int64s of each rank: how much it has seen, and a digest of it. What it has seen is gathered only
+        where these differ, as much as there is. Raises Desync."""
+        seen, self.seen = self.seen, []
+        summaries = self.tp.gather_integers([len(seen), digest(repr(seen))])
+        if all(summary == summaries[0] for summary in summaries):
+            return
+        mine = torch.tensor([[step, QUANTITIES.index(quantity), value] for step, quantity, value in seen]).flatten()
+        lengths = tuple(3 * count for count, _ in summaries)
+        parts = self.tp.all_gather_last(to_device(mine), lengths).cpu().split(lengths)
+        every = [[(step, QUANTITIES[number], value) for step, number, value in part.view(-1, 3).tolist()]
+                 for part in parts]
+        raise Desync(message(disagreements(every)))
 
 
-def disagreements(labels: Sequence[tuple[int, str]], table: Sequence[Sequence[int]]) -> list[Disagreement]:
-    """What differs in the earliest step in which anything does. labels: (step, quantity) of each column, in order of
-    steps; table: a row per rank. The columns after it differ because it does."""
-    found = [Disagreement(*label, unlike(column))
-             for label, column in zip(labels, zip(*table, strict=True), strict=True) if len(set(column)) > 1]
-    return [d for d in found if d.step == found[0].step]
+def disagreements(ranks: Sequence[Sequence[Seen]]) -> list[Disagreement]:
+    """What differs in the earliest step in which anything does; later steps differ because of it.
+
+    ranks: what each rank has seen.
+    """
+    digests: dict[tuple[int, str], list[tuple[int, ...]]] = {}  # (step, quantity) -> each rank's digests
+    for rank, seen in enumerate(ranks):
+        for step, quantity, value in seen:
+            digests.setdefault((step, quantity), [()] * len(ranks))[rank] += (value,)
+    found = [(step, quantity, unlike(column)) for (step, quantity), column in digests.items() if len(set(column)) > 1]
+    first = min(step for step, _, _ in found)
+    return sorted((d for d in found if d[0] == first), key=lambda d: QUANTITIES.index(d[1]))
 
 
 def message(found: Sequence[Disagreement]) -> str:
-    what = ", ".join(f"{d.quantity} on {ranks_in_words(d.ranks)}" for d in found)
-    return (f"desync at step {found[0].step} (step 1 reads the prompt), unlike the other ranks: {what}. "
-            f"{ADVICE[found[0].quantity]}. Found by tensor_parallel.desync_check; every rank stops here")
-
-
-def ranks_in_words(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    """One sentence for all disagreements of a step, and what to do."""
+    step, quantity, _ = found[0]
+    what = ", ".join(f"{quantity} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+                     for _, quantity, ranks in found)
+    return (f"desync at step {step} (step 1 reads the prompt), unlike the other ranks: {what}. "
+            f"{ADVICE.get(quantity, INPUTS_ADVICE)}. Where that is so already, the weights, library versions or memory "
+            "of that rank differ. Found by tensor_parallel.desync_check; every rank stops here")

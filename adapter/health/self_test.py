@@ -1,4 +1,4 @@
-"""At start: one attention block and one MLP of each encoder against the formula, on the shards as they were loaded.
+"""The test of every start: weights are finite, and one attention and one MLP of each stack compute what they must.
 
 A random input goes through the sharded modules inside a real forward (so that positions, masks and lengths are the
 model's own), which ends right after them. What comes out is held against Transformers' forward for one process on the
@@ -20,41 +20,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter.kernels.linear import FEW_ROWS, Quantised
+from adapter.model.published import PublishedModules
 from adapter.model.vision_data_parallel import data_parallel_of, encoder_of
 from adapter.parallel.group import Group, to_device
 from adapter.planning.plan import Plan
 from adapter.verify import bounds
-from adapter.verify.trace import Check, Expected, Trace
+from adapter.verify.comparison import Comparison, Expected
+from adapter.verify.precision import full_precision
+from adapter.verify.trace import Trace
 from policies.errors import CheckFailed
 from policies.formats import GROUP
 from policies.rules import Claim, Row
 
 log = logging.getLogger("adapter")
+MOST_NAMED = 5  # tensors in one message
 TOKENS, ROWS = 6, 16  # tokens of the probe; rows of a weight that are gathered
 
 
 def skeletons(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """Published name -> what the tested modules are for one process, without their weights. Call before injection."""
-    names = {plan.policy.published(name): module for name, module in model.named_modules()}
+    modules = PublishedModules(model, plan.policy)
     found = dict[str, nn.Module]()
     for top in _tested(plan):
-        skeleton = _weightless(names[top])
+        skeleton = _weightless(modules[top])
         found |= {f"{top}.{name}".rstrip("."): module for name, module in skeleton.named_modules()}
     return found
 
 
 def self_test(model: nn.Module, plan: Plan, tp: Group, skeleton: Mapping[str, nn.Module]) -> None:
-    """Every rank must call it. One line in the log, or CheckFailed on every rank, naming the module."""
-    began, worst, wrong = time.perf_counter(), 0.0, list[Check]()
+    """Test the shards as they were loaded; every rank must call it.
+
+    skeleton: what `skeletons` returned before the model was injected. Logs one line, or raises CheckFailed on every
+    rank where a weight or an output is not finite (naming it and its dtype), or a module does not compute what one
+    process does.
+    """
+    began, worst, wrong = time.perf_counter(), 0.0, list[Comparison]()
+    _refuse_not_finite(tp, weights_not_finite(model, plan))
     eager = getattr(model.config, "_attn_implementation", "eager") == "eager"
-    with torch.inference_mode():
-        for stack, split in _ways(model, plan):
+    with torch.inference_mode(), full_precision():
+        for stack, split in _modes(model, plan):
             tops = [top for top in _tested(plan) if top.startswith(f"{stack}.")]
-            trace = Trace(model, plan, tp, skeleton, _expected, eager, only=tops)
+            trace = Trace(model, plan, tp, skeleton, _expected, eager, only=tops, keep=frozenset(tops))
             with trace.watching():
                 _run(model, plan, stack, tops, split)
-            assert trace.checks, f"no module of {tops} ran"
-            worst = max(worst, *(c.share for c in trace.checks))
+            assert trace.comparisons, f"no module of {tops} ran"
+            outputs = [f"the output of {name}, {x.dtype}" for name, x in trace.kept if not bool(x.isfinite().all())]
+            _refuse_not_finite(tp, outputs)
+            worst = max(worst, *(c.share for c in trace.comparisons))
             wrong += [first] if (first := trace.first_wrong()) else []
         _agree(tp, wrong)
         _check_finite(model, plan, tp)
@@ -62,20 +74,44 @@ def self_test(model: nn.Module, plan: Plan, tp: Group, skeleton: Mapping[str, nn
              "%.0f ms", tp.size, "s" * (tp.size > 1), worst, (time.perf_counter() - began) * 1e3)
 
 
-def _ways(model: nn.Module, plan: Plan) -> list[tuple[str, bool]]:
-    """(stack, whether its encoder is to be split) of all that is tested: a whole encoder in each way it may run."""
-    ways = {"tensor": (True,), "data": (False,), "auto": (False, True)}[plan.vision]
+def _modes(model: nn.Module, plan: Plan) -> list[tuple[str, bool]]:
+    """(stack, whether it runs split) of all tests: one for each mode of an encoder that is whole on every rank."""
+    modes = {"tensor": (True,), "data": (False,), "auto": (False, True)}[plan.vision]
     return [(stack, split) for stack in plan.geometry.layers
-            for split in (ways if plan.whole_encoder and stack == plan.policy.encoder.stack else (True,))]
+            for split in (modes if plan.whole_encoder and stack == plan.policy.encoder.stack else (True,))]
 
 
-def _agree(tp: Group, wrong: list[Check]) -> None:
-    """Raise on every rank what one rank found wrong."""
-    flags = to_device(torch.tensor([bool(wrong)], dtype=torch.uint8))
-    flags = tp.all_gather_last(flags, (1,) * tp.size)
-    if not flags.any():
+def weights_not_finite(model: nn.Module, plan: Plan) -> list[str]:
+    """Name every parameter, with its dtype, that holds a number which is not finite: of a quantised one the scales."""
+    modules, found = PublishedModules(model, plan.policy), list[str]()
+    for name, suffix in plan.parameters():
+        held = getattr(modules[name], suffix)
+        values = held.scales if isinstance(held, Quantised) else held
+        if values.numel() and not bool(torch.stack(values.aminmax()).isfinite().all()):
+            found.append(f"{name}.{suffix}, {values.dtype}")
+    return found
+
+
+def _refuse_not_finite(tp: Group, mine: list[str]) -> None:
+    """Raise CheckFailed on every rank where something of one rank is not finite. mine: what is, of this rank."""
+    if failed := _ranks_with(tp, bool(mine)):
+        what = "; ".join(mine[:MOST_NAMED]) + (f" and {len(mine) - MOST_NAMED} more" if len(mine) > MOST_NAMED else "")
+        raise CheckFailed(
+            f"self-test failed on rank {failed}: not finite (infinity or NaN): {what or 'see that rank'}. Answers "
+            "would mean nothing: float16 overflows above 65504, where bfloat16 does not (model.dtype); or the "
+            "checkpoint is damaged, download it again")
+
+
+def _ranks_with(tp: Group, flag: bool) -> str:
+    """The ranks that raise a flag, in words; "" where none does. The same on every rank."""
+    flags = tp.all_gather_last(to_device(torch.tensor([flag], dtype=torch.uint8)), (1,) * tp.size)
+    return ", ".join(map(str, flags.nonzero().flatten().tolist()))
+
+
+def _agree(tp: Group, wrong: list[Comparison]) -> None:
+    """Raise CheckFailed on every rank where one rank found a comparison that does not hold. wrong: this rank's."""
+    if not (failed := _ranks_with(tp, bool(wrong))):
         return
-    failed = ", ".join(map(str, flags.nonzero().flatten().tolist()))
     what = "; ".join(f"{c.module}: {c.what}: error {c.error:.3g}, rounding explains {c.bound:.3g}"
                      + (f" (rank {', '.join(map(str, c.ranks))})" if c.ranks else "") for c in wrong)
     raise CheckFailed(
@@ -107,7 +143,6 @@ class _Enough(Exception):
 
 def _run(model: nn.Module, plan: Plan, stack: str, tops: list[str], split: bool) -> None:
     """A forward of one encoder up to its first layer, whose tested modules get a random input."""
-    real = {plan.policy.published(name): name for name, _ in model.named_modules()}
     seeded = torch.Generator().manual_seed(1)
 
     def probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -121,7 +156,8 @@ def _run(model: nn.Module, plan: Plan, stack: str, tops: list[str], split: bool)
     def stop(*_: Any) -> None:
         raise _Enough
 
-    modules = [model.get_submodule(real[top]) for top in tops]
+    published = PublishedModules(model, plan.policy)
+    modules = [published[top] for top in tops]
     handles = [m.register_forward_pre_hook(probe, with_kwargs=True, prepend=True) for m in modules]
     handles.append(modules[-1].register_forward_hook(stop))
     try:
@@ -143,8 +179,8 @@ def _forward(model: nn.Module, plan: Plan, stack: str, split: bool) -> Tensor:
     side = 2 * merge
     pixels = torch.ones(side * side, values, device=device, dtype=model.dtype)  # type: ignore[call-overload]
     grid = torch.tensor([[1, side, side]], device=device)
-    if dealt := data_parallel_of(model, plan):
-        output = dealt.run(split, pixels, grid, {})
+    if parallel := data_parallel_of(model, plan):
+        output = parallel.run(split, pixels, grid, {})
     else:
         output = encoder_of(model, plan)(pixels, **{plan.policy.encoder.grid: grid})
     features: Tensor = output if isinstance(output, Tensor) else getattr(output, plan.policy.encoder.features)
@@ -152,14 +188,10 @@ def _forward(model: nn.Module, plan: Plan, stack: str, split: bool) -> Tensor:
 
 
 def _check_finite(model: nn.Module, plan: Plan, tp: Group) -> None:
-    """Raises CheckFailed on every rank where a forward of the whole model gives what is no number."""
-    bad = [stack for stack, split in _ways(model, plan) if not _forward(model, plan, stack, split).isfinite().all()]
-    flags = to_device(torch.tensor([bool(bad)], dtype=torch.uint8))
-    if tp.all_gather_last(flags, (1,) * tp.size).any():
-        raise CheckFailed(f"self-test failed: a forward through {' and '.join(bad) or 'the layers'} gives infinity or "
-                          f"NaN in {str(model.dtype).removeprefix('torch.')}. float16 overflows with this family: set "
-                          "model.dtype to bfloat16; otherwise the checkpoint is damaged: compare its files with their "
-                          "publisher's checksums")
+    """Raise CheckFailed on every rank where a forward through all layers of an encoder gives infinity or NaN."""
+    bad = [f"a forward through {stack}, {model.dtype}" for stack, split in _modes(model, plan)
+           if not _forward(model, plan, stack, split).isfinite().all()]
+    _refuse_not_finite(tp, bad)
 
 
 def _expected(plan: Plan, tp: Group, name: str, claim: Claim, layer: Any, x: Tensor) -> Iterator[Expected]:

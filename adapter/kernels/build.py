@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import time
 from functools import cache
@@ -29,10 +30,14 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-m
 
 @cache
 def unavailable() -> str | None:
-    """Load the operators, building them where they are not cached; why that is impossible, None where it is done.
+    """Load the operators, building them where they are not cached. None, or in words why this process has none.
+
+    Where DeepSpeed computes on an accelerator nothing is built: they are for CPUs.
 
     Every process of a host may call it at once: one builds, the others wait for its lock, which dies with it.
     """
+    if (device := _device()) != "cpu":
+        return f"they are for CPUs, and this job computes on {device}"
     if platform.system() != "Linux":
         return f"they are written for Linux, this is {platform.system()}"
     try:
@@ -43,6 +48,14 @@ def unavailable() -> str | None:
     except (OSError, RuntimeError, ImportError) as error:
         return str(error).strip().splitlines()[0]
     return None
+
+
+def _device() -> str:
+    """The kind of device that this process computes on: DeepSpeed's answer where it is imported, else torch's."""
+    accelerator = sys.modules.get("deepspeed.accelerator")
+    if accelerator is not None:
+        return str(accelerator.get_accelerator().device_name())
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _cached() -> Path:

@@ -3,12 +3,10 @@
 A weight is a plain tensor, or `Quantised`: codes of 8 or 4 bits with a float16 scale for each group of 64 inputs (W =
 scale * (code - zero)). There is one copy of each. How it is multiplied depends on device and rows of x:
 
-    plain tensor    CPU, bfloat16: adapter/kernels/csrc/linear.cpp; more than 16 rows on a processor with tiles (AMX),
-    another
-                    dtype or device: F.linear
-    quantised       at most 16 rows: adapter/kernels/csrc/linear.cpp, x quantised to 8 bits per row and group; more
-    rows: pieces
-                    are unpacked and multiplied in x's dtype
+    plain tensor    CPU, bfloat16: csrc/linear.cpp; more than 16 rows on a processor with tiles (AMX), another dtype or
+                    device: F.linear
+    quantised       at most 16 rows: csrc/linear.cpp, x quantised to 8 bits per row and group; more rows: pieces are
+                    unpacked and multiplied in x's dtype
 """
 
 from __future__ import annotations

@@ -10,14 +10,17 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def give_back() -> None:
-    """Hand what was freed back to the system, hundreds of megabytes while a model is loaded."""
+    """Return freed memory to the system, hundreds of megabytes while a model is loaded. No setting is changed."""
     with suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep() -> None:
-    """From now on keep what is freed, for the next request: else every layer of a prompt would have its activations
-    from the system anew, page by page."""
+    """From now on let this process keep what it frees, for the next request: else every layer of a prompt would get
+    its activations from the system anew, page by page.
+
+    It changes malloc for the whole process: for commands of this project, never in a process of a user's script.
+    """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)

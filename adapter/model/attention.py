@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from adapter.kernels import build
 from adapter.kernels.attention import accepts, attention_interface
+from adapter.model.published import PublishedModules
 from adapter.planning.plan import Plan
 from policies.heads import HeadShard
 from policies.rules import expand
@@ -40,30 +41,65 @@ def override_heads(modules: Mapping[str, nn.Module], plan: Plan, heads: Mapping[
             module.replaced = True  # type: ignore[assignment]
 
 
-FAST = "qwenvl_tp"  # an attn_implementation by this name
+IMPLEMENTATION = "qwenvl_tp"  # the name of this project's attn_implementation in Transformers
 
 
-def use_fast_attention(model: nn.Module, plan: Plan) -> None:
-    """Let both encoders attend with adapter/kernels/csrc/attention.cpp where Transformers would with torch's sdpa, on
-    CPU in bfloat16, where that takes longer. Where the release or the machine lacks what it takes nothing changes."""
-    interface = getattr(transformers, "AttentionInterface", None)
-    if interface is None or build.unavailable() or not torch.ops.qwenvl_tp.attend_all_supported():
-        return
-    interface.register(FAST, attention_interface)
-    masks = getattr(transformers, "AttentionMaskInterface", None)
-    if masks is not None:
-        masks.register(FAST, masks()["sdpa"])  # without it a padded prompt would have no mask, and nobody would say so
-    names = {plan.policy.published(name): name for name, _ in model.named_modules()}
-    for stack in plan.geometry.layers:
-        config: Any = getattr(model.get_submodule(names[stack].rpartition(".")[0]), "config", None)
-        can = masks is not None or stack != plan.geometry.text_stack
-        if can and getattr(config, "_attn_implementation", None) == "sdpa":
-            config._attn_implementation = FAST
-    encoders = [row.module for row in plan.policy.head_numbers if row.encoder == plan.policy.encoder.heads]
-    for name in (name for row in encoders for name in expand(row, plan.geometry.layers)):
-        attention = model.get_submodule(names[name])
-        if hasattr(attention, "scaling"):  # a release whose attention goes by the interface
-            attention.__class__ = _rotating(type(attention))  # type: ignore[arg-type]  # a class can be hashed
+class CpuAttention:
+    """Attention by adapter/kernels/csrc/attention.cpp, for a model whose release of Transformers attends by interface.
+
+    It is for CPUs: bfloat16 attention that would go to torch's sdpa, which takes longer there. Where the release or the
+    processor lacks what it needs, `apply` changes nothing.
+    """
+
+    def __init__(self, modules: PublishedModules, plan: Plan) -> None:
+        self.modules, self.plan = modules, plan
+        self._configs: list[Any] = []  # of the stacks whose attention is this one now
+        self._classes: list[tuple[nn.Module, type]] = []  # vision attention modules and their own classes
+
+    def apply(self) -> None:
+        """Set the implementation of both stacks, and let the vision attention rotate in place."""
+        if not self._register():
+            return
+        for stack in self.plan.geometry.layers:
+            config: Any = getattr(self._owner(stack), "config", None)
+            can = self._has_masks() or stack != self.plan.geometry.text_stack
+            if can and getattr(config, "_attn_implementation", None) == "sdpa":
+                config._attn_implementation = IMPLEMENTATION
+                self._configs.append(config)
+        heads = self.plan.policy.encoder.heads
+        rows = [row.module for row in self.plan.policy.head_numbers if row.encoder == heads]
+        for attention in (self.modules[name] for row in rows for name in expand(row, self.plan.geometry.layers)):
+            if hasattr(attention, "scaling"):  # a release whose attention goes by the interface
+                self._classes.append((attention, type(attention)))
+                attention.__class__ = _rotating(type(attention))  # type: ignore[arg-type]  # a class can be hashed
+
+    def undo(self) -> None:
+        """Give the model its own attention back."""
+        for config in self._configs:
+            config._attn_implementation = "sdpa"
+        for attention, own in self._classes:
+            attention.__class__ = own
+        self._configs, self._classes = [], []
+
+    def _owner(self, stack: str) -> nn.Module:
+        """The module that a stack of layers belongs to, whose config names its attention."""
+        return self.modules.model.get_submodule(self.modules.names[stack].rpartition(".")[0])
+
+    @staticmethod
+    def _has_masks() -> bool:
+        """Whether the release makes masks by the attention's name: without, a padded prompt would have none."""
+        return hasattr(transformers, "AttentionMaskInterface")
+
+    def _register(self) -> bool:
+        """Make the implementation known to Transformers; False where it cannot run."""
+        interface = getattr(transformers, "AttentionInterface", None)
+        if interface is None or build.unavailable() or not torch.ops.qwenvl_tp.attend_all_supported():
+            return False
+        interface.register(IMPLEMENTATION, attention_interface)
+        if self._has_masks():
+            masks = transformers.AttentionMaskInterface
+            masks.register(IMPLEMENTATION, masks()["sdpa"])
+        return True
 
 
 class _Rotating:
@@ -73,7 +109,7 @@ class _Rotating:
     def forward(self: Any, hidden_states: Tensor, cu_seqlens: Tensor, *args: Any,
                 position_embeddings: tuple[Tensor, Tensor] | None = None, **more: Any) -> Tensor:
         given = position_embeddings is not None and not args and not self.training
-        if not (given and self.config._attn_implementation == FAST and accepts(hidden_states, self.head_dim)):
+        if not (given and self.config._attn_implementation == IMPLEMENTATION and accepts(hidden_states, self.head_dim)):
             own: Tensor = super().forward(  # type: ignore[misc]
                 hidden_states, cu_seqlens, *args, position_embeddings=position_embeddings, **more)
             return own

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed
@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from adapter.model import layers
+from adapter.parallel.group import Group, to_device
 from policies.errors import UserError, told
 from policies.policy import Geometry, Policy
 
@@ -60,6 +61,32 @@ def check_loaded(model: nn.Module, policy: Policy, geometry: Geometry) -> None:
     _check_shapes(tensors, policy, geometry)
     _check_tie(tensors, policy, geometry)
     _check_flash(str(getattr(model.config, "_attn_implementation", "")), tensors[policy.tied[1]].dtype)
+
+
+def prompt_of(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The token ids, int64 [B, S], among the arguments of a `generate`; None where there are none."""
+    ids: Tensor | None = kwargs.get("input_ids", kwargs.get("inputs", inputs[0] if inputs else None))
+    return ids
+
+
+def checked_prompt(generate: Callable[..., Any], vocab: int, tp: Group) -> Callable[..., Any]:
+    """`generate` for prompts of token ids below `vocab`; raises OutOfVocabulary on every rank for others."""
+    def checked(*inputs: Any, **kwargs: Any) -> Any:
+        if (ids := prompt_of(inputs, kwargs)) is not None:
+            check_prompt(ids, vocab, tp)
+        return generate(*inputs, **kwargs)
+
+    return checked
+
+
+def check_prompt(ids: Tensor, vocab: int, tp: Group) -> None:
+    """Raises OutOfVocabulary on every rank where a token id, int64 [B, S], of some rank is none of the vocabulary.
+
+    Once for each `generate`, for one all-gather of two numbers and, on a GPU, one synchronisation.
+    """
+    every = tp.all_gather_last(to_device(layers.ids_range(ids)), (2,) * tp.size)
+    for rank, found in enumerate(every.view(-1, 2).tolist()):
+        layers.refuse_unknown(found, vocab, rank if tp.size > 1 else None)
 
 
 def _check_class(model: nn.Module, policy: Policy) -> None:

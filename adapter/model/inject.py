@@ -1,12 +1,13 @@
-"""Put a plan into a model: parallel layers for whole ones, filled from a checkpoint or from the model itself.
+"""Make a model this rank's shard: parallel layers in place of whole ones, filled from a checkpoint or the model itself.
 
-One walk over the plan's modules, in the table's order: read this rank's slice, build the layer, put it in place, let
-the old one go. Peak memory is the shard so far plus one tensor, whether the model was built on `meta` or loaded before.
+One walk over the plan's modules, in the table's order: read this rank's slice, move it to the device, build the layer,
+replace the whole module, which is freed. Peak memory is the shard so far plus one tensor, whether the model was built
+on `meta` or loaded before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,18 +20,20 @@ from adapter.kernels import malloc
 from adapter.kernels.fused import fuse
 from adapter.kernels.linear import Quantised, Weight
 from adapter.model import layers, vision_data_parallel
-from adapter.model.attention import override_heads, use_fast_attention
+from adapter.model.attention import CpuAttention, override_heads
+from adapter.model.published import PublishedModules
+from adapter.model.vision_data_parallel import EncoderMode
 from adapter.parallel.group import Group
 from adapter.planning.plan import Plan
 from policies.policy import Policy
 from policies.rules import Claim, Column, FusedQKV, Head, Replicated, Row, Rule, TensorSlice, Vocab
 
-GIVE_BACK_EVERY = 32 << 20  # bytes of a shard
+GIVE_BACK_EVERY = 32 << 20  # bytes of loaded weights between two calls that return freed memory to the system
 Source = Callable[[str, TensorSlice], Weight]
 
 
 def checkpoint_source(checkpoint: Checkpoint | Shards, rank: int) -> Source:
-    """Slices read from files; of shards all that `rank` holds is read at once."""
+    """Slices read from files, tensor by tensor; a file of shards is mapped once."""
     if isinstance(checkpoint, Checkpoint):
         return checkpoint.read
     held = checkpoint.load(rank)
@@ -45,14 +48,13 @@ def checkpoint_source(checkpoint: Checkpoint | Shards, rank: int) -> Source:
 def model_source(model: nn.Module, policy: Policy) -> Source:
     """Slices of a model the caller loaded, copied so that the whole tensors can be freed.
 
-    It keeps no module, or none would be freed before the last is read; and it copies whole tensors too, since one view
-    of a file that Transformers has mapped keeps all of its pages.
+    Whole tensors are copied too: one view of a file that Transformers has mapped keeps all of its pages.
     """
-    names = {policy.published(name): name for name, _ in model.named_modules()}
+    modules = PublishedModules(model, policy)
 
     def read(name: str, part: TensorSlice) -> Tensor:
         module, suffix = name.rsplit(".", 1)
-        whole = getattr(model.get_submodule(names[module]), suffix).detach()
+        whole = getattr(modules[module], suffix).detach()
         if part.dim is None:
             return whole.clone()
         return torch.cat([whole.narrow(part.dim, a, b - a) for a, b in part.ranges], dim=part.dim)
@@ -60,62 +62,83 @@ def model_source(model: nn.Module, policy: Policy) -> Source:
     return read
 
 
-def inject(model: nn.Module, plan: Plan, tp: Group, source: Source, dtype: torch.dtype) -> None:
-    """Make `model` this rank's shard, in place. Raises UserError where the policy does not fit the model."""
-    policy = plan.policy
-    names = {policy.published(name): name for name, _ in model.named_modules()}
+def inject(model: nn.Module, plan: Plan, tp: Group, source: Source, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Make `model` this rank's shard, in place, its weights in `dtype` on `device`.
+
+    Raises UserError where the policy does not fit the model.
+    """
     parameters = (name for name, _ in model.named_parameters(remove_duplicate=False))
-    policy.check_claims((policy.published(name) for name in parameters), plan.geometry)
-    switch = vision_data_parallel.attention_switch(model, plan, tp.rank) if plan.whole_encoder else None
-    handled = 0  # bytes since what was freed went back to the system
-    for module_name, claim in plan.claims.items():
-        module = model.get_submodule(names[module_name])
-        tensors: dict[str, Any]
-        if plan.geometry.tied and f"{module_name}.weight" == policy.tied[0]:
-            tensors = {"weight": model.get_submodule(names[policy.tied[1].rsplit(".", 1)[0]]).weight}
-        else:
-            tensors = {
-                suffix: _on_cpu(source(f"{module_name}.{suffix}", plan.slice(module_name, suffix, tp.rank)), dtype)
-                for suffix in claim.parameters()
-            }
-            tensors["weight"] = kernels.make_weight(tensors["weight"], plan.format_of(module_name))
-        if isinstance(claim.rule, Replicated):
-            for suffix, tensor in tensors.items():
-                setattr(module, suffix, layers.frozen(tensor))
-        else:
-            parent, _, child = names[module_name].rpartition(".")
-            weight, bias = tensors["weight"], tensors.get("bias")
-            if switch and plan.in_encoder(module_name):
-                part = plan.divided.slice(module_name, "weight", tp.rank)
-                slots = _slots(plan.divided, claim, tp.rank)
-                layer = vision_data_parallel.either(claim, part, tp, weight, bias, switch, slots)
-            else:
-                layer = BUILDERS[type(claim.rule)](plan, claim, tp, weight, bias)
-            setattr(model.get_submodule(parent), child, layer)
-            del weight, bias
-        handled += sum(tensor.nbytes for tensor in tensors.values())
-        del module, tensors
-        if handled > GIVE_BACK_EVERY:
-            malloc.give_back()
-            handled = 0
-    override_heads({policy.published(name): module for name, module in model.named_modules()}, plan,
-                   {encoder: shards[tp.rank] for encoder, shards in plan.heads.items()})
-    use_fast_attention(model, plan)
-    fuse(model)
-    if switch:
-        vision_data_parallel.install(model, plan, tp, switch)
+    plan.policy.check_claims((plan.policy.published(name) for name in parameters), plan.geometry)
+    modules = PublishedModules(model, plan.policy)
+    mode = EncoderMode(modules, plan, tp.rank) if plan.whole_encoder else None
+    load_weights(modules, plan, tp, source, dtype, device, mode)
+    override_heads(modules, plan, {encoder: shards[tp.rank] for encoder, shards in plan.heads.items()})
+    if device == "cpu":
+        CpuAttention(modules, plan).apply()
+        fuse(model)
+    if mode:
+        vision_data_parallel.install(modules, plan, tp, mode)
     _keep_frequencies(model)
-    malloc.give_back()
-    malloc.keep()
     _check_whole(model, plan, tp.rank)
 
 
-def _on_cpu(weight: Weight, dtype: torch.dtype) -> Weight:
-    return weight.to("cpu", dtype) if isinstance(weight, Tensor) else weight
+def load_weights(modules: PublishedModules, plan: Plan, tp: Group, source: Source, dtype: torch.dtype, device: str,
+                 mode: EncoderMode | None) -> None:
+    """Replace every claimed module by its parallel layer, or its parameters where they are replicated.
+
+    Each tensor goes to `device` as soon as it is read: the host holds one at a time beside what stays there.
+    """
+    loaded = 0  # bytes since freed memory was last returned to the system
+    for name, claim in plan.claims.items():
+        tensors = _load_module(modules, plan, tp.rank, source, dtype, device, name)
+        loaded += sum(tensor.nbytes for tensor in tensors.values())
+        _replace(modules, plan, tp, name, claim, tensors, mode)
+        del tensors
+        if loaded > GIVE_BACK_EVERY:
+            malloc.give_back()
+            loaded = 0
+    malloc.give_back()
+
+
+def _load_module(modules: PublishedModules, plan: Plan, rank: int, source: Source, dtype: torch.dtype, device: str,
+                 name: str) -> dict[str, Any]:
+    """This rank's slices of a module's parameters: suffix -> tensor; the tied head's weight is the embedding's."""
+    if plan.is_tied_copy(name, "weight"):
+        return {"weight": modules[plan.policy.tied[1].rsplit(".", 1)[0]].weight}
+    tensors = dict[str, Any]()
+    for suffix in plan.claims[name].parameters():
+        part = plan.slice(name, suffix, rank)
+        tensors[suffix] = _moved(source(f"{name}.{suffix}", part), dtype, device)
+    tensors["weight"] = kernels.make_weight(tensors["weight"], plan.format_of(name))
+    return tensors
+
+
+def _moved(weight: Weight, dtype: torch.dtype, device: str) -> Weight:
+    return weight.to(device, dtype) if isinstance(weight, Tensor) else weight
+
+
+def _replace(modules: PublishedModules, plan: Plan, tp: Group, name: str, claim: Claim, tensors: Mapping[str, Any],
+             mode: EncoderMode | None) -> None:
+    """Put a module's slices into the model: as new parameters, or in a parallel layer in the module's place."""
+    if isinstance(claim.rule, Replicated):
+        for suffix, tensor in tensors.items():
+            setattr(modules[name], suffix, layers.frozen(tensor))
+        return
+    weight, bias = tensors["weight"], tensors.get("bias")
+    if mode and plan.in_encoder(name):
+        part = plan.divided.slice(name, "weight", tp.rank)
+        slots = _slots(plan.divided, claim, tp.rank)
+        layer = vision_data_parallel.switchable(claim, part, tp, weight, bias, mode, slots)
+    else:
+        layer = BUILDERS[type(claim.rule)](plan, claim, tp, weight, bias)
+    modules.replace(name, layer)
 
 
 def _slots(plan: Plan, claim: Claim, rank: int) -> tuple[Tensor | None, int]:
-    """Where this rank's head outputs go among the slots its attention believes in; (None, 0) where they fill them."""
+    """The places of this rank's head outputs among the slots that its attention module is told of, and their width.
+
+    (None, 0) where they fill all slots.
+    """
     axis = claim.rule.axis(claim.weight)
     if axis not in plan.policy.head_axes:
         return None, 0
@@ -154,7 +177,7 @@ BUILDERS: dict[type[Rule], Callable[[Plan, Claim, Group, Weight, Tensor | None],
 
 
 def _keep_frequencies(model: nn.Module) -> None:
-    """Float buffers (rotary frequencies) keep their dtype when DeepSpeed casts the model with `.bfloat16()`.
+    """Make float buffers (rotary frequencies) keep their dtype when DeepSpeed casts the model with `.bfloat16()`.
 
     Transformers keeps them in float32; rounded to bfloat16 they turn long-range positions by whole radians, silently.
     """
@@ -177,7 +200,7 @@ def _dtype_keeping_apply(module: nn.Module) -> Callable[..., nn.Module]:
 
 
 def _check_whole(model: nn.Module, plan: Plan, rank: int) -> None:
-    """Our own promises: nothing is left on meta, and the shard is as large as the plan said."""
+    """Assert that nothing is left on `meta`, and that the shard is as large as the plan says."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     left = [name for name, tensor in tensors if tensor.is_meta]
     assert not left, f"never given a value: {left}"

@@ -6,6 +6,8 @@ rank's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from adapter.kernels import linear as kernels
 from adapter.kernels.linear import Weight
 from adapter.parallel.group import Group
+from policies.errors import UserError
 from policies.rules import Range
 
 
@@ -23,6 +26,24 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 def held(weight: Weight) -> Weight:
     """A weight as a layer holds it: a plain one is a parameter, a quantised one what it is, out of reach of casts."""
     return frozen(weight) if isinstance(weight, Tensor) else weight
+
+
+class OutOfVocabulary(UserError, IndexError):
+    """A token id without an embedding. torch's own embedding raises an IndexError for it."""
+
+
+def ids_range(ids: Tensor) -> Tensor:
+    """The smallest and the largest of token ids, int64 [2]; zeros where there are none."""
+    return torch.stack(ids.aminmax()) if ids.numel() else ids.new_zeros(2)
+
+
+def refuse_unknown(found: Sequence[int], vocab: int, rank: int | None = None) -> None:
+    """Raises OutOfVocabulary where one of two token ids, the smallest and the largest, is none of the vocabulary."""
+    for token in found:
+        if not 0 <= token < vocab:
+            where = "" if rank is None else f" in the prompt of rank {rank}"
+            raise OutOfVocabulary(f"token id {token}{where}: the model's vocabulary has the ids 0 to {vocab - 1}; use "
+                                  "the tokenizer of this checkpoint")
 
 
 class ColumnParallelLinear(nn.Module):
@@ -83,13 +104,18 @@ class VocabParallelEmbedding(nn.Module):
         self.owned, self.vocab, self.tp = owned, vocab, tp
 
     def forward(self, ids: Tensor) -> Tensor:
-        if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab:
-            # torch's own embedding raises too; here an id nobody owns would silently become a zero vector
-            raise IndexError(f"token ids {int(ids.min())}..{int(ids.max())}: the vocabulary is [0, {self.vocab})")
+        """Raises OutOfVocabulary: an id that no rank owns would silently become a zero vector.
+
+        One token at a time on a GPU, which comes from a prompt that was checked, fails there without a synchronisation.
+        """
+        if ids.device.type == "cpu" or ids.shape[-1] > 1:
+            refuse_unknown(ids_range(ids).tolist(), self.vocab)
+        elif ids.device.type == "cuda":
+            torch._assert_async(((ids >= 0) & (ids < self.vocab)).all())
         return self.look_up(ids)
 
     def look_up(self, ids: Tensor) -> Tensor:
-        """The same for ids that are known to be of the vocabulary."""
+        """Embeddings [*, hidden] of ids that are known to be of the vocabulary."""
         start, stop = self.owned
         mine = (ids >= start) & (ids < stop)
         rows = (ids - start).masked_fill(~mine, 0)

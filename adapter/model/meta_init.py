@@ -46,7 +46,9 @@ def build_on_meta(directory: Path, policy: Policy, dtype: torch.dtype, attn_impl
             model.generation_config = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
     except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{directory}: Transformers {transformers.__version__} cannot build {policy.model_class} with "
-                        f"attn_implementation {attn_implementation!r}: {error}") from error
+                        f"attn_implementation {attn_implementation!r}: {error}"
+                        + ("; model.attn_implementation=sdpa needs no package" if "flash" in attn_implementation
+                           else "")) from error
     return model.eval()
 
 

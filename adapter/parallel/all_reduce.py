@@ -20,15 +20,16 @@ from packaging.version import Version
 from torch import Tensor
 
 from adapter.parallel import shared_memory
+from adapter.parallel.cpu import affinity, cpu_quota, within_quota
 from adapter.parallel.group import TORCH, Group, Route, exchange, torch_all_gather
-from adapter.parallel.launchers import Launch, usable_cores
-from adapter.parallel.shared_memory import common, short
+from adapter.parallel.launchers import Launch
+from adapter.parallel.shared_memory import common
 
 SHM_TRIED = Version("0.19")  # DeepSpeed's shared-memory op of releases from here on sums every dtype
 TOKEN_BYTES = 4096  # of a sum in a step that makes one token, where the caller does not know
-PROMPT_BYTES = 512 << 10  # of one over a prompt with a picture
+PROMPT_BYTES = 512 << 10  # of one over a prompt with an image
 LIMIT_S = 0.2  # after which no round begins
-TOKENS = 64  # steps that an answer takes for one prompt: how the two sizes are weighed
+TOKENS = 64  # decode steps of an answer, against its one prompt: how the two sizes are weighed
 BUDGET_S, ROUNDS, MOST_CALLS = 0.015, 3, 10  # for one way and size; calls in a round
 NOISE = 0.8  # a later way must take less than this share of an earlier one's time
 
@@ -37,7 +38,7 @@ def _deepspeed_all_reduce(x: Tensor, group: Any) -> None:
     dist.inference_all_reduce(x, group=group)
 
 
-DEEPSPEED = Route("DeepSpeed's shared-memory op", _deepspeed_all_reduce, torch_all_gather, spins=True)
+DEEPSPEED = Route("DeepSpeed's shared-memory op", _deepspeed_all_reduce, torch_all_gather, busy_waits=True)
 Times = Mapping[str, Sequence[float]]  # route -> microseconds of each size
 
 
@@ -57,12 +58,10 @@ def choose(world: Group, tp: Group, ranks: Sequence[int], launch: Launch, token_
         refused[shared_memory.NAME] = region
     else:
         routes.append(Route(shared_memory.NAME, region.all_reduce, region.all_gather))
-    own = deepspeed_refusal(launch, tp.size)
-    cards = exchange(world, {"refusal": own and short(own)})  # also those that know already
-    if (refusal := common([card["refusal"] for card in cards])) is None:
+    if (refusal := _deepspeed_refusal_of_any(world, launch, tp.size)) is None:
         routes.append(DEEPSPEED)
     else:
-        refused[DEEPSPEED.name] = own or refusal
+        refused[DEEPSPEED.name] = refusal
     routes.append(TORCH)
     sizes = (token_bytes, PROMPT_BYTES)
     times = measure(world, tp, routes, sizes) if len(routes) > 1 else {}
@@ -80,9 +79,30 @@ def deepspeed_refusal(launch: Launch, tp_size: int) -> str | None:
     if not launch.one_host or launch.world_size != tp_size:
         return ("it sums over all ranks of the job, whatever the group, and needs them all on one host, in one replica "
                 f"(LOCAL_SIZE {launch.local_size or 'not set'}, world {launch.world_size}, tp_size {tp_size})")
-    if tp_size > (cores := usable_cores()):
-        return f"it spins, too slow with {tp_size} ranks on {cores} cores"
     return None
+
+
+def _deepspeed_refusal_of_any(world: Group, launch: Launch, tp_size: int) -> str | None:
+    """Why any rank refuses DeepSpeed's op, or the cores that they all have are too few for it; None: none does.
+
+    Every rank must call it; all get the same answer.
+    """
+    mine = {"refusal": deepspeed_refusal(launch, tp_size), "cores": sorted(affinity()), "quota": cpu_quota()}
+    every = exchange(world, mine)
+    return common([facts["refusal"] for facts in every]) or too_few_cores(
+        tp_size, [facts["cores"] for facts in every], [facts["quota"] for facts in every])
+
+
+def too_few_cores(tp_size: int, cores: Sequence[Sequence[int]], quotas: Sequence[float | None]) -> str | None:
+    """Why DeepSpeed's op is too slow for ranks of one host that may run on `cores`; None where it is not.
+
+    It busy-waits, so each rank needs a core of its own. cores: the numbers of each rank's; quotas: as cpu_quota's.
+    """
+    stated = min((quota for quota in quotas if quota is not None), default=None)
+    count = within_quota(len(set().union(*cores)), stated)
+    if tp_size <= count:
+        return None
+    return f"it busy-waits, too slow with {tp_size} ranks on {count} core{'s' * (count > 1)}"
 
 
 def measure(world: Group, tp: Group, routes: Sequence[Route], sizes: Sequence[int]) -> dict[str, list[float]]:
@@ -107,8 +127,8 @@ def measure(world: Group, tp: Group, routes: Sequence[Route], sizes: Sequence[in
 
 def _slowest(world: Group, mine: Iterable[float]) -> list[float]:
     """Each figure of the rank where it is the largest."""
-    cards = exchange(world, {"us": [round(us, 3) for us in mine]})
-    return [max(figures) for figures in zip(*(card["us"] for card in cards), strict=True)]
+    every = exchange(world, {"us": [round(us, 3) for us in mine]})
+    return [max(figures) for figures in zip(*(facts["us"] for facts in every), strict=True)]
 
 
 def _microseconds(tp: Group, x: Tensor) -> float:

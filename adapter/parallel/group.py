@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +15,6 @@ from torch import Tensor
 
 from adapter.parallel.progress import ALL_GATHER, ALL_REDUCE, BARRIER, BROADCAST, Progress
 
-CARD_BYTES = 512
-
 
 def to_device(x: Tensor) -> Tensor:
     """`x` where this rank computes and communicates."""
@@ -25,15 +23,16 @@ def to_device(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Route:
-    """One way to sum and gather over a group. spins: a rank that waits in it takes a core from those that work.
+    """One way to sum and gather over a group.
 
     all_reduce: (x, torch's group) -> in place; all_gather: (out, x, torch's group), out every rank's flat x in turn.
+    busy_waits: whether a rank that waits in it keeps a core busy.
     """
 
     name: str
     all_reduce: Callable[[Tensor, Any], object]
     all_gather: Callable[[Tensor, Tensor, Any], object]
-    spins: bool = False
+    busy_waits: bool = False
 
 
 def _torch_all_reduce(x: Tensor, group: Any) -> None:
@@ -51,7 +50,7 @@ TORCH = Route("torch group", _torch_all_reduce, torch_all_gather)
 class Group:
     """One rank's view of a group of ranks.
 
-    rank: this process's place in the group; root: which rank of the whole job has place 0.
+    rank: this process's number in the group; root: which rank of the whole job is number 0 of it.
     group: torch's; None is the whole job. route: the way it sums and gathers.
     progress: where its collectives are counted for the other ranks to see; None: nowhere.
     """
@@ -88,6 +87,12 @@ class Group:
         parts = out.view(self.size, *x.shape)
         return torch.cat([part[..., :n] for part, n in zip(parts, sizes, strict=True)], dim=-1)
 
+    def gather_integers(self, mine: Sequence[int]) -> list[list[int]]:
+        """Every rank's integers, of 64 bits and as many on each, by rank."""
+        x = to_device(torch.tensor(mine, dtype=torch.int64))
+        rows: list[list[int]] = self.all_gather_last(x, (len(mine),) * self.size).view(self.size, -1).tolist()
+        return rows
+
     def broadcast(self, x: Tensor) -> Tensor:
         """The first rank's `x` on every rank, in place."""
         if self.size > 1:
@@ -106,10 +111,9 @@ class Group:
                 dist.barrier(group=self.group)
 
 
-def exchange(world: Group, card: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every rank's card, by rank; every rank must call it."""
-    text = json.dumps(card).encode()
-    assert len(text) <= CARD_BYTES, text
-    mine = torch.frombuffer(bytearray(text.ljust(CARD_BYTES)), dtype=torch.uint8)
-    rows = world.all_gather_last(mine.to(get_accelerator().current_device_name()), (CARD_BYTES,) * world.size)
-    return [json.loads(bytes(row.tolist())) for row in rows.cpu().view(world.size, CARD_BYTES)]
+def exchange(world: Group, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every rank's `facts`, a JSON object of any length, by rank. Every rank must call it."""
+    mine = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
+    lengths = tuple(length for (length,) in world.gather_integers([len(mine)]))  # first: each rank knows its own only
+    every = world.all_gather_last(to_device(mine), lengths).cpu()
+    return [json.loads(bytes(part.tolist())) for part in every.split(lengths)]

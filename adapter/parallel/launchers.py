@@ -1,4 +1,4 @@
-"""Which launcher started this process, and what it says of the job: any launcher's environment -> a `Launch`.
+"""Which launcher started this process, and how it describes the job: any launcher's environment -> a `Launch`.
 
 Imports neither torch nor DeepSpeed, so that a command can ask for its rank before anything slow.
 """
@@ -12,7 +12,6 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from adapter.parallel import network
 from policies.errors import UserError
@@ -20,12 +19,13 @@ from policies.errors import UserError
 log = logging.getLogger("adapter")
 Environ = MutableMapping[str, str]
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+DEEPSPEED_COMMAND = "deepspeed --num_accelerators {n} ..."
 SLURM_PORTS = range(20000, 30000)  # below the ports that kernels give to outgoing connections
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Where this process stands in its job. local_size: ranks of the job on this host; 0: nobody said."""
+    """The numbers of this process in its job. local_size: ranks of the job on this host, 0 if that is not known."""
 
     rank: int
     world_size: int
@@ -39,13 +39,14 @@ class Launch:
 
 @dataclass(frozen=True)
 class Launcher:
-    """How one launcher is recognised, where it says a rank's place, and how it is told the number of ranks.
+    """How one launcher is recognised, which variables give a rank's numbers, and the command that starts n ranks.
 
+    mark: a variable in every process that it starts, and not by those below it in the table.
     discover: sets RANK and the rest where the launcher itself does not.
     """
 
     name: str
-    mark: str  # set in every process that it starts, and not by those below it in the table
+    mark: str
     rank: str
     world_size: str
     local_rank: str
@@ -84,8 +85,8 @@ def environment_rank(name: str, environ: Mapping[str, str] = os.environ) -> int:
     where there is none or it is no number."""
     launcher = launcher_of(environ)
     own = {"RANK": launcher.rank, "LOCAL_RANK": launcher.local_rank}[name]
-    said = environ.get(name) or environ.get(own) or "0"
-    return int(said) if said.isdecimal() else 0
+    stated = environ.get(name) or environ.get(own) or "0"
+    return int(stated) if stated.isdecimal() else 0
 
 
 def how_to_start(ranks: int, environ: Mapping[str, str] = os.environ) -> str:
@@ -105,13 +106,13 @@ def _checked(launcher: Launcher, environ: Environ) -> Launch:
                         "the deepspeed launcher, torchrun, mpirun or srun, or set what is missing")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
     values = [environ.get(name) or "0" for name in names]
-    said = ", ".join(f"{name}={environ.get(name, '')}" for name in (*names, "MASTER_PORT"))
+    stated = ", ".join(f"{name}={environ.get(name, '')}" for name in (*names, "MASTER_PORT"))
     if not all(value.isdecimal() for value in (*values, environ["MASTER_PORT"])):
-        raise UserError(f"{said}: whole numbers are needed")
+        raise UserError(f"{stated}: whole numbers are needed")
     launch = Launch(*map(int, values))
     if launch.rank >= launch.world_size or launch.local_size > launch.world_size or (
             launch.local_size and launch.local_rank >= launch.local_size):
-        raise UserError(f"{said}: these do not agree. Is one of them exported in a shell or a startup file?")
+        raise UserError(f"{stated}: these do not agree. Is one of them exported in a shell or a startup file?")
     return launch
 
 
@@ -121,7 +122,7 @@ def _alone(launcher: Launcher, environ: Environ) -> None:
 
 
 def _discover_mpi(launcher: Launcher, environ: Environ) -> None:
-    """mpirun gives no rendezvous: rank 0 picks a free port and tells the others. Loopback where all share a host."""
+    """mpirun gives no rendezvous: rank 0 picks a free port and sends it to the others. Loopback on one host."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # the latter: no MPI library
@@ -136,17 +137,17 @@ def _discover_mpi(launcher: Launcher, environ: Environ) -> None:
                         "(MPI4PY_MPIABI=openmpi or mpich, and its libmpi on LD_LIBRARY_PATH)")
     host = world.Split_type(MPI.COMM_TYPE_SHARED)
     one_host = host.Get_size() == started
-    place = None
+    rendezvous = None
     if world.Get_rank() == 0:
-        place = (environ.get("MASTER_ADDR") or ("127.0.0.1" if one_host else network.own_address()),
-                 environ.get("MASTER_PORT") or str(network.free_port()))
-    address, port = world.bcast(place, root=0)
+        rendezvous = (environ.get("MASTER_ADDR") or ("127.0.0.1" if one_host else network.own_address()),
+                      environ.get("MASTER_PORT") or str(network.free_port()))
+    address, port = world.bcast(rendezvous, root=0)
     environ.update(RANK=str(world.Get_rank()), WORLD_SIZE=str(started), LOCAL_RANK=str(host.Get_rank()),
                    LOCAL_SIZE=str(host.Get_size()), MASTER_ADDR=address, MASTER_PORT=port)
 
 
 def _discover_slurm(launcher: Launcher, environ: Environ) -> None:
-    """srun's own variables say everything but a port, which the job's and step's numbers give.
+    """srun's own variables give everything but a port, which the job's and step's numbers give.
 
     mpi4py is not asked, even where srun offers PMI: an MPI without Slurm support ends the process at its start.
     """
@@ -188,7 +189,7 @@ def slurm_port(job: int, step: int) -> int:
 
 
 def _choose_interface(launch: Launch, environ: Environ) -> None:
-    """Set GLOO_SOCKET_IFNAME to the interface that leads to MASTER_ADDR, and say what in that address looks wrong.
+    """Set GLOO_SOCKET_IFNAME to the interface that leads to MASTER_ADDR, and warn of what in that address looks wrong.
 
     Left alone, gloo takes what this host's name resolves to: often a loopback address (Debian's 127.0.1.1) or a bridge
     of containers, where the other hosts do not find it.
@@ -210,29 +211,24 @@ def _choose_interface(launch: Launch, environ: Environ) -> None:
             log.info("network: interface %s, which leads to MASTER_ADDR %s", name, address)
 
 
-def usable_cores() -> int:
-    """Cores of this host, or as many as the container's CPU quota (cgroup v2) is worth."""
-    cores = os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
-        return cores
+def _sets_torch_variables(name: str, mark: str, start: str) -> Launcher:
+    """A launcher that sets the variables that torch reads."""
+    return Launcher(name=name, mark=mark, rank="RANK", world_size="WORLD_SIZE", local_rank="LOCAL_RANK", start=start)
 
 
-_TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_DEEPSPEED = "deepspeed --num_accelerators {n} ..."
-_OPENMPI, _HYDRA = "OMPI_COMM_WORLD_", "MPI_LOCAL"
 LAUNCHERS = (  # in the order in which they are looked for: a launcher may itself have been started by one further down
-    Launcher("deepspeed", "CROSS_SIZE", *_TORCH, _DEEPSPEED),
-    Launcher("torchrun", "TORCHELASTIC_RUN_ID", *_TORCH, "torchrun --nproc-per-node {n} ..."),
-    Launcher("mpirun (OpenMPI)", f"{_OPENMPI}SIZE", f"{_OPENMPI}RANK", f"{_OPENMPI}SIZE", f"{_OPENMPI}LOCAL_RANK",
-             "mpirun -n {n} ...", _discover_mpi),
-    Launcher("mpirun (MPICH or Intel MPI)", f"{_HYDRA}NRANKS", "PMI_RANK", "PMI_SIZE", f"{_HYDRA}RANKID",
-             "mpirun -n {n} ...", _discover_mpi),
-    Launcher("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID",
-             "srun --ntasks {n} ...", _discover_slurm),
-    Launcher("mpiexec", "PMI_SIZE", "PMI_RANK", "PMI_SIZE", "PALS_LOCAL_RANKID", "mpiexec -n {n} ...", _discover_mpi),
-    Launcher("the launcher", "RANK", *_TORCH, _DEEPSPEED),
-    Launcher("no launcher", "", *_TORCH, _DEEPSPEED, _alone),
+    _sets_torch_variables(name="deepspeed", mark="CROSS_SIZE", start=DEEPSPEED_COMMAND),
+    _sets_torch_variables(name="torchrun", mark="TORCHELASTIC_RUN_ID", start="torchrun --nproc-per-node {n} ..."),
+    Launcher(name="mpirun (OpenMPI)", mark="OMPI_COMM_WORLD_SIZE", rank="OMPI_COMM_WORLD_RANK",
+             world_size="OMPI_COMM_WORLD_SIZE", local_rank="OMPI_COMM_WORLD_LOCAL_RANK", start="mpirun -n {n} ...",
+             discover=_discover_mpi),
+    Launcher(name="mpirun (MPICH or Intel MPI)", mark="MPI_LOCALNRANKS", rank="PMI_RANK", world_size="PMI_SIZE",
+             local_rank="MPI_LOCALRANKID", start="mpirun -n {n} ...", discover=_discover_mpi),
+    Launcher(name="srun", mark="SLURM_STEP_NUM_TASKS", rank="SLURM_PROCID", world_size="SLURM_STEP_NUM_TASKS",
+             local_rank="SLURM_LOCALID", start="srun --ntasks {n} ...", discover=_discover_slurm),
+    Launcher(name="mpiexec", mark="PMI_SIZE", rank="PMI_RANK", world_size="PMI_SIZE", local_rank="PALS_LOCAL_RANKID",
+             start="mpiexec -n {n} ...", discover=_discover_mpi),
+    _sets_torch_variables(name="the launcher", mark="RANK", start=DEEPSPEED_COMMAND),
+    Launcher(name="no launcher", mark="", rank="RANK", world_size="WORLD_SIZE", local_rank="LOCAL_RANK",
+             start=DEEPSPEED_COMMAND, discover=_alone),
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
 
+from adapter.parallel.agreement import require_alike
 from adapter.parallel.all_reduce import TOKEN_BYTES, choose
 from adapter.parallel.group import Group
 from adapter.parallel.launchers import Launch, read_environment
@@ -71,12 +72,13 @@ class Mpu:
         return self.replicas.group
 
 
-def start(tp_size: int, megatron: Any = None, token_bytes: int = TOKEN_BYTES) -> Mpu:
+def start(tp_size: int, megatron: Any = None, token_bytes: int = TOKEN_BYTES,
+          facts: Mapping[str, str] | None = None) -> Mpu:
     """Join the job, check that its ranks make whole replicas and build the groups. Safe to call again in a process.
 
     megatron: the caller's own Megatron-style mpu, whose groups are taken as they are. token_bytes: of a hidden state,
-    what a group sums most often. Raises UserError where the world is not a multiple of tp_size or the rendezvous port
-    is taken.
+    what a group sums most often. facts: what must be alike on all ranks, as agreement.require_alike takes it. Raises
+    UserError where the world is not a multiple of tp_size, the rendezvous port is taken or the ranks are not alike.
     """
     launch = read_environment()
     if megatron is None:
@@ -91,6 +93,7 @@ def start(tp_size: int, megatron: Any = None, token_bytes: int = TOKEN_BYTES) ->
                               timeout=TIMEOUT, auto_mpi_discovery=False)
     dist.barrier()  # every rank has mapped every segment, so their names can go
     unlink_segments()
+    require_alike(Group(launch.rank, launch.world_size), {"tp_size": str(tp_size), **(facts or {})})
     groups = _grid(launch, tp_size) if megatron is None else _groups_of(megatron)
     return _counted(launch, token_bytes, *groups)
 
@@ -100,7 +103,7 @@ def _grid(launch: Launch, tp_size: int) -> tuple[Any, Any]:
     rank must call it, since torch wants every group made by all."""
     world = range(launch.world_size)
     tp = [_new_group(world[start:start + tp_size]) for start in world[::tp_size]]
-    dp = [_new_group(world[place::tp_size]) for place in range(tp_size)]
+    dp = [_new_group(world[first::tp_size]) for first in range(tp_size)]
     return tp[launch.rank // tp_size], dp[launch.rank % tp_size]
 
 

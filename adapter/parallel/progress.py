@@ -11,10 +11,11 @@ ALL_REDUCE, ALL_GATHER, BROADCAST, BARRIER = range(4)
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How far a rank has come: its collectives so far, whether it is inside the last one, and what that is.
+class CollectiveState:
+    """How far a rank has come: the number of its collectives so far, whether it is inside the last one, and its kind.
 
-    values: elements it gives to it; with `kind` what tells whether two ranks are in the same collective.
+    values: elements that it gives to the last one; two ranks are in the same collective where kind and values agree.
+    On an accelerator a rank is inside only while it enqueues: a device runs behind, and may wait long after that.
     """
 
     entered: int
@@ -28,7 +29,7 @@ class Standing:
 
 
 class Progress:
-    """A rank's Standing in memory without a name, which other processes of the host read through /proc
+    """A rank's CollectiveState, in memory without a name, which other processes of the host read through /proc
     (adapter.health.watchdog).
 
     A context manager: within, the rank is inside the collective that `entering` announced.
@@ -50,8 +51,8 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         self._words[1] = self._words[0]
 
-    def standing(self) -> Standing:
-        return standing(self._words)
+    def state(self) -> CollectiveState:
+        return read_state(self._words)
 
 
 def hash_of_boot() -> int:
@@ -66,7 +67,7 @@ def open_progress(pid: int, fd: int) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE, access=mmap.ACCESS_READ)).cast("q")
 
 
-def standing(words: memoryview) -> Standing:
-    """What a Progress says, this process's or another's."""
+def read_state(words: memoryview) -> CollectiveState:
+    """The state in a Progress, of this process or another."""
     entered, left, kind, values = words[:4].tolist()
-    return Standing(entered, left < entered, kind, values)
+    return CollectiveState(entered, left < entered, kind, values)

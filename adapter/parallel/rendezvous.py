@@ -14,10 +14,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import is_ninja_available
 
+from adapter.parallel.devices import take_device
 from adapter.parallel.launchers import Launch, how_to_start
 from policies.errors import UserError
 
-TIMEOUT = timedelta(minutes=10)  # of any collective: the longest a rank may wait while another decodes a film
+TIMEOUT = timedelta(minutes=10)  # of any collective: the longest a rank may wait while another decodes a video
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -35,27 +36,25 @@ def check_world(world_size: int, tp_size: int) -> None:
 
 
 def init_process_group(launch: Launch) -> None:
-    """torch's process group; a job of one host rendezvouses on loopback only, which env:// would not do."""
-    backend = get_accelerator().communication_backend_name()
-    if get_accelerator().device_name() != "cpu":
-        if launch.local_rank >= get_accelerator().device_count():
-            raise UserError(f"rank {launch.rank} is number {launch.local_rank} on its host, which has only "
-                            f"{get_accelerator().device_count()} accelerators; start fewer ranks there")
-        get_accelerator().set_device(launch.local_rank)
+    """Join torch's process group, each rank on a device of its own. Raises UserError where that cannot be."""
+    store = torch.distributed.PrefixStore("qwenvl_tp", _store(launch))
+    take_device(launch, store)
+    torch.distributed.init_process_group(get_accelerator().communication_backend_name(), store=store, timeout=TIMEOUT,
+                                         rank=launch.rank, world_size=launch.world_size)
+
+
+def _store(launch: Launch) -> torch.distributed.Store:
+    """The key-value store through which the ranks meet: on loopback alone in a job of one host, unlike env://'s."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if not launch.one_host or address not in LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        try:
-            torch.distributed.init_process_group(backend, timeout=TIMEOUT, rank=launch.rank,
-                                                 world_size=launch.world_size)
-        except torch.distributed.DistNetworkError as error:
-            raise UserError(f"the rendezvous at {address}:{port} failed: {str(error).splitlines()[0]}. Is another job "
-                            "using that port there? Start with another MASTER_PORT (deepspeed --master_port)") from None
-        return
-    listener = _listen(port) if launch.rank == 0 else None
-    store = torch.distributed.TCPStore("127.0.0.1", port, launch.world_size, launch.rank == 0, timeout=TIMEOUT,
-                                       wait_for_workers=False, master_listen_fd=listener)
-    torch.distributed.init_process_group(backend, store=store, timeout=TIMEOUT, rank=launch.rank,
-                                         world_size=launch.world_size)
+    if launch.one_host and address in LOOPBACK and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        listener = _listen(port) if launch.rank == 0 else None
+        return torch.distributed.TCPStore("127.0.0.1", port, launch.world_size, launch.rank == 0, timeout=TIMEOUT,
+                                          wait_for_workers=False, master_listen_fd=listener)
+    try:
+        return next(torch.distributed.rendezvous("env://", launch.rank, launch.world_size, timeout=TIMEOUT))[0]
+    except torch.distributed.DistNetworkError as error:
+        raise UserError(f"the rendezvous at {address}:{port} failed: {str(error).splitlines()[0]}. Is another job "
+                        "using that port there? Start with another MASTER_PORT (deepspeed --master_port)") from None
 
 
 def leave() -> None:
@@ -79,7 +78,7 @@ def _listen(port: int) -> int:
 
 
 def need_a_compiler() -> None:
-    """Without ninja or a compiler DeepSpeed raises where it builds its shared-memory op; tell it that it has none."""
+    """Without ninja or a compiler DeepSpeed raises where it builds its shared-memory op; mark it as not there."""
     if not is_ninja_available() or not shutil.which(os.environ.get("CXX", "c++")):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

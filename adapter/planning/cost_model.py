@@ -3,14 +3,14 @@
 A roofline with an alpha-beta model of the collectives. What a rank computes, reads and sends follows from the policy's
 table (rule and dimensions of every row, its slice on that rank) and from heads; no model is known here:
 
-* a linear of [out, in] weights over r rows: 2 x out x in x r FLOP, at the rate of model.dtype whatever the weights'
-  format; they are read once a forward; a Row-cut one and the embedding end in an all-reduce, the output projection in a
-  gather.
+* a linear layer with [out, in] weights over r rows: 2 x out x in x r FLOP, at the rate of model.dtype whatever the
+  weights' format; they are read once a forward; a row-parallel one and the embedding end in an all-reduce, the output
+  projection in a gather.
 * attention over p patches of one image: 4 x head_dim x p^2 FLOP a head; over a prompt of s tokens, causal: 4 x
   head_dim x s (s + 1) / 2; for one new token over c cached ones: 4 x head_dim x c.
 * seconds of a forward: max(FLOP / rate, bytes read / bandwidth) + collectives + overhead, of the slowest rank.
 
-Not counted: reading and resizing pictures, tokenising, norms and other element-wise work over many rows, padding of a
+Not counted: reading and resizing images, tokenising, norms and other element-wise work over many rows, padding of a
 batch. Nothing is taken to overlap: where launches run ahead of an accelerator, overhead is partly hidden. Attention is
 assumed never to hold its scores (attn_implementation eager does).
 """
@@ -31,8 +31,8 @@ TEXT_TOKENS = 27  # of a short question in the chat template
 
 @dataclass(frozen=True)
 class Workload:
-    """Equal prompts, `batch` of them. prompt_tokens: of one, its images' included. patches: of each of its images,
-    before merging. new_tokens: generated for each; the step that is predicted is the middle one.
+    """A batch of `batch` equal prompts. prompt_tokens: of one prompt, its images' included. patches: of each of its
+    images, before merging. new_tokens: generated for each; the step that is predicted is the middle one.
     """
 
     prompt_tokens: int
@@ -48,7 +48,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank does in one forward. Bytes and counts; FLOP are those of a multiply and an add."""
+    """What one rank does in one forward: counts, and bytes. A multiplication and an addition are two FLOP."""
 
     layers: int = 0
     linear_flop: int = 0
@@ -66,7 +66,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Phase:
-    """One forward on its slowest rank. Seconds by what they are spent on; linears and attention are `compute_s`."""
+    """One forward on its slowest rank, in seconds of each kind; linear layers and attention make `compute_s`."""
 
     rank: int
     work: Work
@@ -87,7 +87,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the fullest rank, and what a memory holds that `ranks` of them share."""
+    """Bytes of the fullest rank, and of the memory (`available`) that `ranks` of them share."""
 
     rank: int
     weights: int
@@ -163,9 +163,9 @@ def vision_work(plan: Plan, load: Workload, rank: int) -> Work:
     """Every image of the batch in one forward; attention stays within an image."""
     merge = plan.geometry.picture[1] ** 2
     patches = load.batch * sum(load.patches)
-    shard, stack = plan.heads["vision"][rank], _vision_stack(plan)
+    encoder = plan.policy.encoder
+    shard, layers = plan.heads[encoder.heads][rank], plan.geometry.layers[encoder.stack]
     scores = load.batch * sum(p * p for p in load.patches)
-    layers = plan.geometry.layers.get(stack, 0)
     attention = Work(layers=layers, attention_flop=4 * shard.head_dim * shard.slots * layers * scores)
     return attention + _table_work(plan, rank, {"patch": patches, "merged": patches // merge})
 
@@ -179,12 +179,8 @@ def text_work(plan: Plan, batch: int, tokens: int, cached: int, rank: int) -> Wo
     return attention + _table_work(plan, rank, {"token": batch * tokens, "last": batch})
 
 
-def _vision_stack(plan: Plan) -> str:
-    return next(stack for stack in plan.geometry.layers if stack != plan.geometry.text_stack)
-
-
 def _kinds(plan: Plan) -> list[int]:
-    """One rank of every kind: those with equal slices and heads do the same."""
+    """One rank of every kind; ranks with equal slices and heads do the same work."""
     kinds: dict[tuple[int, ...], int] = {}
     for rank in range(plan.tp_size):
         lengths = [stop - start for split in plan.splits.values() for start, stop in (split.ranges[rank],)]
@@ -194,7 +190,7 @@ def _kinds(plan: Plan) -> list[int]:
 
 
 def _table_work(plan: Plan, rank: int, rows: Mapping[Rows, int]) -> Work:
-    """Of the table's rows whose modules compute on one of `rows`: on how many rows of input each does."""
+    """The work of the table's entries that compute on one of `rows`, a kind of input row -> how many there are."""
     work = Work()
     for claim in plan.policy.table:
         if (unit := plan.policy.rows_of(claim.module)) in rows:
@@ -203,17 +199,18 @@ def _table_work(plan: Plan, rank: int, rows: Mapping[Rows, int]) -> Work:
 
 
 def _modules(claim: Claim, layers: Mapping[str, int]) -> tuple[str, int]:
-    """One of the modules that a row of the table stands for, and how many they are: every layer is like the first."""
+    """One of the modules that an entry of the table stands for, and how many they are; all layers are alike."""
     stack = claim.module.split(".*", 1)[0]
     return claim.module.replace("*", "0", 1), layers[stack] if "*" in claim.module else 1
 
 
 def _module_work(plan: Plan, claim: Claim, rank: int, rows: int) -> Work:
-    """Of all modules of one row of the table, each over `rows` rows of input."""
+    """The work of all modules of one entry of the table, each over `rows` rows of input."""
     module, modules = _modules(claim, plan.geometry.layers)
     part, item, alone = plan.slice(module, "weight", rank), DTYPE_BYTES[plan.dtype], plan.tp_size == 1
     matrix, looked_up = len(part.shape) > 1, isinstance(claim.rule, Vocab)
-    reduces, gathers = isinstance(claim.rule, Row | Vocab) and not alone, isinstance(claim.rule, Head) and not alone
+    reduces = isinstance(claim.rule, Row | Vocab) and not alone
+    gathers = isinstance(claim.rule, Head) and not alone
     width = part.shape[1 if looked_up else 0]  # of the output, summed over all ranks or gathered from them
     held = sum(plan.tensor_bytes(module, suffix, rank) for suffix in claim.parameters())
     return Work(
@@ -244,8 +241,8 @@ def _phase(plan: Plan, hardware: Hardware, rank: int, work: Work) -> Phase:
 
 
 def _memory(plan: Plan, hardware: Hardware, load: Workload, rank: int) -> Memory:
-    """Activations: everything one layer of the fuller encoder computes, alive at once; pixels in float32; the
-    logits."""
+    """The memory of one rank. Activations are everything that a layer of the larger of both stacks computes, alive
+    at once, the pixels in float32, and the logits."""
     item, patches = DTYPE_BYTES[plan.dtype], load.batch * sum(load.patches)
     outputs: dict[Rows, int] = {}
     weights = 0

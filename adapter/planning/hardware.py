@@ -1,4 +1,4 @@
-"""What a machine can do, as a YAML file of configs/hardware/ says it, and what one of n ranks gets of it.
+"""What a machine can do, as a YAML file of configs/hardware/ states it, and what one of n ranks gets of it.
 
 Strict as adapter.config.schema: an unknown key, or a number that cannot be, is an error. Every key has its unit in its
 name; GB and TFLOP are powers of ten. To write one: yaml.safe_dump(hardware.model_dump(mode="json", exclude_none=True)).
@@ -44,7 +44,7 @@ class AllReduce(Section):
         return (self.ranks - 1) / self.ranks
 
     def seconds(self, calls: int, moved_bytes: float) -> float:
-        """Of `calls` collectives in which a rank sends `moved_bytes` in all."""
+        """Seconds of `calls` collectives in which a rank sends `moved_bytes` in all."""
         return calls * self.latency_us * 1e-6 + moved_bytes / (self.bandwidth_gb_s * 1e9)
 
 
@@ -55,7 +55,7 @@ def _ascending(entries: tuple[AllReduce, ...]) -> tuple[AllReduce, ...]:
 
 
 class Tflops(Section):
-    """Dense matrix product of one device, by the dtype of its operands."""
+    """TFLOP/s of one device's dense matrix product, by the dtype of its operands."""
 
     bfloat16: Amount | None = None
     float16: Amount | None = None
@@ -64,7 +64,7 @@ class Tflops(Section):
 
 class Efficiency(Section):
     """The part of matmul_tflop_s and memory_read_gb_s that this project's kernels reach: 1 where those were measured
-    with them, and said in the open where those are a data sheet's."""
+    with them, and stated openly where those are a data sheet's."""
 
     matmul: Part  # linear layers over the rows of a prompt
     attention: Part  # scores, and their product with the values
@@ -103,14 +103,14 @@ class Hardware(Section):
         return rates
 
     def devices_per_rank(self, ranks: int) -> float:
-        """Devices that one of `ranks` ranks computes on; the one with the least, where they do not divide."""
+        """Devices that one of `ranks` ranks computes on; of the rank with the least, where they do not divide."""
         return self.devices / ranks if self.kind == "cpu" else 1 / -(-ranks // self.devices)
 
     def ranks_per_memory(self, ranks: int) -> int:
         return ranks if self.kind == "cpu" else -(-ranks // self.devices)
 
     def read_gb_s(self, ranks: int) -> float:
-        """What one of `ranks` ranks reads while all do."""
+        """GB/s that one of `ranks` ranks reads while all read."""
         return self.memory_read_gb_s * self.efficiency.memory_read / self.ranks_per_memory(ranks)
 
     def tflop_s(self, dtype: str) -> float:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from adapter.checkpoint.other_formats import other_format
 from adapter.checkpoint.safetensors import Checkpoint, open_checkpoint, read_config
 from adapter.checkpoint.sharded import Shards, is_sharded, open_shards
+from adapter.config.hub import shown
 from adapter.planning.plan import Plan
 from policies.errors import UserError, told
 from policies.formats import FORMATS
@@ -19,7 +21,7 @@ def make_plan(directory: Path, tp_size: int, dtype: str,
     Raises UserError only where there is nothing to plan (no config.json, unknown model type, impossible numbers in it).
     """
     config = read_config(directory)
-    policy = policy_for(config, str(directory / "config.json"))
+    policy = policy_for(config, f"{shown(directory)}/config.json")
     geometry = policy.geometry(config)
     problems = policy.problems(geometry, tp_size)
     plan = Plan(policy, geometry, tp_size, dtype, vision, FORMATS[form])
@@ -39,11 +41,11 @@ def checked_plan(directory: Path, tp_size: int, dtype: str, vision: str = "tenso
     """The plan and the weights, both sound. Raises one UserError with every problem and the tp sizes that work."""
     plan, checkpoint, problems = make_plan(directory, tp_size, dtype, vision, form)
     if isinstance(checkpoint, Shards) and problems:
-        raise UserError("\n  ".join([f"{directory}: these shards cannot be loaded:", *told(problems)]))
+        raise UserError("\n  ".join([f"{shown(directory)}: these shards cannot be loaded:", *told(problems)]))
     if checkpoint is None:
-        problems.append("no safetensors file here (model.safetensors or model.safetensors.index.json); other formats "
-                        "can run code when they are opened: convert with Transformers' save_pretrained")
-    require(problems, plan, str(directory))
+        problems.append("no safetensors file here (model.safetensors or model.safetensors.index.json)"
+                        + (f"; {found}" if (found := other_format(directory)) else ""))
+    require(problems, plan, shown(directory))
     assert checkpoint is not None
     return plan, checkpoint
 

@@ -51,7 +51,7 @@ class Plan:
 
     @cached_property
     def alone(self) -> Plan:
-        """What a rank computes with that runs a encoder by itself."""
+        """What a rank computes with that runs an encoder by itself."""
         return replace(self, tp_size=1, vision="tensor")
 
     @cached_property

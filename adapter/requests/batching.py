@@ -5,30 +5,34 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import safetensors.torch
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from adapter.config.schema import Config
-from adapter.parallel.group import Group, to_device
+from adapter.parallel.group import Group, exchange, to_device
 from adapter.requests.finite import NonFiniteLogits
+from adapter.requests.identity import stated_limit
+from adapter.requests.out_of_memory import MemoryGuard, OutOfMemory
 from adapter.requests.processing import Prepared, RequestError, RequestProcessor, collate
 
 log = logging.getLogger("adapter")
 Row = dict[str, Any]
 Write = Callable[[Row], None]
+ALONE = MemoryGuard()  # for what one rank does before the others begin
 DEFAULT_NEW_TOKENS = 256  # where the config sets neither max_new_tokens nor max_length; Transformers' own is 20 in all
 
 
 class Clock(BaseStreamer):
-    """Times of the tokens of a generate call; the first `put` is the prompt."""
+    """Records the times of the tokens of a generate call; the first `put` is the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -76,31 +80,50 @@ class Limits:
         return cls(arguments, room(config, context), ends, beams == 1, told)
 
     def for_prompt(self, tokens: int) -> dict[str, Any]:
-        """The arguments for a batch `tokens` long: the answer ends where the context does."""
+        """Return the arguments for a batch `tokens` long: the answer ends where the context does."""
         return self.arguments | {"max_new_tokens": min(self.arguments["max_new_tokens"], self.context - tokens)}
 
 
 def room(config: Config, context: int) -> int:
-    """Tokens of prompt and answer together: the model's, or fewer where the deepspeed section says so."""
-    stated = config.deepspeed.get("max_out_tokens", config.deepspeed.get("max_tokens"))
+    """Return how many tokens prompt and answer may have together: the model's limit, or the deepspeed section's."""
+    stated = stated_limit(config)
     return min(context, stated) if isinstance(stated, int) else context  # DeepSpeed refuses what is not a number
 
 
 def answer_batch(items: Sequence[Prepared | RequestError], processor: RequestProcessor, limits: Limits,
                  run: Run) -> list[Row]:
-    """A row for each item, in their order: what was generated, or why not."""
+    """Return a row for each item, in their order: what was generated, or why nothing was."""
     rows: dict[str, Row] = {}
     for item in items:
         if isinstance(item, RequestError):
-            log.error("request %s failed: %s", item.request_id, item.reason)
-            rows[item.request_id] = {"id": item.request_id, "error": item.reason}
+            rows[item.request_id] = failed_row(item.request_id, item.reason)
     for batch in padded_together([item for item in items if isinstance(item, Prepared)], limits):
-        rows |= {row["id"]: row for row in _rows(batch, processor, limits, run)}
+        rows |= {row["id"]: row for row in _rows_that_fit(batch, processor, limits, run)}
     return [rows[item.request_id if isinstance(item, RequestError) else item.id] for item in items]
 
 
+def failed_row(request_id: str, reason: str) -> Row:
+    """The row of a request that has no answer, which is logged; the other rows of its batch stay as they are."""
+    log.error("request %s failed: %s", request_id, reason)
+    return {"id": request_id, "error": reason}
+
+
+def _rows_that_fit(batch: Sequence[Prepared], processor: RequestProcessor, limits: Limits, run: Run) -> list[Row]:
+    """The rows of a batch; where memory runs out those of its halves, and a single request fails."""
+    try:
+        return _rows(batch, processor, limits, run)
+    except OutOfMemory as error:
+        reason = str(error)
+    if len(batch) == 1:
+        return [failed_row(batch[0].id, f"out of memory: its {batch[0].prompt_tokens} tokens and their answer do not "
+                           f"fit ({reason}); lower max_pixels or generation.max_new_tokens, or use more ranks")]
+    log.warning("out of memory for %d requests at once (%s); they are tried in two halves", len(batch), reason)
+    half = len(batch) // 2
+    return [row for part in (batch[:half], batch[half:]) for row in _rows_that_fit(part, processor, limits, run)]
+
+
 def padded_together(items: Sequence[Prepared], limits: Limits) -> Iterator[list[Prepared]]:
-    """The items in order, as batches: one to which padding would cut the answers of others starts another."""
+    """Yield the items in order, as batches; an item whose padding would cut the answers of others starts another."""
     batch: list[Prepared] = []
     for item in items:
         longest = max(other.prompt_tokens for other in [*batch, item])
@@ -113,10 +136,10 @@ def padded_together(items: Sequence[Prepared], limits: Limits) -> Iterator[list[
 
 
 def share(tensors: dict[str, Tensor], tp: Group) -> dict[str, Tensor]:
-    """Rank 0's tensors on every rank, in one broadcast of their safetensors form; {} means that there is no more."""
+    """Return rank 0's tensors on every rank, by one broadcast of their safetensors form; {} says that none follow."""
     if tp.size == 1:
         return tensors
-    payload = safetensors.torch.save(tensors) if tensors and tp.rank == 0 else b""
+    payload = ALONE.run(lambda: safetensors.torch.save(tensors)) if tensors and tp.rank == 0 else b""
     size = int(tp.broadcast(to_device(torch.tensor([len(payload)]))))
     if not size:
         return {}
@@ -141,52 +164,76 @@ def _rows(batch: Sequence[Prepared], processor: RequestProcessor, limits: Limits
     """Generate for one batch and make its rows. ttft_s is to the batch's first token, decode_tok_s that of one row;
     None where beams hide when a token came."""
     log.log(limits.told, "generating: requests %s", ", ".join(item.id for item in batch))
-    inputs, clock = collate(batch, processor.pad_token_id), Clock()
+    inputs, clock = ALONE.run(lambda: collate(batch, processor.pad_token_id)), Clock()
     began = time.perf_counter()
     generated = run(inputs, clock)
     times = clock.times[1:]
     rows: list[Row] = []
     for i, (item, ids) in enumerate(zip(batch, generated.tokens.tolist(), strict=True)):
         if i in generated.failed:
-            log.error("request %s failed: %s", item.id, generated.failed[i])
-            rows.append({"id": item.id, "error": generated.failed[i]})
+            rows.append(failed_row(item.id, generated.failed[i]))
             continue
         tokens = _until_end(ids, limits.ends)
         rows.append({
-            "id": item.id, "answer": processor.decode(tokens), "tokens": tokens, "prompt_tokens": item.prompt_tokens,
-            "new_tokens": len(tokens), "ttft_s": round(times[0] - began, 4) if times else None,
+            "id": item.id, "answer": processor.decode(tokens, item.continued), "tokens": tokens,
+            "prompt_tokens": item.prompt_tokens, "new_tokens": len(tokens),
+            "ttft_s": round(times[0] - began, 4) if times else None,
             "decode_tok_s": round((len(times) - 1) / (times[-1] - times[0]), 2) if len(times) > 1 else None,
         })
     return rows
 
 
 def _until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
-    """A row's tokens up to and with its end-of-sequence token; what follows is the batch's padding."""
+    """Return a row's tokens up to and with its end-of-sequence token; what follows is the batch's padding."""
     for i, token in enumerate(ids):
         if token in ends:
             return list(ids[: i + 1])
     return list(ids)
 
 
+@dataclass(frozen=True)
+class RankFacts:
+    """What one rank holds and has read: bytes, seconds of loading, and its place among the job's replicas."""
+
+    replica: int
+    tp_rank: int
+    weight_bytes: int
+    bytes_read: int
+    load_s: float
+    pss_bytes: int
+    device_peak_bytes: int
+
+
 def rank_facts(engine: deepspeed.InferenceEngine) -> list[dict[str, Any]]:
-    """What each rank of the job holds and read, in bytes; every rank must call it. PSS: shared pages are split among
-    sharers."""
+    """A row for each rank of the job: its heads, what it holds and what it read. Every rank must call it.
+
+    pss_bytes: host memory, shared pages split among sharers. device_peak_bytes: the most that torch has held on the
+    rank's card so far; only where there is one.
+    """
     load, mpu = engine.load_report, engine.mpu
-    numbers = [load.weight_bytes, load.bytes_read, int(load.seconds * 1e6), proportional_set_size(),
-               mpu.replicas.rank, mpu.tp.rank]
-    mine = to_device(torch.tensor(numbers))
-    rows = mpu.world.all_gather_last(mine, (6,) * mpu.world.size).view(mpu.world.size, 6).tolist()
-    text, vision = (engine.plan.heads[encoder] for encoder in ("text", "vision"))
-    return [
-        {"rank": r, "replica": row[4], "q_heads": list(text[row[5]].q), "kv_heads": list(text[row[5]].kv),
-         "vision_heads": list(vision[row[5]].q), "weight_bytes": row[0], "bytes_read": row[1], "load_s": row[2] / 1e6,
-         "pss_bytes": row[3]}
-        for r, row in enumerate(rows)
-    ]
+    mine = RankFacts(mpu.replicas.rank, mpu.tp.rank, load.weight_bytes, load.bytes_read, round(load.seconds, 6),
+                     proportional_set_size(), device_peak_bytes())
+    text, vision = engine.plan.heads["text"], engine.plan.heads["vision"]
+    rows = []
+    for rank, facts in enumerate(RankFacts(**card) for card in exchange(mpu.world, asdict(mine))):
+        place = facts.tp_rank
+        rows.append({
+            "rank": rank, "replica": facts.replica, "q_heads": list(text[place].q), "kv_heads": list(text[place].kv),
+            "vision_heads": list(vision[place].q), "weight_bytes": facts.weight_bytes,
+            "bytes_read": facts.bytes_read, "load_s": facts.load_s, "pss_bytes": facts.pss_bytes,
+            **({"device_peak_bytes": facts.device_peak_bytes} if facts.device_peak_bytes else {}),
+        })
+    return rows
+
+
+def device_peak_bytes() -> int:
+    """The most bytes that torch has held on this rank's card so far. 0 on CPU."""
+    accelerator = get_accelerator()
+    return 0 if accelerator.device_name() == "cpu" else int(accelerator.max_memory_allocated())
 
 
 def proportional_set_size() -> int:
-    """This process's memory in bytes, pages it shares counted by its share. 0 where the kernel does not tell."""
+    """This process's memory in bytes, shared pages by their share (PSS). 0 where the kernel reports none."""
     rollup = Path("/proc/self/smaps_rollup")
     if not rollup.exists():
         return 0

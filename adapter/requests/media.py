@@ -1,58 +1,88 @@
-"""Pictures and films: local files and data: URLs -> upright RGB pixels, no more of them than the model will see.
+"""Read images and videos, local files and data: URLs, into upright RGB pixels, no more than the model will see.
 
-`part` is a Transformers image or video processor: its `size`, `patch_size`, `merge_size` and `temporal_patch_size`.
+`part` is a Transformers image or video processor: its `size`, `patch_size`, `merge_size`, `temporal_patch_size` and
+the `smart_resize` of its own module.
 """
 
 from __future__ import annotations
 
 import base64
+import inspect
 import io
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import av
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+from PIL import Image, ImageOps, UnidentifiedImageError, features
+from torchvision.transforms.v2 import functional as torch_images
 
 from adapter.config.schema import Processor
 from policies.errors import UserError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of Pillow's: those that start no program
-MOST_PIXELS = 89_478_485  # of one picture before resizing: Pillow's own idea of a decompression bomb
-LEAST_FRAMES = 4  # of a film that has them, as in Qwen's own sampling
+FORMATS = (  # of Pillow's: those that start no program
+    "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM",
+    *(("AVIF",) if "avif" in features.modules and features.check("avif") else ()),
+)
+MOST_PIXELS = 89_478_485  # of one image or frame before resizing: Pillow's own limit for a decompression bomb
+LEAST_FRAMES = 4  # of a video that has them, as in Qwen's own sampling
 DATA_URL = re.compile(r"data:(\w+)/[\w.+-]+(?:;[^,;]+)*;base64,(.*)", re.DOTALL)
-AV_OPTIONS = {"protocol_whitelist": "none"}  # a playlist inside a file must not make FFmpeg open anything else
+AV_OPTIONS = {
+    "protocol_whitelist": "none",  # a playlist inside a file must not make FFmpeg open anything else
+    "max_pixels": str(MOST_PIXELS),  # a decoder refuses a larger frame before it allocates memory for it
+}
+TORCH_BACKED = {"BaseImageProcessorFast", "TorchvisionBackend", "BaseVideoProcessor"}  # classes that resize with torch
 
 Room = Callable[[int, int, int], None]  # raises UserError if so many frames, of that height and width, are too many
 
 
 @dataclass(frozen=True)
-class Film:
-    """frames: uint8 [T, H, W, 3], T a multiple of the temporal patch; indices: which of the film's `total` they are."""
+class Video:
+    """The frames of a video that the model sees.
+
+    frames: uint8 [T, H, W, 3], T a multiple of the temporal patch. indices: which of the video's `total` frames those
+    are. rate: frames per second of the video itself.
+    """
 
     frames: NDArray[np.uint8]
     indices: list[int]
     total: int
-    rate: float  # frames per second of the film itself
+    rate: float
+
+
+def image_size(value: str) -> tuple[int, int]:
+    """Return (height, width) of an image as stored, from its header; nothing is decoded. Raises UserError."""
+    with _opened_image(value) as image:
+        return image.height, image.width
 
 
 def load_image(value: str) -> Image.Image:
-    """A local file or data: URL as an upright RGB picture. Raises UserError for anything else."""
+    """Read a local file or data: URL as an upright RGB image at its full size. Raises UserError for anything else."""
+    with _opened_image(value) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _rgb(image)
+
+
+@contextmanager
+def _opened_image(value: str) -> Iterator[Image.Image]:
+    """An image whose header is read and whose size is allowed. Raises UserError, also for what is raised within."""
     with _open(value, "image") as file:
         try:
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise UserError(f"{image.width} x {image.height} pixels are too many, {MOST_PIXELS} are allowed")
-                image.load()
-                return _rgb(ImageOps.exif_transpose(image))
+                yield image
         except UnidentifiedImageError:
-            raise UserError(f"image {_shown(value)}: not a picture of a known format: {', '.join(FORMATS)}") from None
+            raise UserError(f"image {_shown(value)}: not an image of a known format: {', '.join(FORMATS)}") from None
         except MemoryError:
             raise
         except Exception as error:  # decoders raise nearly everything
@@ -66,36 +96,36 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise UserError("its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits a channel")
     if "A" in image.getbands() or "transparency" in image.info:  # on white, as Qwen's own code shows it
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def sample(total: int, rate: float, fps: float, most: int, patch: int) -> list[int]:
-    """Which of a film's `total` frames to keep: `fps` a second, evenly spread from the first to the last.
+    """Choose which of a video's `total` frames to keep: `fps` a second, evenly spread from the first to the last.
 
-    A multiple of `patch`, LEAST_FRAMES or more and `most` or fewer; of a film with fewer than LEAST_FRAMES all.
+    A multiple of `patch`, LEAST_FRAMES or more and `most` or fewer; of a video with fewer than LEAST_FRAMES all.
     """
     wanted = min(max(total / rate * fps, LEAST_FRAMES), most // patch * patch, total)
     count = total if wanted == total < LEAST_FRAMES else max(int(wanted) // patch * patch, 1)
     return [int(index) for index in np.linspace(0, total - 1, count).round()]
 
 
-def film_of_pictures(values: Sequence[str], part: Any, section: Processor, room: Room) -> Film:
-    """A film stated as its frames, taken to be `section.fps` a second. Raises UserError."""
+def video_of_images(values: Sequence[str], part: Any, section: Processor, room: Room) -> Video:
+    """Read a video stated as its frames, taken to be `section.fps` a second. Raises UserError."""
     total = len(values)
     count = min(total, section.max_frames // part.temporal_patch_size * part.temporal_patch_size)
     indices = [int(index) for index in np.linspace(0, total - 1, count).round()]
-    frames: list[NDArray[np.uint8]] = []
-    for index in indices:
-        image = load_image(values[index])
-        room(len(indices), image.height, image.width)
-        frames.append(_shrunk(image, part))
-        if frames[-1].shape != frames[0].shape:
-            raise UserError(f"video frame {_shown(values[index])}: not of the same size as the first frame")
-    return _film(frames, indices, total, section.fps, part)
+    room(count, *image_size(values[0]))
+    frames: dict[str, NDArray[np.uint8]] = {}
+    for value in (values[index] for index in indices):
+        if value not in frames:
+            frames[value] = np.asarray(shrunk(load_image(value), part, count))
+        if frames[value].shape != frames[values[0]].shape:
+            raise UserError(f"video frame {_shown(value)}: not of the same size as the first frame")
+    return _video([frames[values[index]] for index in indices], indices, total, section.fps, part)
 
 
-def film_of_file(value: str, part: Any, section: Processor, room: Room) -> Film:
-    """Sample a film file, each frame shrunk to the pixel limit as it is decoded. Raises UserError."""
+def video_of_file(value: str, part: Any, section: Processor, room: Room) -> Video:
+    """Sample a video file, each frame shrunk to the pixel limit as it is decoded. Raises UserError."""
     with _open(value, "video") as file:
         try:
             total, rate, height, width = _probe(file)
@@ -104,7 +134,7 @@ def film_of_file(value: str, part: Any, section: Processor, room: Room) -> Film:
                 room(len(indices), height, width)
                 frames, decoded = _decode(file, indices, part)
                 if len(frames) == len(indices):
-                    return _film(frames, indices, total, rate or section.fps, part)
+                    return _video(frames, indices, total, rate or section.fps, part)
                 total = decoded  # fewer than there are packets, as when some packets are never shown
         except av.FFmpegError as error:
             raise UserError(f"video {_shown(value)}: cannot be decoded: {error.strerror}") from error
@@ -112,63 +142,102 @@ def film_of_file(value: str, part: Any, section: Processor, room: Room) -> Film:
 
 
 def _probe(file: BinaryIO) -> tuple[int, float, int, int]:
-    """(frames, frames per second or 0, height, width), read from the packets without decoding them."""
+    """(frames, frames per second or 0, height, width), read from the packets without decoding them.
+
+    Raises UserError where a frame has more than MOST_PIXELS pixels.
+    """
     with av.open(file, options=AV_OPTIONS) as container:
         if not container.streams.video:
             return 0, 0.0, 0, 0
         stream = container.streams.video[0]
+        height, width = stream.codec_context.height, stream.codec_context.width
         total = sum(1 for packet in container.demux(stream) if packet.size)
-        return total, float(stream.average_rate or 0), stream.codec_context.height, stream.codec_context.width
+        if total and not 0 < height * width <= MOST_PIXELS:  # 0: FFmpeg found a size that it does not allow
+            size = f"{width} x {height}" if height * width else "an unknown number of"
+            raise UserError(f"frames of {size} pixels are too many, {MOST_PIXELS} are allowed in each")
+        return total, float(stream.average_rate or 0), height, width
 
 
 def _decode(file: BinaryIO, indices: Sequence[int], part: Any) -> tuple[list[NDArray[np.uint8]], int]:
-    """The frames at `indices`, upright, [H, W, 3] each, and how many were decoded; both fewer where the film ends."""
+    """The frames at `indices`, upright, [H, W, 3] each, and how many were decoded; both fewer where the video ends."""
     file.seek(0)
     frames: list[NDArray[np.uint8]] = []
     decoded = 0
     with av.open(file, options=AV_OPTIONS) as container:
-        container.streams.video[0].thread_type = "AUTO"
+        context = container.streams.video[0].codec_context
+        context.thread_type, context.options = "AUTO", {"max_pixels": AV_OPTIONS["max_pixels"]}
         for frame in container.decode(video=0):
             if decoded == indices[len(frames)]:
-                frames.append(_shrunk(frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True), part))
+                upright = frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True)
+                frames.append(np.asarray(shrunk(upright, part, len(indices))))
             decoded += 1
             if len(frames) == len(indices):
                 break
     return frames, decoded
 
 
-def _film(frames: list[NDArray[np.uint8]], indices: list[int], total: int, rate: float, part: Any) -> Film:
+def _video(frames: list[NDArray[np.uint8]], indices: list[int], total: int, rate: float, part: Any) -> Video:
     """Repeats the last frame until the temporal patches are full."""
     short = -len(frames) % part.temporal_patch_size
-    return Film(np.stack(frames + frames[-1:] * short), indices + indices[-1:] * short, total, rate)
+    return Video(np.stack(frames + frames[-1:] * short), indices + indices[-1:] * short, total, rate)
 
 
-def _shrunk(image: Image.Image, part: Any) -> NDArray[np.uint8]:
-    """A frame above the pixel limit, resized as the processor would if that leaves it nothing to resize."""
-    if image.width * image.height > part.size["longest_edge"]:
-        height, width = _resized(part, image.height, image.width)
-        if _resized(part, height, width) == (height, width):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+def shrunk(image: Image.Image, part: Any, frames: int = 1) -> Image.Image:
+    """Return the image as `part` would resize it, if that makes it smaller and leaves `part` nothing to resize.
+
+    frames: how many frames the image's video has; 1 for an image. The pixels are those of `part`'s own resizing.
+    """
+    size = kept_size(part, frames, image.height, image.width)
+    if size == (image.height, image.width):
+        return image
+    if TORCH_BACKED.isdisjoint(kind.__name__ for kind in type(part).__mro__):
+        return image.resize(size[::-1], Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    bicubic = torch_images.InterpolationMode.BICUBIC
+    smaller = torch_images.resize(pixels, list(size), interpolation=bicubic, antialias=True)
+    return Image.fromarray(smaller.permute(1, 2, 0).numpy())
 
 
-def _resized(part: Any, height: int, width: int) -> tuple[int, int]:
-    """Height and width after resizing. Raises UserError for a shape that cannot be resized."""
+def kept_size(part: Any, frames: int, height: int, width: int) -> tuple[int, int]:
+    """Return (height, width) at which an image or frame of that size is held in memory after it was read."""
+    if frames * height * width <= part.size["longest_edge"]:
+        return height, width
+    size = _resized(part, frames, height, width)
+    is_smaller = size[0] * size[1] < height * width
+    is_final = _resized(part, frames, *size) == size  # not where min_pixels is too near to max_pixels
+    is_bicubic = getattr(part, "resample", Image.Resampling.BICUBIC) == Image.Resampling.BICUBIC
+    return size if is_smaller and is_final and is_bicubic else (height, width)
+
+
+def _resized(part: Any, frames: int, height: int, width: int) -> tuple[int, int]:
+    """(height, width) to which `part` resizes. Raises UserError for a shape that cannot be resized."""
     low, high = part.size["shortest_edge"], part.size["longest_edge"]
+    resize, cell = _smart_resize(part), part.patch_size * part.merge_size
     try:
-        size = smart_resize(height, width, part.patch_size * part.merge_size, low, high)
-    except ValueError as error:
-        raise UserError(f"a picture or film of {width} x {height} pixels cannot be resized: {error}") from None
+        if "num_frames" in inspect.signature(resize).parameters:  # the limits are those of all frames together
+            patch = part.temporal_patch_size
+            size = resize(max(frames, patch), height, width, patch, cell, low, high)
+        else:
+            size = resize(height, width, cell, low, high)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"an image or video of {width} x {height} pixels cannot be resized: {error}") from None
     if not all(size):
         raise UserError(f"nothing is left of {width} x {height} pixels under max_pixels = {high}; raise max_pixels")
-    return size
+    return int(size[0]), int(size[1])
+
+
+def _smart_resize(part: Any) -> Callable[..., tuple[int, int]]:
+    """The function by which the family of `part` chooses a size: that of the module of its class, or of a base."""
+    for kind in type(part).__mro__:
+        function: Callable[..., tuple[int, int]] | None
+        if (function := getattr(sys.modules.get(kind.__module__), "smart_resize", None)) is not None:
+            return function
+    raise UserError(f"{type(part).__name__}: no smart_resize beside it, so how many tokens an image takes is unknown")
 
 
 def tokens(part: Any, frames: int, height: int, width: int) -> int:
-    """How many tokens a picture or film takes, known before its pixels are worked on."""
-    new_height, new_width = _resized(part, height, width)
-    if count := getattr(part, "get_num_of_video_patches", None):
-        return int(count(frames, height, width, {})) // part.merge_size**2
+    """Return how many tokens an image or video takes, known before its pixels are worked on."""
+    new_height, new_width = _resized(part, frames, height, width)
     cells = new_height * new_width // (part.patch_size * part.merge_size) ** 2
     return math.ceil(frames / part.temporal_patch_size) * cells
 

@@ -1,11 +1,13 @@
-"""The same requests in one process with plain Transformers: no DeepSpeed, no sharding, no layer of ours.
+"""Answer the same requests in one process with Transformers alone: no DeepSpeed, no sharding, no layer of ours.
 
-What every tensor-parallel answer is held against.
+Every tensor-parallel answer is compared with these.
 """
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -13,17 +15,18 @@ from torch import Tensor
 
 from adapter.checkpoint.safetensors import read_config
 from adapter.checkpoint.sharded import is_sharded
-from adapter.config.schema import Config
+from adapter.config.schema import Config, Model
 from adapter.parallel.group import to_device
 from adapter.requests.batching import Clock, Generated, Limits, Write, generate
 from adapter.requests.finite import finite_generate
 from adapter.requests.results import Answers
 from adapter.requests.runner import Tally, answer, make_processor
 from policies.errors import UserError
+from policies.policy import Policy
 from policies.registry import policy_for
 
 
-def answer_plain(config: Config, answers: Answers, write: Write) -> Tally:
+def answer_in_one_process(config: Config, answers: Answers, write: Write) -> Tally:
     """Answer every request of the config; `answers` get a row per request, `write` the summary."""
     began = time.perf_counter()
     directory = config.weights.original or config.model.path
@@ -34,11 +37,7 @@ def answer_plain(config: Config, answers: Answers, write: Write) -> Tally:
     policy = policy_for(mapping)
     context = policy.geometry(mapping).context
     processor = make_processor(config, context)
-    model = getattr(transformers, policy.model_class).from_pretrained(
-        directory, torch_dtype=config.model.torch_dtype, attn_implementation=config.model.attn_implementation,
-        local_files_only=True, use_safetensors=True,
-    ).eval()
-    model.to(to_device(torch.empty(0)).device)
+    model = _load(directory, config.model, policy)
     limits = Limits.of(config, context, model.generation_config)
 
     own = finite_generate(model)
@@ -50,3 +49,14 @@ def answer_plain(config: Config, answers: Answers, write: Write) -> Tally:
     tally = answer(config, processor, limits, run, answers)
     write(tally.summary(config, 1, began))
     return tally
+
+
+def _load(directory: Path, stated: Model, policy: Policy) -> Any:
+    """Load the whole model. Raises UserError where Transformers refuses the attention implementation."""
+    try:
+        model = getattr(transformers, policy.model_class).from_pretrained(
+            directory, torch_dtype=stated.torch_dtype, attn_implementation=stated.attn_implementation,
+            local_files_only=True, use_safetensors=True)
+    except ImportError as error:
+        raise UserError(f"model.attn_implementation = {stated.attn_implementation}: {error}") from None
+    return model.eval().to(to_device(torch.empty(0)).device)

@@ -1,4 +1,4 @@
-"""Where the rows of a job go: to stdout in the order of the requests, or to a file that survives a crash.
+"""Write the rows of a job: to stdout in the order of the requests, or to a file that survives a crash.
 
 The file is JSON lines. Rows are appended as their batch is done, in one write, and put into the order of the requests
 at the end; started again, a job does what is missing. Only rank 0 has such a thing.
@@ -7,14 +7,13 @@ at the end; started again, a job does what is missing. Only rank 0 has such a th
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +21,8 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from adapter.config.files import finite
-from adapter.config.schema import Config, Request
+from adapter.config.schema import Config
+from adapter.requests import identity
 from policies.errors import UserError
 
 log = logging.getLogger("adapter")
@@ -30,19 +30,21 @@ Row = dict[str, Any]
 
 
 class Answers(Protocol):
+    """Takes the rows of a job as its batches are done."""
+
     @property
     def done(self) -> Mapping[str, Row]:
-        """The rows that a former run left, by id."""
+        """Return the rows that a former run left, by id."""
 
     def add(self, number: int, rows: Sequence[Row]) -> None:
-        """The rows of a batch; batches are numbered in the order of the requests and may come in any."""
+        """Take the rows of a batch; batches are numbered in the order of the requests and may come in any."""
 
     def finish(self) -> None:
-        """Every batch has come."""
+        """End the results; every batch has come."""
 
 
 class Printed:
-    """Rows go to `write` as soon as those of all requests before them have."""
+    """Passes rows to `write` as soon as those of all requests before them have been."""
 
     def __init__(self, write: Callable[[Row], None]) -> None:
         self.done: Mapping[str, Row] = {}
@@ -60,7 +62,7 @@ class Printed:
 
 
 class Recorded:
-    """Rows go to the config's `output`, with what each request asked as a digest, and a bar on stderr tells how many.
+    """Appends rows to the config's `output`, each with a digest of what it depends on; a bar on stderr shows progress.
 
     Raises UserError where the file cannot be written, another job writes it, or it holds anything but answers to these
     requests.
@@ -69,10 +71,12 @@ class Recorded:
     def __init__(self, config: Config) -> None:
         assert config.output is not None
         self.path = config.output
-        self._asked = {r.id: _digest(config, r) for r in config.requests}
+        self._asked = identity.digests(config)
         self._file = _open_locked(self.path)
         try:
-            self.done: Mapping[str, Row] = {row["id"]: row for _, row in self._read()}
+            rows = list(self._rows())
+            self.done: Mapping[str, Row] = {row["id"]: row for _, row in rows}
+            self._repair(sum(length for (_, length), _ in rows), len(rows) + 1)
         except UserError:
             os.close(self._file)
             raise
@@ -104,8 +108,8 @@ class Recorded:
         """Put the file into the order of the requests, unless it is."""
         with suppress(OSError, ValueError):
             self._bar.close()
-        places = {row["id"]: place for place, row in self._read()}
-        order = [places[name] for name in self._asked]
+        positions = {row["id"]: position for position, row in self._rows()}
+        order = [positions[name] for name in self._asked]
         try:
             if order != sorted(order):
                 _rewrite(self.path, self._file, order)
@@ -114,36 +118,44 @@ class Recorded:
                         "requests (%s)", self.path, error)
         os.close(self._file)
 
-    def _read(self) -> Iterator[tuple[tuple[int, int], Row]]:
-        """((offset, length), row) of every line; a last one that a crash cut off is taken away."""
-        known, seen, offset = self._asked, set[str](), 0
+    def _rows(self) -> Iterator[tuple[tuple[int, int], Row]]:
+        """((offset, length), row) of every line that has its end. Raises UserError where one answers none of these
+        requests, or no request that is still open."""
+        seen, offset = set[str](), 0
         with os.fdopen(os.dup(self._file), "rb") as lines:
             lines.seek(0)
             for number, line in enumerate(lines, start=1):
-                row = _row(line)
-                fits = row is not None and row["id"] not in seen and row["asked"] == known.get(row["id"])
-                if not line.endswith(b"\n") and (fits or _is_cut(line, known)):
-                    log.warning("%s: line %d was cut off by a crash and is done again", self.path, number)
-                    os.ftruncate(self._file, offset)
+                if not line.endswith(b"\n"):
                     return
-                if row is None or not fits:
-                    raise UserError(f"output {self.path}: line {number} {_what(row, known, seen)}; nothing was "
-                                    "changed. Name another file, or move this one away")
+                row = self._checked(line, number, seen)
                 seen.add(row["id"])
                 yield (offset, len(line)), row
                 offset += len(line)
 
+    def _checked(self, line: bytes, number: int, seen: Collection[str]) -> Row:
+        row = _row(line)
+        problem = _problem(row, self._asked, seen)
+        if row is None or problem:
+            raise UserError(f"output {self.path}: line {number} {problem}; nothing was changed. Name another file, or "
+                            "move this one away")
+        return row
+
+    def _repair(self, end: int, number: int) -> None:
+        """Take away what a crash left of a row: whatever follows `end`, where the last whole line ends.
+
+        Raises UserError where that is no part of an answer, but line `number` of somebody's file.
+        """
+        line = os.pread(self._file, os.fstat(self._file).st_size - end, end)
+        if line:
+            if not _is_cut(line, self._asked):
+                self._checked(line, number, self.done.keys())
+            log.warning("%s: line %d was cut off by a crash and is done again", self.path, number)
+            os.ftruncate(self._file, end)
+
 
 def open_answers(config: Config, write: Callable[[Row], None]) -> Answers:
-    """Where this config's rows go. Raises UserError as `Recorded` does."""
+    """Return where this config's rows go. Raises UserError as `Recorded` does."""
     return Printed(write) if config.output is None else Recorded(config)
-
-
-def _digest(config: Config, request: Request) -> str:
-    """Of all that an answer depends on: the request, the model's name and dtype, how it is processed and generated."""
-    asked = {"request": request.model_dump(mode="json", exclude={"expected"}), "generation": config.generation,
-             "model": [config.model.path.name, config.model.dtype], "processor": config.processor.model_dump()}
-    return hashlib.blake2b(json.dumps(asked, sort_keys=True, default=repr).encode(), digest_size=8).hexdigest()
 
 
 def _row(line: bytes) -> Row | None:
@@ -165,14 +177,23 @@ def _is_cut(line: bytes, known: Iterable[str]) -> bool:
     return any(line.startswith(start) or start.startswith(line) for start in starts)
 
 
-def _what(row: Row | None, known: Mapping[str, str], seen: set[str]) -> str:
+def _problem(row: Row | None, asked: Mapping[str, str], seen: Collection[str]) -> str:
+    """What is wrong with a line of the file, in words; empty where it answers one of these requests."""
     if row is None:
         return "is not an answer of this command"
     if row["id"] in seen:
         return f"answers request {row['id']!r} a second time"
-    if row["id"] not in known:
+    if row["id"] not in asked:
         return f"answers request {row['id']!r}, which the config does not have"
-    return f"answers another request {row['id']!r} than the config has, or other model or generation settings"
+    if row["asked"] == asked[row["id"]]:
+        return ""
+    version = identity.version_of(row["asked"])
+    if version is not None and version != identity.VERSION:
+        age = "an older" if version < identity.VERSION else "a newer"
+        return (f"was written by {age} version of this program, which compared other things before it took a row; "
+                "finish that file with the version that began it")
+    return (f"answers another request {row['id']!r} than the config has, or was made with another checkpoint, media "
+            "file, or model, weights, processor or generation setting")
 
 
 def _open_locked(path: Path) -> int:
@@ -196,7 +217,7 @@ def _open_locked(path: Path) -> int:
 
 
 def _rewrite(path: Path, file: int, order: Sequence[tuple[int, int]]) -> None:
-    """The lines of `file` at `order`'s places, in that order, in its stead; whole or not at all."""
+    """Replace `file` by its lines at the (offset, length) of `order`, in that order; whole or not at all."""
     path = Path(os.path.realpath(path))  # a link to it stays one
     ordered = path.with_name(path.name + ".ordering")
     with ordered.open("wb") as out:

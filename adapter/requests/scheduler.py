@@ -1,4 +1,4 @@
-"""Assignment a job's batches to its replicas, first come, first served, and bring what they answer to rank 0.
+"""Give a job's batches to its replicas, first come, first served, and bring their answers to rank 0.
 
 All goes through torch's key-value store of the job, a few hundred bytes a request: which batch is next, the rows that
 came of one, and a count of steps by which a replica that hangs is told from one that is slow.
@@ -24,7 +24,7 @@ Rows = list[dict[str, Any]]
 
 
 class BatchQueue:
-    """One replica's place at the table; of its ranks only the first has one. batches: how many there are to deal."""
+    """One replica's end of the queue of a job's batches; of its ranks only the first has one. batches: how many."""
 
     def __init__(self, store: Store, batches: int, replica: int = 0, replicas: int = 1) -> None:
         self.batches, self.replica, self.replicas = batches, replica, replicas
@@ -32,7 +32,7 @@ class BatchQueue:
         self._signs, self._since = -1, 0.0
 
     def take(self) -> Iterator[int]:
-        """Numbers of batches for this replica to do, each given to one replica only."""
+        """Yield numbers of batches for this replica to do, each given to one replica only."""
         number = self.replica  # each has one, whoever comes first
         while number < self.batches:
             self._store.set(f"replica/{number}", str(self.replica))
@@ -40,12 +40,13 @@ class BatchQueue:
             number = self.replicas + self._store.add("taken", 1) - 1
 
     def post(self, number: int, rows: Rows) -> None:
+        """Report the rows of a batch."""
         self._store.set(f"rows/{number}", json.dumps(rows))
         self._store.add("posted", 1)
         self.sign()
 
     def collect(self) -> Iterator[tuple[int, Rows]]:
-        """For rank 0: the batches posted since the last call, by number."""
+        """Yield, on rank 0, the batches posted since the last call as (number, rows)."""
         for number in range(min(self.batches, self.replicas + self._store.add("taken", 0))):
             if number not in self._collected and self._store.check([f"rows/{number}"]):
                 self._collected.add(number)
@@ -66,7 +67,7 @@ class BatchQueue:
         return False
 
     def sign(self) -> None:
-        """This replica lives."""
+        """Report that this replica has made a step."""
         self._store.add("signs", 1)
 
     def _out(self) -> Iterator[str]:
@@ -76,21 +77,21 @@ class BatchQueue:
 
 
 class ProgressTicks(StoppingCriteria):
-    """Counts the steps of `generate` as signs of life; stops nothing."""
+    """Counts the steps of `generate` as signs of life of its replica; stops nothing."""
 
-    def __init__(self, dealer: BatchQueue) -> None:
-        self._dealer = dealer
+    def __init__(self, queue: BatchQueue) -> None:
+        self._queue = queue
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """input_ids: int64 [B, S]. Returns B times False."""
-        self._dealer.sign()
+        self._queue.sign()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def join_queue(mpu: Mpu, batches: int) -> BatchQueue:
-    """This rank's dealer; every rank of the job must call it."""
+    """Return this rank's queue; every rank of the job must call it."""
     job = mpu.world.agreed(secrets.randbits(62))  # a name of its own in the store
     if mpu.replicas.size == 1:
         return BatchQueue(HashStore(), batches)
     store = torch.distributed.distributed_c10d._get_default_store()
-    return BatchQueue(PrefixStore(f"dealing/{job}", store), batches, mpu.replicas.rank, mpu.replicas.size)
+    return BatchQueue(PrefixStore(f"batches/{job}", store), batches, mpu.replicas.rank, mpu.replicas.size)

@@ -4,8 +4,8 @@ Nothing here is tuned. u is the unit roundoff of the dtype that is named, half i
 bound of Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis" (SIAM J. Sci. Comput. 41(5), 2019,
 theorem 3.1): a sum of n products differs from the exact one by at most lambda * sqrt(n) * u * sum|terms|, except with a
 probability below 2 n exp(-lambda^2 / 2), which lambda = 8 puts at 3e-14 n. Short chains of roundings are just counted.
-Both sides err, so every bound is twice one side's. Sums accumulate in float32, as matrix kernels do unless CUDA is
-allowed reduced-precision reductions (torch.backends.cuda.matmul), which nothing here accounts for.
+Both sides err, so every bound is twice one side's. Sums accumulate in float32, which adapter.verify.precision sees to
+where torch's default on CUDA is another.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STATEMENT = (
     "sqrt(head_dim) * u32 where scores are rounded to the dtype (eager). Norms by 48 * sqrt(n) * u32 * (|y| + |b| + "
     "|w| mean|x| / std x) + 4 * u * (|y| + |b|), without the mean and b in RMSNorm. Gates and activations by 8 * u "
     "* |y| + 4 * u32 * the largest of the row. Residuals, masks, look-ups, positions, rotary tables and where "
-    "picture features go by nothing. Where weights are codes of 8 or 4 bits, at most 16 rows of x are rounded to 8 "
+    "image features go by nothing. Where weights are codes of 8 or 4 bits, at most 16 rows of x are rounded to 8 "
     "bits: sum over groups of 64 inputs of max|x| / 254 * sum|W_i|. u is the dtype's unit roundoff, u32 float32's."
 )
 

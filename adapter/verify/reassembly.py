@@ -19,6 +19,7 @@ from adapter.checkpoint.digest import digest
 from adapter.checkpoint.safetensors import Checkpoint
 from adapter.checkpoint.sharded import Shards, read_held, sha256
 from adapter.kernels.linear import Quantised, Weight, make_weight
+from adapter.model.published import PublishedModules
 from adapter.parallel.group import Group
 from adapter.planning.plan import Plan
 from adapter.verify.reference import read_tensor, stored_name
@@ -41,7 +42,7 @@ class Reassembly:
 def reassembly(model: nn.Module, plan: Plan, tp: Group, checkpoint: Checkpoint | Shards,
                dtype: torch.dtype) -> Reassembly:
     """Every rank must call it; the same answer on every rank. Of shards whole files are hashed as well."""
-    modules = {plan.policy.published(name): module for name, module in model.named_modules()}
+    modules = PublishedModules(model, plan.policy)
     names = [(module, suffix) for module, claim in plan.claims.items() for suffix in claim.parameters()]
     next_rank = (tp.rank + 1) % tp.size
     held, stored = [], []

@@ -19,10 +19,11 @@ from adapter.checkpoint.safetensors import Checkpoint
 from adapter.checkpoint.sharded import Shards, read_whole
 from adapter.kernels.linear import FEW_ROWS, Quantised, make_weight
 from adapter.model.meta_init import build_on_meta
+from adapter.model.published import PublishedModules
 from adapter.parallel.group import Group
 from adapter.planning.plan import Plan
 from adapter.verify import bounds
-from adapter.verify.trace import Expected, take
+from adapter.verify.comparison import Expected, take
 from policies.formats import GROUP
 from policies.rules import Claim, Column, FusedQKV, Row, TensorSlice
 
@@ -67,9 +68,9 @@ class Reference:
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
             for name, weight in module._parameters.items():
                 if weight is not None:
-                    zero = torch.zeros((), dtype=dtype, device=self.device)  # some releases build a encoder in its own
+                    zero = torch.zeros((), dtype=dtype, device=self.device)  # some releases build an encoder in its own
                     module._parameters[name] = nn.Parameter(zero.expand(weight.shape), False)
-        return {self.plan.policy.published(name): module for name, module in model.named_modules()}
+        return PublishedModules(model, self.plan.policy)
 
     def weights(self, name: str, held: bool = False) -> dict[str, Tensor]:
         """The whole parameters of one claimed module in the shards' dtype, given in float32. held: as the shards hold

@@ -25,15 +25,19 @@ from torch import Tensor, nn
 from adapter.checkpoint.digest import digest, unlike
 from adapter.checkpoint.safetensors import Checkpoint
 from adapter.checkpoint.sharded import Shards
+from adapter.config.hub import shown
 from adapter.config.schema import Config
+from adapter.model.published import PublishedModules
+from adapter.parallel.cpu import usable_cores
 from adapter.parallel.group import Group, to_device
-from adapter.parallel.launchers import usable_cores
 from adapter.requests.batching import Limits, Write, rank_facts, share
 from adapter.requests.processing import TYPE_IDS, Prepared, RequestError, RequestProcessor, collate
 from adapter.verify import bounds
+from adapter.verify.comparison import Comparison
+from adapter.verify.precision import full_precision
 from adapter.verify.reassembly import Reassembly, reassembly
 from adapter.verify.reference import Reference
-from adapter.verify.trace import Check, Trace
+from adapter.verify.trace import Trace
 
 log = logging.getLogger("adapter")
 PADDED = 4  # requests of the padded batch; logits of every position are held, 0.6 MB each at 152 k tokens
@@ -43,7 +47,6 @@ FP32_LOGITS = 1e-4  # of the largest logit: what float32 runs are held to end to
 DECODE_RATIO = 4.0  # error of decoded logits over that of the same positions in one forward; both are the same rounding
 BEAT_S = 2.0  # rank 0 says this often that it is still computing alone
 SAMPLING = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # not the checkpoint's
-MEDIA_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id")  # fed back they claim a picture's place
 PLAIN = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": True, "output_logits": True}
 
 
@@ -82,6 +85,10 @@ class Verifier:
 
     def run(self) -> bool:
         """Write a row per case and a summary (rank 0). Whether everything held, on every rank."""
+        with full_precision():
+            return self._run()
+
+    def _run(self) -> bool:
         began, problems, rows = time.perf_counter(), [], []
         log.info("reassembly: hashing %d ranks' shards and the files", self.tp.size)
         shards = reassembly(self.engine.module, self.plan, self.tp, self.checkpoint, self.dtype)
@@ -106,7 +113,7 @@ class Verifier:
         unchecked = sorted(self.plan.claims.keys() - self.checked)
         if self.tp.rank == 0 and rows and unchecked:
             log.warning("%d modules did not run in any case, their weights were compared only: %s ...; add a request "
-                        "with a picture", len(unchecked), unchecked[0])
+                        "with an image", len(unchecked), unchecked[0])
         ranks = rank_facts(self.engine)
         passed = bool(self.tp.agreed(not problems))
         if self.tp.rank == 0:
@@ -156,22 +163,23 @@ class Verifier:
         one, layers = self._one_process(ours)
         facts = compare(ours, one, self.dtype)
         first = ours.trace.first_wrong()
-        modules = _by_layer(ours.trace.checks, self.layers)
-        self.checked |= {c.module for c in ours.trace.checks}
-        if ours.trace.unproven:
+        modules = _by_layer(ours.trace.comparisons, self.layers)
+        self.checked |= {c.module for c in ours.trace.comparisons}
+        if ours.trace.replayer.unproven:
             log.warning("%s: scores so large that rounding them explains any attention output: %s; sdpa or float32 "
-                        "tells more", name, ", ".join(sorted(ours.trace.unproven)))
+                        "tells more", name, ", ".join(sorted(ours.trace.replayer.unproven)))
         answers = [[self._decode(row) for row in t] for t in (facts.pop("our_tokens"), facts.pop("one_process_tokens"))]
         single = len(prepared) == 1
         row = {
             "id": name, "requests": [p.id for p in prepared], "prompt_tokens": inputs["input_ids"].shape[1],
             "new_tokens": ours.decoded.shape[1], "answer": answers[0][0] if single else answers[0],
             "one_process_answer": answers[1][0] if single else answers[1], **facts,
-            "first_divergent_module": first and _finding(first), "modules_checked": len(ours.trace.checks),
-            "ranks_agree": not ours.differ, "encoder_calls": ours.trace.ways, "unproven": sorted(ours.trace.unproven),
+            "first_divergent_module": first and _finding(first), "modules_checked": len(ours.trace.comparisons),
+            "ranks_agree": not ours.differ, "encoder_calls": ours.trace.encoder_modes,
+            "unproven": sorted(ours.trace.replayer.unproven),
             "layers": [{"name": n, "error": e, "share_of_bound": modules[n]} for n, e in layers],
         }
-        worst = max(ours.trace.checks, key=lambda c: c.share)
+        worst = max(ours.trace.comparisons, key=lambda c: c.share)
         row |= {"largest_share_of_bound": worst.share, "largest_at": f"{worst.module or '(model)'}: {worst.what}"}
         row["problems"] = list(_problems(row, ours.differ, self.config.model.dtype, bool(self.plan.form.bits)))
         log.info("%s: %s, logits differ by %.1e at most, %d of %d tokens equal, %d checks, %.1f s", name,
@@ -193,7 +201,8 @@ class Verifier:
         prompt = inputs["input_ids"].shape[1]
         new = min(NEW_TOKENS, limits.for_prompt(prompt)["max_new_tokens"])
         # a rank that differs must not stop earlier than the others, which would wait for it: the count is fixed
-        media = [t for t in (getattr(self.engine.module.config, name, None) for name in MEDIA_TOKENS) if t is not None]
+        media = [t for name in self.plan.policy.media_tokens
+                 if (t := getattr(self.engine.module.config, name, None)) is not None]
         greedy = PLAIN | {"max_new_tokens": new, "min_new_tokens": new, "suppress_tokens": media}
         decoded = self.engine.generate(**inputs, **greedy)
         draw = SAMPLING | {"max_new_tokens": min(SAMPLED, new), "min_new_tokens": min(SAMPLED, new)}
@@ -231,8 +240,8 @@ class Verifier:
             errors.append((name, float((one - mine).abs().max() / one.abs().max())))
 
         with self._alone() as tick, _all_cores(), self.reference.streaming(tick) as model, torch.inference_mode():
-            names = {self.plan.policy.published(n): m for n, m in model.named_modules()}
-            hooks = [names[n].register_forward_hook(lambda _m, _a, out, n=n: look(n, out)) for n in self.layers]
+            modules = PublishedModules(model, self.plan.policy)
+            hooks = [modules[n].register_forward_hook(lambda _m, _a, out, n=n: look(n, out)) for n in self.layers]
             floats = {k: v.float() if v.is_floating_point() else v for k, v in ours.inputs.items()}
             logits = model(**floats, use_cache=False).logits
             for hook in hooks:
@@ -241,8 +250,8 @@ class Verifier:
 
     @contextmanager
     def _alone(self) -> Iterator[Callable[[], None]]:
-        """Rank 0 computes while the others `_wait`; the tick it is given tells them now and then that it still does, so
-        that no collective's time limit ends a long run."""
+        """Let rank 0 compute while the others `_wait`. Yields a tick for it to call, which tells them from time to time
+        that it still computes, so that no collective's time limit ends a long run."""
         last = [time.monotonic()]
 
         def tick() -> None:
@@ -255,10 +264,10 @@ class Verifier:
 
     @contextmanager
     def _judging(self) -> Iterator[None]:
-        """Rank 0 compares with all cores, while the others sleep and do not spin in the next all-reduce."""
+        """Rank 0 compares with all cores, while the others sleep and do not busy-wait in the next all-reduce."""
         with _all_cores() if self.tp.rank == 0 else nullcontext():
             yield
-        if self.tp.route.spins:
+        if self.tp.route.busy_waits:
             self.tp.agreed(0)
 
     def _wait(self) -> None:
@@ -279,6 +288,8 @@ def _all_cores() -> Iterator[None]:
 
 def _shown(path: Path) -> str:
     """A model directory as reports name it, which others read: inside the current directory its path, else its name."""
+    if (repository := shown(path)) != str(path):
+        return repository
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
 
@@ -355,12 +366,12 @@ def _differing(found: Reassembly) -> list[str]:
     return [f"{d['tensor']} on rank {d['rank']}: {d['why']}" for d in found.differing]
 
 
-def _finding(check: Check) -> dict[str, Any]:
+def _finding(check: Comparison) -> dict[str, Any]:
     return {"module": check.module or "(model)", "what": check.what, "error": check.error, "bound": check.bound,
             "ranks": list(check.ranks)}
 
 
-def _by_layer(checks: Sequence[Check], layers: frozenset[str]) -> dict[str, float]:
+def _by_layer(checks: Sequence[Comparison], layers: frozenset[str]) -> dict[str, float]:
     """Layer -> the largest share of a bound in it."""
     out = dict.fromkeys(layers, 0.0)
     for check in checks:

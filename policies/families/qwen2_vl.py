@@ -169,6 +169,7 @@ POLICY = Policy(
     head_axes={"q": ("text", "q"), "kv": ("text", "kv"), "v_q": ("vision", "q")},
     head_numbers=HEAD_NUMBERS,
     renames=RENAMES,
+    media_tokens=("image_token_id", "video_token_id", "vision_start_token_id"),
     ignored=("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq"),
     tied=("lm_head.weight", "model.embed_tokens.weight"),
     decoder=DecoderNames("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head",

@@ -1,4 +1,4 @@
-"""The nastiest of tests/unit/bad_input under the real launcher: two ranks, one message, exit 2, nothing left behind.
+"""The nastiest of tests/unit/bad_input as jobs: two ranks, one message, exit 2, nothing left behind.
 
 The last of them is found by rank 0 alone, when Transformers and DeepSpeed have been imported on both.
 """
@@ -17,6 +17,7 @@ from launching import ROOT, launch
 GENERATE = ROOT / "launch" / "generate.py"
 DEMO = ROOT / "launch" / "demo" / "checkpoint"
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))
+LAUNCHED = "another picture token"  # under the real launcher
 pytestmark = pytest.mark.ranks
 
 
@@ -47,7 +48,7 @@ CASES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {  # more YA
     "a shape of 100,000 dimensions": ("", dimensions, ["model.norm.weight", "header entry"]),
     "a billion layers": ("", alter("config.json", num_hidden_layers=10**9), ["num_hidden_layers", "1000000000"]),
     "no rotary sections": ("", alter("config.json", rope_scaling=None), ["mrope_section", "missing"]),
-    "another picture token": ("", alter("config.json", image_token_id=9), ["image_token_id is 9", "428"]),
+    LAUNCHED: ("", alter("config.json", image_token_id=9), ["image_token_id is 9", "428"]),
 }
 
 
@@ -59,7 +60,7 @@ def test_the_nastiest(tmp_path, case):
     file = tmp_path / "config.yaml"
     file.write_text(f"model: {{path: {model}, dtype: float32}}\ntensor_parallel: {{tp_size: 2}}\n"
                     f"requests: [{{prompt: 'What colour is the shape?'}}]\n{yaml}")
-    outcome = launch(2, GENERATE, "--config", str(file), timeout=60)
+    outcome = launch(2, GENERATE, "--config", str(file), launcher="deepspeed" if case == LAUNCHED else "fork")
     assert outcome.code == 2, (outcome.code, outcome.err[-3000:])
     errors = [line for line in outcome.err.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and "Traceback" not in outcome.err, outcome.err[-3000:]

@@ -64,7 +64,7 @@ def test_killed_and_started_again_every_request_is_answered_once_and_in_order(tm
     assert "cut off by a crash" in outcome.err and "60/60" in outcome.err, outcome.err[-2000:]  # the bar
 
     done = (tmp_path / "answers.jsonl").read_bytes()
-    again = launch(1, GENERATE, "--config", config, launcher="none")
+    again = launch(1, GENERATE, "--config", config, launcher="alone")
     assert again.code == 2 and (tmp_path / "answers.jsonl").read_bytes() == done
     assert json.loads(again.out.splitlines()[-1])["resumed"] == count
 

@@ -15,6 +15,7 @@ from launching import Job
 
 WORKER = Path(__file__).with_name("desync_worker.py")
 RANKS, PLANTED = 3, 1
+PATIENCE_S = 900  # for what ends by itself; no test here is about how soon
 pytestmark = pytest.mark.ranks
 
 
@@ -23,13 +24,12 @@ def model(tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("desync") / "m")
 
 
-def wait_for(job: Job, words: str, within_s: float) -> float:
-    """Seconds until stderr has `words` (a regular expression)."""
-    began = time.monotonic()
+def wait_for(job: Job, words: str) -> None:
+    """Until stderr has `words` (a regular expression)."""
+    deadline = time.monotonic() + PATIENCE_S
     while not re.search(words, job.said()):
-        assert time.monotonic() - began < within_s and job.process.poll() is None, (words, job.said()[-3000:])
+        assert time.monotonic() < deadline and job.process.poll() is None, (words, job.said()[-3000:])
         time.sleep(0.05)
-    return time.monotonic() - began
 
 
 def end(job: Job, within_s: float) -> tuple[int, str]:
@@ -44,7 +44,7 @@ def end(job: Job, within_s: float) -> tuple[int, str]:
 def digests(model, tmp_path_factory) -> tuple[list[dict], int, str]:
     """What every rank saw, exit code and stderr of a job that ends by an uncaught Desync."""
     out = tmp_path_factory.mktemp("out")
-    code, err = end(Job(RANKS, WORKER, "digests", str(model), str(out)), 240)
+    code, err = end(Job(RANKS, WORKER, "digests", str(model), str(out)), PATIENCE_S)
     return [json.loads((out / f"rank{r}.json").read_text()) for r in range(RANKS)], code, err
 
 
@@ -91,22 +91,18 @@ def test_uncaught_it_is_a_message_and_exit_code_1(digests):
 
 
 def test_between_two_comparisons_a_rank_that_leaves_early_is_named_from_outside(model, tmp_path):
-    """Without the check it would be in a collective of its own too, and with it only every 8th step as well.
-
-    Over torch's group, which sees nothing: without a compiler there is no other."""
-    env = {"CXX": "none", "TORCH_EXTENSIONS_DIR": str(tmp_path / "none")}
-    code, err = end(Job(RANKS, WORKER, "early", str(model), str(tmp_path), env=env), 120)
+    """Without the check it would be in a collective of its own too, and with it only every 8th step as well."""
+    code, err = end(Job(RANKS, WORKER, "early-torch", str(model), str(tmp_path)), PATIENCE_S)
     assert code == 3, err[-3000:]
-    said = [line for line in err.splitlines() if "elsewhere" in line]
-    assert any(re.search(r"rank 1 \(process \d+, \w+\) has been elsewhere for 5 s", line) for line in said), err[-3000:]
-    assert any(re.match(r"rank [02]: rank 1 .* gives up and ends", line) for line in said), err[-3000:]
+    lines = "\n".join(line for line in err.splitlines() if "elsewhere" in line)
+    assert re.search(r"rank 1 \(process \d+, \w+\) has been elsewhere for \d+ s", lines), err[-3000:]
+    assert re.search(r"^rank [02]: rank 1 .* gives up and ends", lines, re.MULTILINE), err[-3000:]
 
 
 def test_the_shared_memory_itself_sees_ranks_in_unlike_collectives(model, tmp_path):
     """At once, by the messages' sizes; a message on every rank, and no traceback."""
-    code, err = end(Job(RANKS, WORKER, "early", str(model), str(tmp_path)), 120)
-    if not re.search("all-reduce: the adapter's shared memory", err):
-        pytest.skip("another way to sum was faster when the job started")
+    code, err = end(Job(RANKS, WORKER, "early", str(model), str(tmp_path)), PATIENCE_S)
+    assert "all-reduce: the adapter's shared memory" in err, err[-3000:]
     assert code == 1, err[-3000:]
     said = r"^error on rank \d: the ranks do not run the same steps: rank 1 .*desync_check=1"
     assert re.search(said, err, re.MULTILINE), err[-3000:]
@@ -114,15 +110,13 @@ def test_the_shared_memory_itself_sees_ranks_in_unlike_collectives(model, tmp_pa
 
 def test_slow_preparation_is_a_warning_and_a_stopped_rank_is_named_and_ends_the_job(model, tmp_path):
     job = Job(RANKS, WORKER, "endless", str(model), str(tmp_path))
-    wait_for(job, "generating", 120)
-    said = job.said()
     for rank in (1, 2):
-        assert re.search(rf"rank {rank}: rank 0 \(process {job.rank_pid(0)}, \w+\) has been preparing requests, "
-                         r"or is late, for 5 s", said), said[-3000:]
-    time.sleep(1)
+        wait_for(job, rf"rank {rank}: rank 0 \(process \d+, \w+\) has been preparing requests, or is late, for \d+ s")
+    (tmp_path / "go").touch()
+    wait_for(job, "generating")
     pid = job.rank_pid(PLANTED)
     os.kill(pid, signal.SIGSTOP)
-    assert wait_for(job, rf"rank 1 \(process {pid}, stopped\) has been late for 5 s at collective \d+ \(all-", 10) > 4
-    code, err = end(job, 20)
+    wait_for(job, rf"rank 1 \(process {pid}, stopped\) has been late for \d+ s at collective \d+ \(all-")
+    code, err = end(job, PATIENCE_S)
     assert code == 3, err[-3000:]
-    assert re.search(rf"^rank [02]: rank 1 \(process {pid}, stopped\) .* for 8 s .* gives up", err, re.MULTILINE)
+    assert re.search(rf"^rank [02]: rank 1 \(process {pid}, stopped\) .* for \d+ s .* gives up", err, re.MULTILINE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -21,7 +22,7 @@ def rows(out: str) -> dict[str, dict]:
     return {row["check"]: row for row in json.loads(next(x for x in out.splitlines() if x.startswith("{")))["checks"]}
 
 
-def rendezvous(trial: dict) -> check.Row:
+def rendezvous(trial: check.Trial) -> check.Finding:
     return next(check.run([job.rendezvous], check.Case({}, trial=trial)))
 
 
@@ -30,15 +31,18 @@ def test_as_ranks(launcher):
     outcome = launch(2, DOCTOR, "--json", launcher=launcher)
     found = rows(outcome.out)
     assert outcome.code == 0, (found, outcome.err[-3000:])
-    assert "2 ranks on" in found["rendezvous"]["found"] and found["peers"]["status"] == "ok"
+    assert "2 ranks on" in found["rendezvous"]["found"]
     assert "right in float32 and bfloat16" in found["all reduce"]["found"]
     assert "shared-memory op" in found["all reduce"]["found"] or "torch group" in found["all reduce"]["found"]
     assert "rank 1 on" in found["binding"]["found"]
 
 
 def test_ranks_of_its_own():
+    """And the facts that torch and DeepSpeed report of themselves."""
     outcome = launch(1, DOCTOR, "--ranks", "2", "--json", launcher="none")
     found = rows(outcome.out)
+    facts = json.loads(outcome.out.splitlines()[-1])["facts"]
+    assert facts["ds_report"]["torch version"] == facts["torch"]["version"] and facts["system"]["os"]
     assert outcome.code == 0, (found, outcome.err[-3000:])
     assert "2 ranks on" in found["rendezvous"]["found"] and found["all reduce"]["status"] == "ok"
 
@@ -48,7 +52,7 @@ def test_mpi_that_sees_another_world(monkeypatch):
     for name, value in (("SIZE", "2"), ("RANK", "0"), ("LOCAL_SIZE", "2"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
     before = set(os.listdir("/dev/shm"))
-    row = rendezvous(main._trial(machine.place(os.environ), 0, 60, []))
+    row = rendezvous(job.try_job(machine.place(os.environ), 0, 60, []))
     assert row.status == check.FAILED and "started 2 processes, but mpi4py sees 1" in row.found and "mpirun" in row.do
     assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("sm_segment")]
 
@@ -62,25 +66,26 @@ def test_a_rank_that_never_comes(monkeypatch):
     """Rank 0 of two, alone: an end after the limit, and how far it came."""
     for name, value in as_rank(0, free_port(), 0, 2).items():
         monkeypatch.setenv(name, value)
-    trial = main._trial(machine.place(os.environ), 0, 8, [])
+    trial = job.try_job(machine.place(os.environ), 0, 8, [])
     row = rendezvous(trial)
     assert row.status == check.FAILED and "no end after" in row.found and "rank 0 was" in row.found
 
 
 def test_what_another_host_found_reaches_rank_0(monkeypatch):
     """Two ranks, each local rank 0: as on two hosts."""
-    port, found = free_port(), asdict(check.Row("dev shm", check.FAILED, "64 MB", "more"))
-    other = subprocess.Popen([sys.executable, "-m", "adapter.doctor.trial", "--limit", "90"], stdin=subprocess.PIPE,
+    port, found = free_port(), asdict(check.Finding("dev shm", check.FAILED, "64 MB", "more"))
+    other = subprocess.Popen([sys.executable, "-m", "adapter.doctor.trial"], stdin=subprocess.PIPE,
                              cwd=ROOT, env={**os.environ, **as_rank(1, port, 0, 1)}, text=True)
     try:
         other.stdin.write(json.dumps([found]))
         other.stdin.close()
         for name, value in as_rank(0, port, 0, 1).items():
             monkeypatch.setenv(name, value)
-        trial = main._trial(machine.place(os.environ), 0, 80, [])
+        trial = job.try_job(machine.place(os.environ), 0, 80, [])
         assert rendezvous(trial).status == check.OK, trial
-        told = main._of_other_hosts(check.Case({}, trial=trial))
-        assert [(row.check.split(" on ")[0], row.status, row.do) for row in told] == [("dev shm", check.FAILED, "more")]
+        others = main._of_other_hosts(trial.ranks)
+        assert [(row.check, row.status, row.do) for row in others] == [
+            (f"dev shm on {socket.gethostname()}", check.FAILED, "more")]
         assert other.wait(30) == 0
     finally:
         other.kill()

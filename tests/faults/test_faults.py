@@ -42,7 +42,8 @@ def refused(outcome, *words: str) -> None:
 
 
 def test_bad_yaml_key(tmp_path, model):
-    outcome = launch(2, GENERATE, "--config", config(tmp_path, model, "tensor_paralel: {tp_size: 2}\n"))
+    outcome = launch(2, GENERATE, "--config", config(tmp_path, model, "tensor_paralel: {tp_size: 2}\n"),
+                     launcher="deepspeed")
     refused(outcome, "tensor_paralel", "tensor_parallel", "config.yaml")
     assert outcome.err.count("tensor_paralel") == 1, "one rank of a host says it"
 
@@ -112,10 +113,10 @@ def test_one_bad_request_does_not_cost_the_others(tmp_path, model):
     assert "Traceback" not in outcome.err
 
 
-def endless(tmp_path: Path, model: Path, ranks: int = 2, **options) -> Job:
+def endless(tmp_path: Path, model: Path, ranks: int = 2, launcher: str = "deepspeed") -> Job:
     """A job that generates for minutes; returns once every rank is at it."""
     file = config(tmp_path, model, "generation: {max_new_tokens: 30000, min_new_tokens: 30000}\n")
-    job = Job(ranks, GENERATE, "--config", file, f"tensor_parallel.tp_size={ranks}", **options)
+    job = Job(ranks, GENERATE, "--config", file, f"tensor_parallel.tp_size={ranks}", launcher=launcher)
     deadline = time.monotonic() + 120
     while "generating" not in job.said():
         assert time.monotonic() < deadline and job.process.poll() is None, job.said()[-3000:]
@@ -173,7 +174,7 @@ def test_taken_port_is_said_in_a_job_of_several_hosts(tmp_path, model):
         taken.listen()
         env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
                "MASTER_PORT": str(taken.getsockname()[1])}
-        outcome = Job(1, GENERATE, "--config", config(tmp_path, model), launcher="none", env=env).finish(120)
+        outcome = Job(1, GENERATE, "--config", config(tmp_path, model), launcher="alone", env=env).finish(120)
     assert outcome.code == 2, outcome.err[-3000:]
     assert env["MASTER_PORT"] in outcome.err and "MASTER_PORT" in outcome.err and "Traceback" not in outcome.err
 

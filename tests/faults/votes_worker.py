@@ -1,6 +1,6 @@
 """Rank 1 cannot sum in some way that rank 0 can: what they decide, and whether sums are right.
 
-    deepspeed --num_accelerators 2 votes_worker.py {cores, build, open, create}
+    deepspeed --num_accelerators 2 votes_worker.py {cores, bound, build, open, create}
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def fail(*_: object) -> None:
 
 rank = int(os.environ["RANK"])
 if "cores" in sys.argv:
-    all_reduce.usable_cores = lambda: 1 if rank else 8  # as ranks see it whose containers have different quotas
+    all_reduce.cpu_quota = lambda: 1.0 if rank else None  # as ranks see it whose containers have different quotas
+if "bound" in sys.argv:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 if "build" in sys.argv and rank == 1:
     build.unavailable = lambda: "no compiler here"
 if "open" in sys.argv and rank == 1:  # a sandbox, or /proc of another pid namespace

@@ -14,7 +14,7 @@ from slurm_cluster import need_slurm, start_slurm
 from ssh_cluster import OWN, need_ssh, start_sshd
 from test_two_hosts import as_debian_names_them, hostfile
 
-pytestmark = [pytest.mark.ranks, need_hosts]
+pytestmark = [pytest.mark.ranks, pytest.mark.long, need_hosts]
 SLURM = {"LAUNCHER": "slurm", "LAUNCHER_ARGS": "--nodes=2 --ntasks-per-node=1"}
 MPICH = shutil.which("mpirun.mpich")
 

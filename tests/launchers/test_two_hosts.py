@@ -88,7 +88,7 @@ def test_host_that_goes_is_named_by_the_other(tmp_path, how):
     """Cable cut: both sides end and name the other. All processes killed: the other side does."""
     with hosts("hA", "hB") as (a, b):
         jobs = start_both(a, b, hostfile(tmp_path, "hA slots=1", "hB slots=1"), 2,
-                          "generation={max_new_tokens: 30000, min_new_tokens: 30000}")
+                          "generation={max_new_tokens: 30000, min_new_tokens: 30000}", "tensor_parallel.heartbeat_s=8")
         wait_until_generating(jobs[0])
         time.sleep(2)
         getattr(b, how)()

@@ -23,7 +23,7 @@ def rows(outcome) -> dict[str, dict]:
 
 @cache
 def one_process() -> dict[str, dict]:
-    return rows(launch(1, ROOT / "launch" / "one_process.py", "--config", CONFIG, launcher="none"))
+    return rows(launch(1, ROOT / "launch" / "one_process.py", "--config", CONFIG, launcher="alone"))
 
 
 def test_quickstart():

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ranks
 @pytest.fixture(scope="module", params=[1, 3], ids=["one_rank", "three_ranks"])
 def facts(request, tmp_path_factory) -> dict:
     directory = make_checkpoint(tmp_path_factory.mktemp("engine") / "m")
-    launcher = "none" if request.param == 1 else "deepspeed"
+    launcher = "alone" if request.param == 1 else "fork"
     outcome = launch(request.param, WORKER, str(directory), launcher=launcher)
     assert outcome.code == 0, outcome.err[-5000:]
     row = next(json.loads(line) for line in outcome.out.splitlines() if line.startswith('{"kept_call"'))

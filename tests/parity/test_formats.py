@@ -37,7 +37,7 @@ def run(home: Path, ranks: int, form: str) -> dict[str, torch.Tensor]:
     file = out / f"m.tp{ranks}.safetensors"
     if not file.exists():
         outcome = launch(ranks, WORKER, "--out", str(out), "--format", form, str(home / "m"),
-                         launcher="deepspeed" if ranks > 1 else "none")
+                         launcher="fork" if ranks > 1 else "alone")
         assert outcome.code == 0, outcome.err[-5000:]
     return load_file(file)
 

@@ -18,7 +18,8 @@ from launching import launch
 from safetensors.torch import load_file
 
 OLD = os.environ.get("QWENVL_TP_OLD_PYTHON", "")
-pytestmark = [pytest.mark.ranks, pytest.mark.skipif(not OLD, reason="QWENVL_TP_OLD_PYTHON is not set")]
+pytestmark = [pytest.mark.ranks, pytest.mark.long,
+              pytest.mark.skipif(not OLD, reason="QWENVL_TP_OLD_PYTHON is not set")]
 RESHAPE = Path(__file__).with_name("reshape_worker.py")
 WORKER = Path(__file__).with_name("worker.py")
 ENGINE = Path(__file__).with_name("engine_worker.py")
@@ -38,7 +39,7 @@ def test_this_release_has_the_bug():
 
 def test_the_original_message_without_the_override_and_parity_with_it(model, tmp_path):
     one, four = tmp_path / "one", tmp_path / "four"
-    assert launch(1, RESHAPE, str(model), str(one), "--plain", python=OLD, launcher="none").code == 0
+    assert launch(1, RESHAPE, str(model), str(one), "--plain", python=OLD, launcher="alone").code == 0
     outcome = launch(4, RESHAPE, str(model), str(four), python=OLD)
     assert outcome.code == 0, outcome.err[-3000:]
     message = "without the override: shape '[1, 359, 3584]' is invalid for input of size 321664"
@@ -53,7 +54,7 @@ def test_parity_of_both_towers_on_the_old_release(tmp_path):
     shape = Shape(heads=12, kv_heads=2, mlp=200, vocab=199, tied=True)
     make_checkpoint(tmp_path / "plain" / "m", shape)
     make_checkpoint(tmp_path / "newer" / "m", shape, newer_names=True)  # which this release cannot load by itself
-    for n, extra, launcher, names in ((1, ["--plain"], "none", "plain"), (3, [], "deepspeed", "newer")):
+    for n, extra, launcher, names in ((1, ["--plain"], "alone", "plain"), (3, [], "fork", "newer")):
         outcome = launch(n, WORKER, *extra, "--out", str(tmp_path), str(tmp_path / names / "m"), python=OLD,
                          launcher=launcher)
         assert outcome.code == 0, outcome.err[-3000:]

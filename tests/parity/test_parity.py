@@ -42,7 +42,7 @@ def workplace(tmp_path_factory) -> Path:
         make_checkpoint(root / name, shape, newer_names=newer, files=files)
         make_checkpoint(root / "published" / name, shape)  # the only names Transformers before 4.52 reads by itself
     published = (str(root / "published" / name) for name in MODELS)
-    outcome = launch(1, WORKER, "--plain", "--out", str(root), *published, launcher="none")
+    outcome = launch(1, WORKER, "--plain", "--out", str(root), *published, launcher="alone")
     assert outcome.code == 0, outcome.err[-3000:]
     return root
 
@@ -50,7 +50,7 @@ def workplace(tmp_path_factory) -> Path:
 @cache
 def job(root: Path, tp: int) -> None:
     names = [str(root / n) for n, (*_, sizes) in MODELS.items() if tp in sizes]
-    launcher = "deepspeed" if tp > 1 else "none"
+    launcher = "fork" if tp > 1 else "alone"
     outcome = launch(tp, WORKER, "--out", str(root), *names, launcher=launcher, timeout=600)
     assert outcome.code == 0, outcome.err[-6000:]
 

@@ -80,7 +80,7 @@ def test_bytes_read_are_those_of_the_files_tensors(pairs):
 def test_memory_stays_within_the_shard(tmp_path):
     model = make_checkpoint(tmp_path / "model", BIG, dtype=torch.bfloat16)
     write_shards(*checked_plan(model, 2, "bfloat16"), tmp_path / "shards")
-    outcome = launch(2, HERE / "memory_worker.py", str(tmp_path / "shards"))
+    outcome = launch(2, HERE / "memory_worker.py", str(tmp_path / "shards"), launcher="deepspeed")
     assert outcome.code == 0, outcome.err[-3000:]
     rows = [json.loads(line) for line in outcome.out.splitlines() if line.startswith("{")]
     assert len(rows) == 2

@@ -18,7 +18,7 @@ from launching import launch
 from safetensors.torch import load_file
 
 from adapter.planning.plan import Plan
-from adapter.planning.vision_balance import cost, deal
+from adapter.planning.vision_balance import assign, cost
 from policies.families.qwen2_vl import POLICY
 
 WORKER, PLAIN = Path(__file__).with_name("vision_worker.py"), Path(__file__).with_name("worker.py")
@@ -36,7 +36,7 @@ def workplace(tmp_path_factory) -> Path:
     for name, shape in MODELS.items():
         make_checkpoint(root / name, shape)
         make_checkpoint(root / "published" / name, shape)
-    outcome = launch(1, PLAIN, "--plain", "--out", str(root), *(str(root / name) for name in MODELS), launcher="none")
+    outcome = launch(1, PLAIN, "--plain", "--out", str(root), *(str(root / name) for name in MODELS), launcher="alone")
     assert outcome.code == 0, outcome.err[-3000:]
     return root
 
@@ -92,11 +92,11 @@ def test_each_call_takes_its_way_and_a_dealt_one_has_one_collective(ran):
     grids = [[[1, 8, 6]], [[1, 4, 8], [1, 6, 4]], [[3, 4, 6]], [[1, 8, 6], [1, 4, 8], [1, 6, 4]], [[3, 4, 6]]]
     assert facts["grids"] == grids
     price = cost(plan, 4)
-    dealt = [plan.vision == "data" or price.deals(deal(grid, plan.tp_size)) for grid in grids]
+    dealt = [plan.vision == "data" or price.prefers_data(assign(grid, plan.tp_size)) for grid in grids]
     assert plan.vision == "data" or set(dealt) == {True, False}, "the cases of auto are of both kinds"
     expected = [1 if one else 2 * plan.geometry.layers["visual.blocks"] + 1 for one in dealt]
     assert [row[:-2] for row in facts["ranks"]] == [expected] * plan.tp_size
-    assert plan.tp_size == 2 or any(not share for share in deal(grids[1], plan.tp_size).shares)
+    assert plan.tp_size == 2 or any(not share for share in assign(grids[1], plan.tp_size).shares)
 
 
 def test_the_encoder_is_held_once(ran):
@@ -106,14 +106,15 @@ def test_the_encoder_is_held_once(ran):
         assert row[-2] == row[-1] == plan.weight_bytes(rank)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not OLD, reason="QWENVL_TP_OLD_PYTHON is not set")
 def test_the_oldest_release(tmp_path):
     """Its encoder returns a tensor, and attends to all pieces at once under a mask."""
     for where in (tmp_path / "m", tmp_path / "published" / "m"):
         make_checkpoint(where)
-    for n, script, args, launcher in ((1, PLAIN, ["--plain", "--out", str(tmp_path), str(tmp_path / "m")], "none"),
+    for n, script, args, launcher in ((1, PLAIN, ["--plain", "--out", str(tmp_path), str(tmp_path / "m")], "alone"),
                                       (2, WORKER, [str(tmp_path), str(tmp_path / "m"), "data", str(tmp_path / "m"),
-                                                   "auto"], "deepspeed")):
+                                                   "auto"], "fork")):
         outcome = launch(n, script, *args, python=OLD, launcher=launcher, timeout=400)
         assert outcome.code == 0, outcome.err[-3000:]
     plain = load_file(tmp_path / "m.plain.safetensors")

@@ -36,10 +36,10 @@ def watched(engine: Any) -> list[dict[str, Any]]:
     progress, encoder = engine.mpu.tp.progress, encoder_of(engine.module, engine.plan)
 
     def before(_m: Any, args: Any, kwargs: Any) -> None:
-        calls.append({"grid": kwargs["grid_thw"].tolist(), "collectives": -progress.standing().entered})
+        calls.append({"grid": kwargs["grid_thw"].tolist(), "collectives": -progress.state().entered})
 
     def after(*_: Any) -> None:
-        calls[-1]["collectives"] += progress.standing().entered
+        calls[-1]["collectives"] += progress.state().entered
 
     hooks = [encoder.register_forward_pre_hook(before, with_kwargs=True), encoder.register_forward_hook(after)]
     for case in cases(engine.plan.geometry.sizes["vocab"]).values():

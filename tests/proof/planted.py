@@ -253,21 +253,21 @@ def picture_features_shifted(modules, plan, tp):
 
 
 def gathered_in_another_order(modules, plan, tp):
-    dealt = modules[TOWER].dealt
+    dealt = modules[TOWER].data_parallel
     gather = dealt.gather
     dealt.gather = lambda deal, features: torch.cat(gather(deal, features).chunk(2)[::-1])
 
 
 def another_ranks_picture(modules, plan, tp):
     """Rank 1 reads the picture that was dealt to rank 0."""
-    dealt = modules[TOWER].dealt
+    dealt = modules[TOWER].data_parallel
     if tp.rank == 1:
         dealt.read = lambda deal, patches, grid: (patches[:deal.patches(0)], grid[:1])
 
 
 def one_ranks_picture_late(modules, plan, tp):
     """Rank 1 is a patch late in its own picture, and nothing tells it from another in shape."""
-    dealt = modules[TOWER].dealt
+    dealt = modules[TOWER].data_parallel
     read = dealt.read
     if tp.rank == 1:
         dealt.read = lambda *args: (read(*args)[0].roll(1, 0), read(*args)[1])

@@ -114,19 +114,20 @@ def test_a_request_that_cannot_be_prepared_is_exit_2_and_the_others_are_checked(
     assert outcome.code == 2 and "/nowhere.png" in rows[0]["error"], outcome.err[-3000:]
     assert [r["id"] for r in rows[1:-1] if r["passed"]] == ["text", "long", "padded batch"]
     assert not rows[-1]["passed"] and (tmp_path / "report.html").exists()
-    assert "visual.patch_embed.proj" in rows[-1]["unchecked"] and "with a picture" in outcome.err
+    assert "visual.patch_embed.proj" in rows[-1]["unchecked"] and "with an image" in outcome.err
 
 
 def test_one_rank_holds():
-    outcome, rows = run(1, f"requests=[{{prompt: hello, images: [{next(PICTURES.glob('*.png'))}]}}]", launcher="none")
+    outcome, rows = run(1, f"requests=[{{prompt: hello, images: [{next(PICTURES.glob('*.png'))}]}}]", launcher="alone")
     assert outcome.code == 0 and rows[0]["passed"], outcome.err[-3000:]
 
 
 def test_a_report_that_cannot_be_written_is_said_before_the_run():
-    outcome, rows = run(1, "--report", "/nowhere/report.html", launcher="none")
+    outcome, rows = run(1, "--report", "/nowhere/report.html", launcher="alone")
     assert outcome.code == 2 and "/nowhere/report.html" in outcome.err and not rows
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not OLD, reason="QWENVL_TP_OLD_PYTHON is not set")
 @pytest.mark.parametrize("vision", ["tensor", "data"])
 def test_the_oldest_releases_hold_with_eager_attention(vision):

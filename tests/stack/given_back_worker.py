@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -40,6 +41,17 @@ def mapped(directory: str) -> list[str]:
     return sorted({Path(line.split()[-1]).name for line in lines if f"{directory}/" in line})
 
 
+def is_mapped(size: int) -> bool:
+    """Whether malloc takes a block of this size from the system by itself: glibc marks it in the word before it."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    block = libc.malloc(size)
+    found = bool(ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & 2)
+    libc.free(block)
+    return found
+
+
 def touch(model: nn.Module) -> None:
     """Read every weight, as the first forward would: what is mapped is in memory then."""
     for parameter in model.parameters():
@@ -69,6 +81,7 @@ def measure(directory: str, call: str, dtype: torch.dtype) -> dict[str, Any]:
         "call": call, "dtype": str(dtype), "before": before, "whole": sum(sizes), "largest": max(sizes),
         "shard": sum(p.numel() * p.element_size() for p in engine.module.parameters()),
         "loaded": loaded, "peak": peak[0], "after": anonymous(), "mapped": files, "still_mapped": mapped(directory),
+        "malloc_as_before": is_mapped(64 << 20),  # above 32 MB, the largest limit that glibc sets by itself
     }
 
 

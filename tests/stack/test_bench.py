@@ -13,6 +13,8 @@ import time
 import pytest
 from launching import ROOT, Running, launch
 
+from adapter.kernels import linear
+
 BENCH = ROOT / "launch" / "bench.py"
 SMALL = ["--config", str(ROOT / "configs" / "demo_tp4.yaml"), "--new", "4", "--requests-at-once", "2",
          "tensor_parallel.tp_size=2"]
@@ -53,7 +55,7 @@ def measured(tmp_path_factory):
     """Ranks that measure themselves: rows, summary, the machine's file."""
     file = tmp_path_factory.mktemp("bench") / "machine.yaml"
     outcome = launch(2, BENCH, *SMALL, "--repeats", "2", "--profile", "tensor_parallel.vision=auto", "--write-hardware",
-                     str(file))
+                     str(file), launcher="deepspeed")
     assert outcome.code == 0, outcome.err[-3000:]
     return *rows(outcome), file
 
@@ -72,7 +74,7 @@ def test_ranks_measure_themselves(measured):
 def test_both_ways_of_reading_pictures_are_timed_and_operators_are_told(measured):
     _, total, _ = measured
     seconds, profile = total["vision_s"], total["profile"]
-    assert len(seconds) == 4 and not any("1 picture" in what for what in seconds)
+    assert len(seconds) == 4 and not any("1 image" in what for what in seconds)
     for each in seconds.values():
         assert all(map(ordered, each.values()))
         assert each["auto_s"] in (each["tensor_s"], each["data_s"])
@@ -94,6 +96,7 @@ def driven(tmp_path_factory):
     return *rows(outcome), file
 
 
+@pytest.mark.long
 def test_the_driver_times_ours_and_a_peer_and_draws_them(driven):
     found, total, picture = driven
     assert [row["engine"] for row in found] == ["ours", "ours", "ours", "vllm", "hf"]
@@ -106,6 +109,7 @@ def test_the_driver_times_ours_and_a_peer_and_draws_them(driven):
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+@pytest.mark.long
 def test_the_driver_times_other_formats(tmp_path):
     """On one rank: the demo's shards over two do not end between groups, which is said before anything starts."""
     formats = [sys.executable, str(BENCH), *SMALL, "--repeats", "1", "--formats", "int8"]
@@ -113,6 +117,9 @@ def test_the_driver_times_other_formats(tmp_path):
     assert outcome.code == 2 and not outcome.out and "shared by 64" in outcome.err, outcome.err[-3000:]
     assert "repeat" not in outcome.err and "tp sizes that would work: [1]" in outcome.err, outcome.err
     outcome = Running([*formats, "tensor_parallel.tp_size=1", "--png", str(tmp_path / "a.png")]).finish(480)
+    if why := linear.missing():  # int8 needs a processor that has it
+        assert outcome.code == 2 and why in outcome.err and "Traceback" not in outcome.err, outcome.err[-3000:]
+        return
     assert outcome.code == 0, outcome.err[-3000:]
     found, total = rows(outcome)
     assert [row["engine"] for row in found] == ["ours"] * 3 + ["int8"] * 2
@@ -120,6 +127,7 @@ def test_the_driver_times_other_formats(tmp_path):
     assert (tmp_path / "a.png").exists()
 
 
+@pytest.mark.long
 def test_a_peer_that_fails_is_a_row_and_costs_the_others_nothing(driven):
     found, total, _ = driven
     failed = found[3]
@@ -136,7 +144,9 @@ def test_a_request_that_cannot_be_prepared_is_said_once(tmp_path):
     assert outcome.err.count("bad.png") == 1 and "Traceback" not in outcome.err, outcome.err[-3000:]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "code"), [
+    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long),
+    pytest.param(signal.SIGKILL, -9, marks=pytest.mark.long)])
 def test_nothing_is_left_of_a_benchmark_that_is_ended(number, code):
     """While its ranks run; they are in sessions of their own, so that Ctrl-C reaches the driver alone."""
     job = Running([sys.executable, str(BENCH), *SMALL, "--repeats", "1000", "--new", "64"])

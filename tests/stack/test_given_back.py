@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,8 @@ def test_full_weights_are_given_back(tmp_path):
     """float32 of a bfloat16 checkpoint is memory of the process; bfloat16 is the file, mapped by Transformers 5."""
     small = make_checkpoint(tmp_path / "small")
     big = make_checkpoint(tmp_path / "big", BIG, dtype=torch.bfloat16)
-    outcome = launch(2, WORKER, str(small), str(big), env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]})
+    outcome = launch(2, WORKER, str(small), str(big), launcher="deepspeed",
+                     env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]})
     assert outcome.code == 0, outcome.err[-3000:]
     rows = [json.loads(line) for line in outcome.out.splitlines() if line.startswith("{")]
     assert {(row["rank"], row["call"]) for row in rows} == {(r, c) for r in (0, 1) for c in ("kept", "adapters")}
@@ -36,4 +39,15 @@ def test_full_weights_are_given_back(tmp_path):
         if private:
             assert row["loaded"] - row["after"] >= row["whole"] - row["shard"] - SLACK, row
         assert not row["still_mapped"], row
+        assert row["malloc_as_before"], "malloc's settings are those of the user's process"
     assert not rows[0]["mapped"], "float32 is converted, and so not a file's"
+
+
+def test_a_command_lets_its_own_process_keep_what_it_frees():
+    """The settings cannot be read, so what sets them is watched."""
+    script = ("import sys; from adapter.kernels import malloc; from adapter.commands.generate import start; "
+              "malloc.keep = lambda: sys.stderr.write('kept\\n'); start()")
+    ran = subprocess.run([sys.executable, "-c", script, "--config", str(ROOT / "configs" / "demo_tp4.yaml"),
+                          "tensor_parallel.tp_size=1", "generation.max_new_tokens=1", "requests=[{prompt: What?}]"],
+                         cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert ran.returncode == 0 and ran.stderr.count("kept") == 1, ran.stderr[-3000:]

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import Shape, cases, make_checkpoint
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 import adapter
@@ -193,6 +194,19 @@ def family(model: nn.Module) -> nn.Module:
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=10))
 
 
+class Joined(BaseException):
+    """Where the ranks would have joined."""
+
+
+def joined(*_: Any, **__: Any) -> None:
+    raise Joined
+
+
+def without_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without AVX512-FP16: on one that has it, DeepSpeed computes in float16."""
+    monkeypatch.setattr(get_accelerator(), "supported_dtypes", lambda: [torch.float, torch.bfloat16])
+
+
 @pytest.mark.parametrize(("habit", "words"), [
     (on_meta, "from_pretrained.*init_inference"), (spread, "without device_map"),
     (quantised, "without quantization_config"), (quantised_by_transformers, "without quantization_config"),
@@ -206,10 +220,19 @@ def family(model: nn.Module) -> nn.Module:
     (lambda model: model.double(), "torch.float64: DeepSpeed on cpu"),
 ], ids=lambda value: getattr(value, "__name__", "").strip("<>") or None)
 def test_models_that_cannot_be_shards(load, habit, words, monkeypatch):
-    monkeypatch.setattr(parallel_state, "start", lambda size: pytest.fail("the ranks were joined first"))
+    without_float16(monkeypatch)
+    monkeypatch.setattr(parallel_state, "start", joined)
     for call in CALLS.values():
         with pytest.raises(UserError, match=f"(?s){words}"):
             call(habit(load()))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_float16_is_taken_where_deepspeed_computes_in_it(load, monkeypatch, call):
+    monkeypatch.setattr(get_accelerator(), "supported_dtypes", lambda: [torch.float, torch.bfloat16, torch.float16])
+    monkeypatch.setattr(parallel_state, "start", joined)
+    with pytest.raises(Joined):
+        CALLS[call](load().half())
 
 
 def test_a_head_of_its_own_where_the_config_ties_it(load):

@@ -52,7 +52,7 @@ def answers(outcome: Outcome) -> tuple[list[str], list[str]]:
 def run(ranks: int, script: Path, *more: str) -> Outcome:
     """With the adapter importable, as an installed one is; nothing else of the environment is changed."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    launcher = "deepspeed" if ranks > 1 else "none"
+    launcher = "deepspeed" if ranks > 1 else "alone"
     return launch(ranks, script, *ARGUMENTS, *more, launcher=launcher, env={"PYTHONPATH": path})
 
 
@@ -84,7 +84,7 @@ def test_a_script_that_ends_has_left_its_group(tmp_path):
 
 def test_unchanged_script_dies_on_the_vision_encoder():
     """DeepSpeed 0.19.8 cuts `attn.qkv` and `attn.proj` both by columns. Where this fails, DeepSpeed has learnt it."""
-    job = Job(4, STOCK, *ARGUMENTS, "--ds_inference", "--batch_size", "1")
+    job = Job(4, STOCK, *ARGUMENTS, "--ds_inference", "--batch_size", "1", launcher="deepspeed")
     outcome = job.finish()
     for name in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{job.port}_*"):
         name.unlink()  # DeepSpeed leaves them, 69 MB a rank; with the adapter they go as soon as they are mapped

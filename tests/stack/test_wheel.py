@@ -15,7 +15,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from launching import ROOT, launch
+from launching import ROOT, Running
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,7 +27,7 @@ LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}  # import name -> where it differs from the package's
 IN_EXTRAS = {"matplotlib", "mpi4py"}
 OF_PEERS = {"peer", "vllm"}  # of scripts that run by path, elsewhere: a file beside them, and what they time
-MODULES = [f"adapter.{m}" for m in ("plan", "shard", "generate", "verify", "doctor", "bench")]  # what `--module` starts
+MODULES = ["adapter", "adapter.commands.generate", "adapter.commands.verify", "adapter.doctor"]  # what `--module` takes
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +127,14 @@ def test_commands_are_modules(installed, away, module):
     assert done.returncode == 0 and "--config" in done.stdout, done.stderr
 
 
-def test_plan(installed, away):
-    done = run(installed, away, "-m", "adapter.planning.plan", "--config", "configs/demo_tp4.yaml", "--json")
+def test_the_console_command(installed, away):
+    script = str(installed.with_name("qwenvl-tp"))
+    assert "qwenvl-tp verify" in run(installed, away, script, "--help").stdout
+    done = run(installed, away, script, "plan", "--config", "configs/demo_tp4.yaml", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tp_size"] == 4
+    done = run(installed, away, script, "generate", "--config", "configs/demo_tp4.yaml", "tensor_parallel.tp_size=29")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "tp_size 29" in done.stderr, done.stderr
 
 
 def test_the_table_in_other_words(installed, away):
@@ -142,10 +146,11 @@ def test_the_table_in_other_words(installed, away):
 
 @pytest.mark.ranks
 def test_generate_over_ranks(installed, away):
-    """deepspeed --module adapter.commands.generate, started from the environment's own launcher."""
-    outcome = launch(2, Path("--module"), "adapter.commands.generate", "--config",
-                     str(away / "configs" / "demo_tp4.yaml"),
-                     "tensor_parallel.tp_size=2", python=str(installed), cwd=away, env={"PYTHONPATH": ""})
+    """The console command starts DeepSpeed's launcher, and that starts the ranks, all of them of this environment."""
+    job = Running([str(installed.with_name("qwenvl-tp")), "generate", "--config", "configs/demo_tp4.yaml",
+                   "tensor_parallel.tp_size=2"], {"PYTHONPATH": ""}, cwd=away)
+    outcome = job.finish()
+    assert not (left := job.leftovers()), left
     assert outcome.code == 0, outcome.err[-3000:]
     rows = [json.loads(line) for line in outcome.out.splitlines() if line.startswith("{")]
     assert rows[-1]["summary"] and rows[-1]["answered"] == len(rows) - 1 == 12

@@ -1,32 +1,29 @@
-"""The arithmetic of the benchmark, its requests, its summary and picture, and processes of which nothing is left."""
+"""The arithmetic of the benchmark, its requests, its summary and its chart."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import ROOT, Running
+from launching import ROOT
 from published import FILES, PUBLISHED, write_sparse
 
-from adapter.benchmark import children, limits
-from adapter.benchmark.children import memory_file
-from adapter.benchmark.driver import binding, merged
+from adapter.benchmark import limits
+from adapter.benchmark.chart import draw
+from adapter.benchmark.driver import binding, memory_file, merged
 from adapter.benchmark.limits import decode_bytes, prefill_flop, product
 from adapter.benchmark.main import _write_hardware
 from adapter.benchmark.peers.peer import memory, speed
-from adapter.benchmark.picture import draw
 from adapter.benchmark.request import PROMPT, as_line, first_request
 from adapter.benchmark.summary import spread, summary
+from adapter.commands.subprocesses import Ended
 from adapter.config.load import load_config
 from adapter.planning.cost_model import Workload, predict
 from adapter.planning.hardware import load_hardware
@@ -64,7 +61,7 @@ def test_a_token_reads_the_text_encoder_and_the_head_once(plans, name):
 
 @pytest.mark.parametrize("name", ["2b", "7b"])
 def test_a_prompt_multiplies_by_every_weight_once_a_row(plans, name):
-    """A picture of 448 x 448 is 1,024 patches, 256 of the prompt's 283 tokens. Attention is causal in the text."""
+    """An image of 448 x 448 is 1,024 patches, 256 of the prompt's 283 tokens. Attention is causal in the text."""
     s, (text, head, vision, merger) = PUBLISHED[name], products(name)
     expected = 2 * (283 * text + head + 1024 * vision + 256 * merger)
     expected += 4 * (s.v_layers * 1280 * 1024**2 + s.layers * s.hidden * 283 * 284 // 2)
@@ -75,12 +72,12 @@ def test_a_prompt_multiplies_by_every_weight_once_a_row(plans, name):
     assert sum(halves) == expected + patches
 
 
-def test_dealing_pictures_does_not_move_the_limit(plans):
+def test_assigning_images_does_not_move_the_limit(plans):
     load = Workload(283, (1024,))
-    split, dealt = plans("2b", 2), replace(plans("2b", 2), vision="data")
+    split, assigned = plans("2b", 2), replace(plans("2b", 2), vision="data")
     for rank in range(2):
-        assert prefill_flop(dealt, load, rank) == prefill_flop(split, load, rank)
-        assert decode_bytes(dealt, rank) == decode_bytes(split, rank)
+        assert prefill_flop(assigned, load, rank) == prefill_flop(split, load, rank)
+        assert decode_bytes(assigned, rank) == decode_bytes(split, rank)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -113,9 +110,9 @@ def test_rows_of_a_peers_ranks_become_one():
     ready = [(0.5, {"ready": True}), (0.75, {"ready": True})]
     rows = [(1.0, {"rank": 1, "pss_bytes": 20}), (2.0, {"rank": 0, "pss_bytes": 10, "ttft_s": 1.0}), (3.0, {"a": 1})]
     expected = {"start_s": 0.75, "rank": 0, "pss_bytes": [10, 20], "ttft_s": 1.0}
-    assert merged(children.Ended(0, [*ready, *rows], [], 1.0)) == [expected]
+    assert merged(Ended(0, [*ready, *rows], [], 1.0)) == [expected]
     family = [(1.0, {"rank": 0, "pss_bytes": [10, 30], "ttft_s": 1.0})]  # vLLM's one row, of all its processes
-    assert merged(children.Ended(0, [*ready[:1], *family], [], 1.0)) == [
+    assert merged(Ended(0, [*ready[:1], *family], [], 1.0)) == [
         {"start_s": 0.5, "rank": 0, "pss_bytes": [10, 30], "ttft_s": 1.0}]
 
 
@@ -135,13 +132,13 @@ def test_memory_of_this_process():
     assert memory(2**22 + 1) == dict.fromkeys(found, 0)
 
 
-def test_a_config_without_requests_gets_a_drawn_picture(tmp_path):
+def test_a_config_without_requests_gets_a_drawn_image(tmp_path):
     config = load_config(ROOT / "configs" / "bench_2b.yaml", [f"model.path={tmp_path}"])
     request = first_request(config)
     assert config.requests == () and request.prompt == PROMPT
-    picture = load_image(request.images[0])
-    assert picture.size == (448, 448)
-    assert picture.getpixel((0, 0)) == (0, 0, 0) and picture.getpixel((447, 0)) == (255, 0, 127)
+    image = load_image(request.images[0])
+    assert image.size == (448, 448)
+    assert image.getpixel((0, 0)) == (0, 0, 0) and image.getpixel((447, 0)) == (255, 0, 127)
 
 
 @pytest.mark.parametrize("request_yaml", [
@@ -158,7 +155,7 @@ def test_a_request_survives_being_written_down(tmp_path, request_yaml):
     assert again == (request,) and not os.path.exists(file)
 
 
-def test_the_picture_is_a_png_with_every_engine_that_ran(tmp_path):
+def test_the_chart_is_a_png_with_every_engine_that_ran(tmp_path):
     from PIL import Image
 
     figure = {"min": 1.0, "median": 2.0, "max": 3.0}
@@ -167,9 +164,9 @@ def test_the_picture_is_a_png_with_every_engine_that_ran(tmp_path):
     heights = []
     for peers in ({}, {"hf": ours}, {"hf": ours, "vllm": {"error": "exit code 1"}}):
         draw({**facts, **ours, "peers": peers}, tmp_path / "a.png")
-        with Image.open(tmp_path / "a.png") as picture:
-            assert picture.format == "PNG"
-            heights.append(picture.height)
+        with Image.open(tmp_path / "a.png") as chart:
+            assert chart.format == "PNG"
+            heights.append(chart.height)
     assert heights[0] < heights[1] == heights[2], "an engine that failed has no bar"
 
 
@@ -231,79 +228,9 @@ def test_peers_need_the_cores_that_ranks_hold():
     assert done.returncode == 2 and "python launch/bench.py --against hf" in done.stderr, done.stderr
 
 
-STUBBORN = """
-import os, signal, subprocess, sys, time
-if len(sys.argv) > 1:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in a session of its own, and deaf
-else:
-    subprocess.Popen([sys.executable, __file__, "child"], start_new_session=True)
-    print('{"row": 1}', flush=True)
-    print("noise", file=sys.stderr, flush=True)
-time.sleep(600)
-"""
-
-
-def test_a_job_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
-    """Also a child in a session of its own that does not hear, and its name in shared memory."""
-    monkeypatch.setattr(children, "PATIENCE_S", 1.0)
-    script = tmp_path / "stubborn.py"
-    script.write_text(STUBBORN)
-    ended = children.run([sys.executable, str(script)], {}, 3.0, told=False)
-    assert ended.code is None and [row for _, row in ended.rows] == [{"row": 1}]
-    assert "no end after 3 s" in ended.failure and "noise" in ended.failure
-    assert not running(script)
-
-
-def test_a_job_that_crashes_is_told(tmp_path):
-    ended = children.run([sys.executable, "-c", "raise ValueError('why')"], {}, 60.0, told=False)
-    assert ended.code == 1 and ended.failure == "exit code 1 (ValueError: why)"
-    ended = children.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], {}, 60.0, told=False)
-    assert ended.code == -signal.SIGKILL and "SIGKILL" in ended.failure
-
-
-def test_segments_that_a_job_leaves_are_removed():
-    """Those of its own port; another's job may be starting."""
-    names = [f"deepspeed_allreduce_buffer_0_127.0.0.1_{port}_{os.getpid()}" for port in (101, 1010, 202)]
-    code = f"[open('/dev/shm/' + name, 'w') for name in {names}]"
-    try:
-        children.run([sys.executable, "-c", code], {}, 60.0, told=False, port="101")
-        assert [Path("/dev/shm", name).exists() for name in names] == [False, True, True]
-    finally:
-        for name in names:
-            Path("/dev/shm", name).unlink(missing_ok=True)
-
-
-def test_a_job_ends_with_the_process_that_started_it(tmp_path):
-    """Killed, which no process can answer to."""
-    script = tmp_path / "endless.py"
-    script.write_text("import time; print('{}', flush=True); time.sleep(600)")
-    code = (f"from adapter.benchmark import children; children.run([{sys.executable!r}, {str(script)!r}], {{}}, 600.0, "
-            "told=True)")
-    parent = Running([sys.executable, "-c", code])
-    deadline = time.monotonic() + 30
-    while not running(script) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert running(script)
-    parent.process.kill()
-    parent.finish(30)
-    assert not parent.leftovers()
-
-
-def running(script: Path) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if str(script).encode() in (entry / "cmdline").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-            except OSError:
-                pass
-    return found
-
-
 def test_the_driver_imports_neither_torch_nor_deepspeed():
     """It waits while jobs run: what it had mapped, ranks would share, and their memory would look smaller."""
-    code = ("import json, sys; from adapter import bench; from adapter.config import load_config;"
+    code = ("import json, sys; from adapter.benchmark import main; from adapter.config.load import load_config;"
             f"from adapter.benchmark.request import first_request; first_request(load_config({DEMO!r}));"
             "print(json.dumps([name for name in ('torch', 'deepspeed') if name in sys.modules]))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,

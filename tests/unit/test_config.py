@@ -151,6 +151,10 @@ def test_requests_in_both_forms(home):
         ("generation: {max_time: 3}", ["generation.max_time = 3", "clock"]),
         ("generation: {cache_implementation: magic}", ["generation.cache_implementation = 'magic'", "shard"]),
         ("generation: {max_length: 9}", ["generation.max_length", "max_new_tokens"]),
+        ("generation: {temperature: 0.5}", ["generation.{'temperature': 0.5}", "temperature", "do_sample"]),
+        ("generation: {early_stopping: maybe}", ["generation", "early_stopping", "maybe"]),
+        ("model: {path: model, dtype: float32, attn_implementation: flash_attention_2}",
+         ["model.attn_implementation = 'flash_attention_2'", "half precision", "bfloat16", "sdpa"]),
         ("generation: {num_return_sequences: 2}", ["generation.num_return_sequences = 2", "twice"]),
         ("generation: {eos_token_id: end}", ["generation.eos_token_id = 'end'", "a list"]),
         ("requests: no.jsonl", ["requests", "no.jsonl", "No such file"]),
@@ -179,7 +183,8 @@ def test_requests_in_both_forms(home):
     ],
 )  # fmt: skip
 def test_bad_values_name_the_key_the_value_and_what_is_allowed(home, yaml, words):
-    message = complaint(load_config, write(home, f"model: {{path: model}}\n{yaml}"))
+    model = "" if yaml.startswith("model:") else "model: {path: model}\n"
+    message = complaint(load_config, write(home, model + yaml))
     assert message.startswith(f"{home / 'c.yaml'}: 1 problem\n"), message
     for word in words:
         assert word in message
@@ -206,11 +211,10 @@ def test_an_override_into_what_has_no_keys(home):
 
 
 def test_a_model_path_that_is_not_there(home):
-    message = complaint(load_config, write(home, "model: {path: Qwen/Qwen2-VL-7B-Instruct}"))
-    assert f"no such directory: {home}/Qwen/Qwen2-VL-7B-Instruct" in message
-    assert "huggingface-cli download Qwen/Qwen2-VL-7B-Instruct --local-dir Qwen2-VL-7B-Instruct" in message
-    assert "model.path=Qwen2-VL-7B-Instruct" in message
-    assert "hub" not in complaint(load_config, write(home, "model: {path: ./gone}"))
+    path = write(home, "model: {path: Qwen/Qwen2-VL-7B-Instruct, revision: v1}")
+    assert load_config(path, download=False).model.path == Path("Qwen/Qwen2-VL-7B-Instruct")  # see test_hub.py
+    assert f"no such directory: {home}/gone" in complaint(load_config, write(home, "model: {path: ./gone}"))
+    assert "model.revision = 'v1'" in complaint(load_config, write(home, "model: {path: ./model, revision: v1}"))
     assert "not a directory" in complaint(load_config, write(home, "model: {path: c.yaml}"))
     for nothing in ("3", "", "' '"):
         assert "the directory of a checkpoint" in complaint(load_config, write(home, f"model: {{path: {nothing}}}"))

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from adapter.config.load import from_dict
 from adapter.requests.batching import Limits, _until_end, padded_together
 from adapter.requests.processing import Prepared
-from adapter.requests.runner import Tally, deal, make_processor, read_ahead
+from adapter.requests.runner import Tally, make_processor, read_ahead, split
 from policies.errors import UserError
 
 DEMO = Path(__file__).resolve().parents[2] / "launch" / "demo" / "checkpoint"
@@ -38,8 +38,8 @@ def test_prompts_that_are_padded_together(sizes, expected):
     (100, 8, 2, [8] * 12 + [4]),
 ])
 def test_every_replica_gets_a_batch_where_there_are_enough_requests(count, size, replicas, expected):
-    assert [len(batch) for batch in deal(list(range(count)), size, replicas)] == expected
-    assert [r for batch in deal(list(range(count)), size, replicas) for r in batch] == list(range(count))
+    assert [len(batch) for batch in split(list(range(count)), size, replicas)] == expected
+    assert [r for batch in split(list(range(count)), size, replicas) for r in batch] == list(range(count))
 
 
 def test_the_next_item_is_made_while_one_is_used_and_no_more():

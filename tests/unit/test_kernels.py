@@ -108,6 +108,37 @@ def test_quantised_linear(rows, bits, dtype, inputs, outputs):
     assert linear(x[0], weight, bias).shape == (outputs,)
 
 
+def offset(tensor: torch.Tensor, by: int) -> torch.Tensor:
+    """The same in memory that begins `by` bytes after a line of 64."""
+    size = tensor.nbytes
+    memory = torch.empty(size + by, dtype=torch.uint8)[by:]
+    memory.copy_(tensor.reshape(-1).view(torch.uint8))
+    return memory.view(tensor.dtype).view(tensor.shape)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("groups", [1, 3, 17, 35])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_rows_of_codes_need_not_begin_at_a_line_of_memory(bits, groups, rows):
+    """An odd number of groups of 4 bits puts every other row of codes at 32 bytes (2B at tp 4: 35, 7B at tp 8: 37)."""
+    x, weight = drawn(rows, groups * GROUP), quantise(drawn(9, groups * GROUP, seed=1, scale=0.05), bits)
+    moved = Quantised(offset(weight.codes, 32), offset(weight.scales, 2), bits, weight.inputs, weight.dtype)
+    assert moved.codes.data_ptr() % 64 == 32
+    y = linear(x, weight)
+    assert torch.equal(linear(offset(x, 4), moved), y)
+    stands_for = weight.dense()
+    bound = rounding(x, stands_for, None) + bounds.coded_input(x, stands_for, GROUP)
+    assert ((y.double() - exact(x, stands_for, None)).abs() <= bound).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 5, 9, 40])
+def test_operands_need_not_begin_at_a_line_of_memory(rows):
+    x, w = drawn(rows, 96, dtype=torch.bfloat16), drawn(7, 96, seed=1, dtype=torch.bfloat16)
+    assert torch.equal(linear(offset(x, 2), offset(w, 34)), linear(x, w))
+
+
 @needs_kernels
 def test_the_bound_of_coded_inputs_is_no_formality():
     """The error of few rows is a good part of it, and past what the same product has without the codes."""

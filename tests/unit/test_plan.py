@@ -277,14 +277,10 @@ def test_the_config_of_each_published_size_plans(directories, file):
                      ((text.owned, "query head"), (text.kv_heads, "KV head"), (vision.owned, "vision head")))
     assert f"has {says} and {weights} GB of weights." in path.read_text()
     assert f"any from 1 to {plan.geometry.attention['text'].q_heads} works" in path.read_text()
-    assert f"--num_accelerators {tp} launch/generate.py --config configs/{file}" in path.read_text()
+    assert all(f"qwenvl-tp {command} --config configs/{file}" in path.read_text() for command in ("plan", "generate"))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_config_without_its_checkpoint_says_where_it_belongs(name):
-    file = ROOT / "configs" / CONFIGS[name]
-    model = f"models/Qwen2-VL-{name.upper()}-Instruct"
-    if (ROOT / model).exists():
-        pytest.skip("this checkpoint is here")
-    with pytest.raises(UserError, match=re.escape(str(ROOT / model))):
-        load_config(file)
+def test_a_config_names_its_model_on_the_hub(name):
+    config = load_config(ROOT / "configs" / CONFIGS[name], download=False)
+    assert str(config.model.path) == f"Qwen/Qwen2-VL-{name.upper()}-Instruct"

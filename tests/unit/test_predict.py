@@ -1,35 +1,24 @@
-"""Predictions: arithmetic by hand, limits and order, hardware files, and the command's lines on a pocket calculator."""
+"""Predictions: arithmetic by hand, limits and order, and what ranks get of a machine."""
 
 from __future__ import annotations
 
-import json
 import math
-import re
-import subprocess
-import sys
 from dataclasses import replace
-from itertools import pairwise
-from pathlib import Path
 
 import pytest
-import yaml
 from checkpoints import Shape
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from published import FILES, PUBLISHED, TOTAL_BYTES, write_sparse
+from published import PUBLISHED
 
-from adapter.commands.forecast import workload
 from adapter.planning.cost_model import Work, Workload, predict, predict_all, text_work, vision_work
-from adapter.planning.hardware import AllReduce, Hardware, load_hardware
+from adapter.planning.hardware import AllReduce, Hardware
 from adapter.planning.plan import Plan, valid_tp_sizes
 from policies.errors import UserError
 from policies.families.qwen2_vl import POLICY
 from policies.formats import FORMATS
 from policies.heads import split_heads
 
-ROOT = Path(__file__).parents[2]
-FILES_OF_HARDWARE = sorted((ROOT / "configs" / "hardware").glob("*.yaml"))
-CONFIGS = {"2b": "qwen2_vl_2b_tp2.yaml", "7b": "qwen2_vl_7b_tp4.yaml", "72b": "qwen2_vl_72b_tp8.yaml"}
 PLAIN = {  # round numbers, so that the expected ones below can be seen
     "name": "round", "source": "made up", "kind": "accelerator", "devices": 4, "memory_gb": 10, "memory_read_gb_s": 100,
     "matmul_tflop_s": {"bfloat16": 1}, "efficiency": {"matmul": 0.5, "attention": 0.25, "memory_read": 0.8},
@@ -266,167 +255,3 @@ def test_memory_that_does_not_fit_is_said():
     assert (on[8].ranks, on[8].available) == (2, 10e9)
     shared = predict(plan_of(PUBLISHED["7b"], 2), hardware(kind="cpu"), load).memory
     assert shared.ranks == 2 and not shared.fits
-
-
-# Hardware files
-
-def write(tmp_path: Path, content: object) -> Path:
-    path = tmp_path / "h.yaml"
-    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
-    return path
-
-
-@pytest.mark.parametrize("file", FILES_OF_HARDWARE, ids=lambda f: f.stem)
-def test_a_file_survives_being_written_again(tmp_path, file):
-    read = load_hardware(file)
-    assert load_hardware(write(tmp_path, read.model_dump(mode="json", exclude_none=True))) == read
-    assert len(read.source) > 40
-
-
-def without(key: str) -> dict:
-    return {k: v for k, v in PLAIN.items() if k != key}
-
-
-@pytest.mark.parametrize(("content", "says"), [
-    (without("memory_gb"), "memory_gb: missing"),
-    (without("source"), "source: missing"),
-    (PLAIN | {"memory_read_gb": 3}, "unknown key; did you mean 'memory_read_gb_s'"),
-    (PLAIN | {"memory_gb": "80"}, "memory_gb = '80': a string; it should be a valid number"),
-    (PLAIN | {"memory_gb": -1}, "memory_gb = -1"),
-    (PLAIN | {"memory_read_gb_s": 0}, "memory_read_gb_s = 0"),
-    (PLAIN | {"memory_read_gb_s": math.inf}, "memory_read_gb_s = inf"),
-    (PLAIN | {"kind": "gpu"}, "kind = 'gpu': it should be 'accelerator' or 'cpu'"),
-    (PLAIN | {"devices": 0}, "devices = 0"),
-    (PLAIN | {"matmul_tflop_s": {}}, "at least one of bfloat16, float16, float32"),
-    (PLAIN | {"matmul_tflop_s": {"bf16": 1}}, "matmul_tflop_s.bf16 = 1: unknown key"),
-    (PLAIN | {"efficiency": {"matmul": 1.5, "attention": 1, "memory_read": 1}}, "efficiency.matmul = 1.5"),
-    (PLAIN | {"all_reduce": [PLAIN["all_reduce"][1], PLAIN["all_reduce"][0]]}, "ranks must ascend"),
-    (PLAIN | {"all_reduce": [{"ranks": 1, "latency_us": 1, "bandwidth_gb_s": 1}]}, "all_reduce.0.ranks = 1"),
-    ("", "is empty"), ("- 1", "holds a list"), ("a: [", "line 1"), ("name: !!python/object:os.system x", "could not"),
-], ids=lambda value: value[:30] if isinstance(value, str) else "file")
-def test_a_bad_file_is_a_message(tmp_path, content, says):
-    with pytest.raises(UserError) as caught:
-        load_hardware(write(tmp_path, content))
-    assert says in str(caught.value) and "h.yaml" in str(caught.value)
-
-
-def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
-        load_hardware(tmp_path / "none.yaml")
-
-
-def test_what_a_file_lacks_is_asked_for_when_it_is_needed():
-    no_ring = hardware(all_reduce=[])
-    with pytest.raises(UserError, match="no all_reduce, which 2 ranks need"):
-        predict(plan_of(TINY, 2), no_ring, LOAD)
-    assert [p.tp_size for p in predict_all(plan_of(TINY, 1), no_ring, LOAD)] == [1]
-    with pytest.raises(UserError, match=r"no matmul_tflop_s.float32.*model.dtype=bfloat16"):
-        predict(plan_of(TINY, 1, "float32"), hardware(), LOAD)
-
-
-# The options and the command
-
-def test_the_default_workload():
-    geometry = POLICY.geometry(PUBLISHED["2b"].config())
-    assert workload(geometry, ["448x448"], None, None, None) == Workload(283, (1024,), 32, 1)
-    assert workload(geometry, ["none"], 5, 2, 3) == Workload(5, (), 2, 3)
-    two = workload(geometry, ["28x56", "451x440"], None, None, None)
-    assert two.patches == (8, 1024) and two.prompt_tokens == 2 + 256 + 27
-
-
-@pytest.mark.parametrize(("images", "rest", "says"), [
-    (["448"], (None, None, None), "HEIGHTxWIDTH"), (["0x448"], (None, None, None), "HEIGHTxWIDTH"),
-    (["448x448", "none"], (None, None, None), "HEIGHTxWIDTH"),
-    (["448x448"], (256, None, None), "images alone are 256 tokens"),
-    (["none"], (0, None, None), "--prompt-tokens 0"), (["none"], (1, 0, None), "--new-tokens 0"),
-    (["none"], (1, None, -1), "--batch -1"), (["none"], (4090, 32, None), "context of 4096"),
-])
-def test_a_prompt_that_cannot_be_is_a_message(images, rest, says):
-    with pytest.raises(UserError, match=says):
-        workload(POLICY.geometry(PUBLISHED["2b"].config()), images, *rest)
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory):
-    home = tmp_path_factory.mktemp("published")
-    return {name: write_sparse(home / name, shape, FILES[name]) for name, shape in PUBLISHED.items()}
-
-
-def run_plan(directory: Path, name: str, *args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "launch/plan.py", "--config", f"configs/{CONFIGS[name]}", f"model.path={directory}"]
-    return subprocess.run([*command, *args], cwd=ROOT, capture_output=True, text=True, timeout=60)
-
-
-@pytest.mark.parametrize("file", FILES_OF_HARDWARE, ids=lambda f: f.stem)
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_every_published_size_on_every_machine(directories, name, file):
-    done = run_plan(directories[name], name, "--hardware", str(file), "--json")
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
-    found, machine = facts["prediction"], load_hardware(file)
-    assert [row["tp_size"] for row in found["by_tp_size"]] == facts["valid_tp_sizes"]
-    assert found["workload"] == {"prompt_tokens": 283, "patches": [1024], "new_tokens": 32, "batch": 1}
-    here = found["by_tp_size"][facts["tp_size"] - 1]
-    assert {key: found[key] for key in here} == here
-    assert found["memory"]["weights"] == facts["ranks"][found["memory"]["rank"]]["weight_bytes"]
-    memory = [row["memory_bytes"] for row in found["by_tp_size"]]
-    assert all(b < 1.02 * a for a, b in pairwise(memory)), "more ranks must not hold more each"
-    alone = found["by_tp_size"][0]
-    assert alone["memory_bytes"] - machine.process_memory_gb * 1e9 == pytest.approx(TOTAL_BYTES[name], rel=0.02)
-    assert alone["fits"] == (alone["memory_bytes"] <= machine.memory_gb * 1e9)
-    assert found["decode_tok_s"] > 0 and found["ttft_s"] > 0 and 0 < found["ttft_collectives"] < 1
-
-
-def calculated(line: str) -> tuple[float, float]:
-    """What a pocket calculator says of the left and the right side of a printed line, units taken as what they are."""
-    left, right = line.split(":", 1)[1].rsplit(" = ", 1)
-    for unit, factor in ((" us", "*1e-6"), (" ms", "*1e-3"), (" MB", "*1e-3")):
-        left, right = left.replace(unit, factor), right.replace(unit, factor)
-    left, right = (re.sub(r"\b[A-Za-z][A-Za-z-]*(/s)?|,", "", side.replace(" x ", " * ")) for side in (left, right))
-    return eval(left), eval(right)
-
-
-@pytest.mark.parametrize(("name", "file", "more"), [
-    ("2b", "cpu_2_cores", ["tensor_parallel.tp_size=4", "--batch", "2"]), ("7b", "a100_80gb_x4", []),
-    ("72b", "h100_80gb_x8", ["--image", "1008x1008", "--image", "448x448", "--prompt-tokens", "2000"]),
-])
-def test_the_lines_hold_on_a_pocket_calculator(directories, name, file, more):
-    done = run_plan(directories[name], name, "--hardware", f"configs/hardware/{file}.yaml", *more)
-    assert done.returncode == 0, done.stderr
-    prediction = done.stdout[done.stdout.index("prediction for"):]
-    terms = [line for line in prediction.splitlines()
-             if re.match(r"  (linears|attention|reading|collectives|overhead|sum|ranks on one memory): ", line)]
-    assert len(terms) == 3 * 6 + 1
-    for line in terms:
-        left, right = calculated(line.split(" of ")[0] if "one memory" in line else line)
-        assert left == pytest.approx(right, rel=2e-3), line
-    table = prediction[prediction.index("tp_size  first"):].splitlines()[1:]
-    sizes = [int(line.split()[0]) for line in table]
-    assert sizes == [*range(1, PUBLISHED[name].heads + 1)]
-
-
-def test_options_without_hardware_are_a_message(directories):
-    done = run_plan(directories["2b"], "2b", "--batch", "2")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "error: --batch" in done.stderr and "--hardware" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_bad_hardware_file_ends_the_command(directories, tmp_path):
-    done = run_plan(directories["2b"], "2b", "--hardware", str(write(tmp_path, PLAIN | {"devises": 4})))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "did you mean 'devices'" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_predicting_imports_neither_torch_nor_deepspeed(directories):
-    code = (
-        "import sys, runpy\n"
-        f"sys.argv = ['plan.py', '--config', 'configs/{CONFIGS['72b']}', 'model.path={directories['72b']}', "
-        "'--hardware', 'configs/hardware/h100_80gb_x8.yaml']\n"
-        "try:\n"
-        "    runpy.run_path('launch/plan.py', run_name='__main__')\n"
-        "except SystemExit as end:\n"
-        "    assert not end.code, end.code\n"
-        "print(sorted({'torch', 'deepspeed', 'transformers'} & sys.modules.keys()), file=sys.stderr)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "[]\n"), done.stderr

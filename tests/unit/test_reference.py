@@ -14,8 +14,8 @@ from checkpoints import Shape, cases, make_checkpoint
 
 from adapter.parallel.group import Group
 from adapter.planning.load import checked_plan
+from adapter.verify.comparison import furthest
 from adapter.verify.reference import Reference
-from adapter.verify.trace import furthest
 
 BIG = Shape(heads=12, kv_heads=2, head_dim=64, layers=8, mlp=6144, vocab=4000, v_layers=2, v_head_dim=40)
 MEMORY = """

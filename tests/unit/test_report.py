@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from adapter.config.load import from_dict
-from adapter.verify import report
+from adapter.verify import plot, report
 from policies.errors import UserError
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
@@ -212,7 +212,13 @@ DIFFERING = {"equal": False, "differing": [{"tensor": "model.norm.weight", "rank
     ([a_row("a")], {"problems": ["a rank was lost"]}, "a rank was lost"),
 ])
 def test_where_it_first_went_wrong(rows, more, where):
-    assert report._where_first(rows, SUMMARY | more, report._layer_names(rows)).startswith(where)
+    assert report._where_first(rows, SUMMARY | more, plot.Layers.of(rows, "visual")).startswith(where)
+
+
+def test_the_vision_encoder_is_what_the_family_calls_it():
+    found = plot.Layers.of([a_row("1", layers=layers(["model.eyes.blocks.0", "model.layers.0"]))], "model.eyes")
+    assert [found.stack(name) for name in found.names] == ["vision encoder", "language model"]
+    assert found.position("model.eyes.patch_embed") == -0.3 and found.position("lm_head") == 1.3
 
 
 def test_pictures_are_small_and_unreadable_ones_are_words(page):
@@ -226,7 +232,7 @@ def test_pictures_are_small_and_unreadable_ones_are_words(page):
     film = sizes[1:5]
     assert all(max(size) <= report.FRAME_SIDE for size in film)
     assert sizes == [(128, 256), *film, (128, 256), *film, *[(64, 128)] * 4]  # each alone, then the batch of all three
-    assert page.count("broken.png: not a picture of a known format") == 2
+    assert page.count("broken.png: not an image of a known format") == 2
     assert page.count("missing.png: no such file") == 2
 
 
@@ -240,7 +246,7 @@ def test_the_plot_shows_every_case(config, rows, page):
     words = ["".join(element.itertext()).strip() for element in svg.iter("{http://www.w3.org/2000/svg}text")]
     assert {"vision encoder", "language model", "a case", "a case that did not hold", "median of 3 cases", "limit",
             "largest of 3 cases", "first divergent", "first divergent module: visual.blocks.1.attn.proj"} <= set(words)
-    assert "currentColor" in page and report.INK not in page
+    assert "currentColor" in page and plot.INK not in page
     again = report.render(config, [*rows, a_row("another")], SUMMARY)
     assert "median of 4 cases" in again and len(again) > len(page)
 
@@ -252,9 +258,9 @@ def test_the_same_rows_are_the_same_page(config, rows, page):
 def test_the_figure_holds_the_numbers():
     rows = [a_row("1", layers=layers(TEXT, 1e-6)), a_row("2", layers=layers(VISION + TEXT, 1e-5, 0.4)),
             diverged("3", "model.layers.0.mlp", layers=layers(VISION + TEXT, 1e-4, 7.0))]
-    names = report._layer_names(rows)
-    assert names == VISION + TEXT
-    errors, shares = report._figure(rows, names).axes
+    found = plot.Layers.of(rows, "visual")
+    assert list(found.names) == VISION + TEXT
+    errors, shares = plot.figure_of(rows, found).axes
     assert errors.get_yscale() == shares.get_yscale() == "log"
     lines = {line.get_label(): list(line.get_ydata()) for line in errors.get_lines()}
     assert lines["a case that did not hold"] == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4])
@@ -274,22 +280,23 @@ def test_the_figure_holds_the_numbers():
 @pytest.mark.parametrize("error", [0.0, 5e-324, 1e308, math.nan, math.inf, None])
 def test_errors_that_a_logarithm_has_no_place_for(config, error):
     row = report._plain(a_row("1", layers=[{"name": name, "error": error} for name in TEXT]))
-    svg_of(report._plot([row], TEXT))
-    errors, _ = report._figure([row], TEXT).axes
+    svg_of(plot.draw([row], plot.Layers(tuple(TEXT), "visual")))
+    errors, _ = plot.figure_of([row], plot.Layers(tuple(TEXT), "visual")).axes
     value = errors.get_lines()[0].get_ydata()[0]
     assert (value == errors.get_ylim()[0]) if error in (0, 5e-324) else (value == error or math.isnan(value))
 
 
 def test_names_in_the_plot_are_text_and_nothing_else():
     names = ["visual.<b>$x$ & 1", f"model.{ATTACK}"]
-    svg = report._plot([diverged("1", names[0], layers=layers(names))], names)
+    rows = [diverged("1", names[0], layers=layers(names))]
+    svg = plot.draw(rows, plot.Layers(tuple(names), "visual"))
     words = {"".join(element.itertext()).strip() for element in ElementTree.fromstring(svg).iter()}
     assert {"<b>$x$ & 1", ATTACK, f"first divergent module: {names[0]}"} <= words and "<b>" not in svg
 
 
 def test_many_layers_keep_their_labels_apart():
     names = [f"visual.blocks.{n}" for n in range(32)] + ["visual.merger"] + [f"model.layers.{n}" for n in range(80)]
-    _, shares = report._figure([a_row("1", layers=layers(names))], names).axes
+    _, shares = plot.figure_of([a_row("1", layers=layers(names))], plot.Layers(tuple(names), "visual")).axes
     ticks = sorted(shares.get_xticks())
     assert 25 < len(ticks) <= 42 and min(np.diff(ticks)) >= 3 and 32 in ticks
 
@@ -315,7 +322,7 @@ def test_tables_of_weights_and_ranks(config):
 
 
 def test_without_matplotlib_it_says_what_to_do(config, monkeypatch):
-    report.require_matplotlib()
+    plot.require_matplotlib()
     real = builtins.__import__
 
     def no_matplotlib(name, *args, **kwargs):
@@ -325,6 +332,6 @@ def test_without_matplotlib_it_says_what_to_do(config, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", no_matplotlib)
     with pytest.raises(UserError, match="pip install matplotlib"):
-        report.require_matplotlib()
+        plot.require_matplotlib()
     with pytest.raises(UserError, match="pip install matplotlib"):
         report.render(config, [a_row("1")], SUMMARY)

@@ -18,11 +18,11 @@ ENDLESS = {"eos_token_id": None}
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """What the driver tells every peer."""
+    """The arguments that the driver gives every peer."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True, help="directory of the checkpoint")
     parser.add_argument("--dtype", required=True)
-    parser.add_argument("--inputs", required=True, help="safetensors: the request as adapter.benchmark.request has it")
+    parser.add_argument("--inputs", required=True, help="safetensors: the request as `bench --inputs-into` writes it")
     parser.add_argument("--new", type=int, required=True, help="tokens to generate")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
@@ -34,11 +34,11 @@ def json_lines() -> Callable[[dict[str, Any]], None]:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def tell(row: dict[str, Any]) -> None:
+    def write(row: dict[str, Any]) -> None:
         out.write(json.dumps(row) + "\n")
         out.flush()
 
-    return tell
+    return write
 
 
 def speed(began: float, times: Sequence[float]) -> dict[str, float]:
@@ -48,8 +48,9 @@ def speed(began: float, times: Sequence[float]) -> dict[str, float]:
 
 
 def memory(pid: int | str = "self") -> dict[str, int]:
-    """Bytes of one process, 0 where the kernel does not tell: pss_bytes (pages shared with others by their share),
-    anonymous_bytes (of those, what no file stands behind) and peak_rss_bytes (the most so far, shared pages whole)."""
+    """Bytes of one process, 0 where the kernel does not report them: pss_bytes (shared pages by their share),
+    anonymous_bytes (those of them that no file stands behind) and peak_rss_bytes (the most so far, shared pages
+    whole)."""
     lines = [*_lines(f"/proc/{pid}/smaps_rollup"), *_lines(f"/proc/{pid}/status")]
     found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
     names = {"pss_bytes": "Pss", "anonymous_bytes": "Pss_Anon", "peak_rss_bytes": "VmHWM"}

@@ -75,13 +75,13 @@ LOADERS: dict[str, Callable[[str, torch.dtype], Model]] = {
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--engine", choices=list(LOADERS), required=True)
-    args, tell = parser.parse_args(), json_lines()
+    args, write = parser.parse_args(), json_lines()
     began = time.perf_counter()
     model = LOADERS[args.engine](args.model, getattr(torch, args.dtype)).eval()
     load_s = time.perf_counter() - began
-    tell({"ready": True})
+    write({"ready": True})
     inputs = {name: tensor.to(model.device) for name, tensor in load_file(args.inputs).items()
-              if not name.startswith("picture.")}
+              if not name.startswith("image.")}
 
     def run(new: int) -> dict[str, float]:
         if WORLD > 1:
@@ -96,7 +96,7 @@ def main() -> None:
     row = {"load_s": round(load_s, 4), "cold_ttft_s": cold["ttft_s"], **run(args.new),
            "case": {"version": transformers.__version__, "prompt_tokens": inputs["input_ids"].shape[1],
                     "threads": torch.get_num_threads()}}
-    tell({"rank": RANK, **memory(), **(row if RANK == 0 else {})})
+    write({"rank": RANK, **memory(), **(row if RANK == 0 else {})})
     if WORLD > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

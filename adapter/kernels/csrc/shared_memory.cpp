@@ -7,7 +7,7 @@
 // sums a slice into its own buffer, and after a second barrier all ranks copy all slices.
 //
 // Sums are made in float32, in the order of the ranks, by one rank or by the same code: every rank has the same bits.
-// A rank that waits spins briefly, then yields its core to ranks that share it, then sleeps between looks.
+// A rank that waits busy-waits briefly, then yields its core to ranks that share it, then sleeps between looks.
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
@@ -80,6 +80,13 @@ struct Region {
     TORCH_CHECK(false, words...);
   }
 
+  // As `fail`, which Python sees as a ValueError: every rank of the group raises it.
+  template <typename... Words>
+  [[noreturn]] void fail_everywhere(const Words&... words) {
+    broken = true;
+    TORCH_CHECK_VALUE(false, words...);
+  }
+
   // Put this rank's bytes where the others read them, and wait for theirs.
   void share(int64_t what, const void* from, int64_t bytes) {
     TORCH_CHECK(!broken, "this group's shared memory cannot be used after an error in it");
@@ -90,8 +97,8 @@ struct Region {
     for (int r = 0; r < size(); ++r) {
       const auto theirs = state(r).piece[turn()];
       if (theirs.what != what || theirs.bytes != bytes)
-        fail("the ranks do not run the same steps: ", name(r), " shares ", theirs.bytes, " bytes (kind ", theirs.what,
-             "), this rank ", bytes, " (kind ", what, ")");
+        fail_everywhere("the ranks do not run the same steps: ", name(r), " shares ", theirs.bytes, " bytes (kind ",
+                        theirs.what, "), this rank ", bytes, " (kind ", what, ")");
     }
   }
 

@@ -109,7 +109,7 @@ def bmp(width: int, height: int) -> bytes:
     return bytes(data)
 
 
-TEXT = "not a picture of a known format"
+TEXT = "not an image of a known format"
 WRITTEN: dict[str, tuple[bytes, str]] = {  # a picture -> a word of the reason
     "nothing": (b"", "empty"),
     "one byte": (b"\x89", TEXT),

@@ -87,13 +87,13 @@ def test_collate_is_the_processors_own_batch(processor, files):
     """Against one call of the checkpoint's processor on the whole batch, which pads on the left itself."""
     requests = [parse_request({"id": str(i), **raw}) for i, raw in enumerate(mixed(files))]
     own = processor._with_limits(requests[0])
-    part = processing._film_part(own)
+    part = processing._video_processor(own)
     films, images, texts = [], [], []
     for request in requests:
         turns = request.turns()
         texts.append(processor._render(turns))
         images += [load_image(value) for value in request.images]
-        films += [processor._load_film(value, own, 0).frames for value in request.videos]
+        films += [processor._load_video(value, own, processing._Room(2000)).frames for value in request.videos]
     how = {"do_sample_frames": False} if part is not own.image_processor else {}
     theirs = own(
         text=texts, images=images, videos=films, padding=True, padding_side="left", return_tensors="pt", **how

@@ -98,7 +98,7 @@ def test_what_a_library_raises_becomes_a_request_error(processor, monkeypatch):
     for error in (RuntimeError("odd shape"), KeyError("k"), AssertionError("no"), RecursionError("deep")):
         broken(error)
         assert type(error).__name__ in reason(processor)
-    for error in (MemoryError(), KeyboardInterrupt(), SystemExit(1)):
+    for error in (KeyboardInterrupt(), SystemExit(1)):
         broken(error)
         with pytest.raises(type(error)):
             ask(processor)
@@ -121,3 +121,54 @@ def test_a_checkpoint_without_its_side_files(tmp_path, gone):
     with pytest.raises(UserError, match="processor, tokenizer or chat template cannot be used") as caught:
         RequestProcessor(tmp_path, Processor(), 100)
     assert str(tmp_path) in str(caught.value)
+
+
+QUESTION = {"role": "user", "content": "What colour?"}
+
+
+def text_of(processor, *messages) -> str:
+    ids = processor.prepare(parse_request({"id": "r", "messages": [QUESTION, *messages]})).tensors["input_ids"][0]
+    return processor._processor.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("said", ["The colour is", "It is ", "", "a\n\n", "What colour?"])
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_last_turn_of_the_assistant_is_continued(processor, said, parts):
+    content = [{"type": "text", "text": "I see: "}, {"type": "text", "text": said}] if parts else said
+    before = text_of(processor)
+    assert before.endswith("<|im_start|>assistant\n")
+    assert text_of(processor, {"role": "assistant", "content": content}) == before + "I see: " * parts + said
+
+
+def test_a_turn_of_the_assistant_before_the_last_stays_closed(processor):
+    text = text_of(processor, {"role": "assistant", "content": "Red."}, {"role": "user", "content": "And now?"})
+    assert "Red.<|im_end|>" in text and text.endswith("And now?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_what_goes_on_is_the_releases_own(processor):
+    """Where the release can continue a message itself, the text is the same."""
+    said = {"role": "assistant", "content": [{"type": "text", "text": "The colour is"}]}
+    chat = [{"role": "user", "content": [{"type": "text", "text": "What colour?"}]}, said]
+    theirs = processor._processor.tokenizer.apply_chat_template(
+        chat, chat_template=processor._processor.chat_template, tokenize=False, continue_final_message=True)
+    assert text_of(processor, said) == theirs
+
+
+def test_only_text_can_be_continued(processor, files):
+    parts = [{"type": "text", "text": "This: "}, {"type": "image", "image": files["a"]}]
+    said = {"role": "assistant", "content": parts}
+    with pytest.raises(RequestError, match="ends with image; only text can be continued"):
+        text_of(processor, said)
+
+
+def test_a_template_that_leaves_the_last_turn_out(processor, monkeypatch):
+    monkeypatch.setattr(type(processor._processor), "apply_chat_template", lambda *_, **__: "nothing of it")
+    with pytest.raises(RequestError, match="leaves out the last message"):
+        text_of(processor, {"role": "assistant", "content": "It"})
+
+
+def test_a_continuation_keeps_the_space_between_both(processor):
+    chat = [QUESTION, {"role": "assistant", "content": "It is"}]
+    assert processor.prepare(parse_request({"id": "r", "messages": chat})).continued and not ask(processor).continued
+    ids = processor._processor.tokenizer(" red<|im_end|>")["input_ids"]
+    assert processor.decode(ids, continued=True) == " red" and processor.decode(ids) == "red"

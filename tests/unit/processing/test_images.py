@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from media_and_requests import CHECKPOINT, SIZE, TRANSFORMERS, ask, picture, reason
+from media_and_requests import CHECKPOINT, SIZE, TRANSFORMERS, ask, data_url, picture, reason
 from packaging.version import Version
-from PIL import Image
+from PIL import Image, features
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from adapter.config.schema import Processor
@@ -104,22 +104,22 @@ def bad_pictures(home: Path) -> dict[str, tuple[str, str]]:
         "truncated png": (path["cut.png"], "cannot be decoded"),
         "truncated jpeg": (path["cut.jpg"], "truncated"),
         "empty": (path["empty.png"], "empty"),
-        "text": (path["text.png"], "not a picture of a known format: PNG"),
-        "program": (path["post.eps"], "not a picture of a known format"),
+        "text": (path["text.png"], "not an image of a known format: PNG"),
+        "program": (path["post.eps"], "not an image of a known format"),
         "bomb": (path["bomb.png"], "10000 x 10000 pixels are too many"),
         "bigger bomb": (path["bomb2.png"], "400000000 pixels"),
         "float": (path["float.tiff"], "floating-point"),
         "thin": (path["thin.png"], "6000 x 28 pixels"),
         "http": ("https://example.com/x.png", "only local paths and data: URLs"),
         "ftp": ("FTP://example.com/x.png", "only local paths and data: URLs"),
-        "url that is no picture": (with_url, "not a picture"),
+        "url that is no image": (with_url, "not an image"),
         "url of text": ("data:text/plain;base64,aGk=", "must read data:image/"),
         "url of a film": ("data:video/mp4;base64,aGk=", "must read data:image/"),
         "url without base64": ("data:image/png,abc", "must read data:image/"),
         "url with bad base64": ("data:image/png;base64,aG!k=", "not valid base64"),
         "url with short base64": ("data:image/png;base64,abcde", "not valid base64"),
         "url that is not ascii": ("data:image/png;base64,ä", "not valid base64"),
-        "url of nothing": ("data:image/png;base64,", "not a picture"),
+        "url of nothing": ("data:image/png;base64,", "not an image"),
     }  # fmt: skip
 
 
@@ -155,3 +155,14 @@ def test_limits_that_leave_nothing(processor, tmp_path):
         assert int(grid.prod()) > 0
     except RequestError as error:  # releases before 4.57
         assert "raise max_pixels" in error.reason
+
+
+@pytest.mark.skipif("avif" not in features.modules or not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif(processor, tmp_path):
+    path = tmp_path / "a.avif"
+    Image.new("RGB", SIZE, (200, 30, 30)).save(path, quality=100)
+    assert np.abs(np.asarray(load_image(str(path))).astype(int) - (200, 30, 30)).max() < 6
+    assert ask(processor, images=[str(path)]).tensors["image_grid_thw"].tolist() == [[1, 4, 6]]
+    assert ask(processor, images=[data_url(str(path), "image/avif")]).prompt_tokens
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "cannot be decoded" in reason(processor, images=[str(path)])

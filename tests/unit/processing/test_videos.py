@@ -12,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from adapter.requests import media
 from adapter.requests.media import sample
-from adapter.requests.processing import RequestProcessor
+from adapter.requests.processing import RequestProcessor, _Room
 
 
 def test_sample_like_qwen():
@@ -70,14 +70,14 @@ def test_fps_and_max_frames(files, section):
 
 
 def test_a_short_film_is_filled_with_its_last_frame(processor, files):
-    film = processor._load_film(files["film3"], processor._processor, 0)
+    film = processor._load_video(files["film3"], processor._processor, _Room(2000))
     assert (film.frames.shape, film.indices, film.total, film.rate) == ((4, 56, 84, 3), [0, 1, 2, 2], 3, 4.0)
     assert (film.frames[3] == film.frames[2]).all()
 
 
 def test_only_the_frames_that_are_needed_are_kept(processor, files, monkeypatch):
     kept = []
-    monkeypatch.setattr(media, "_shrunk", lambda image, part: kept.append(1) or np.asarray(image))
+    monkeypatch.setattr(media, "shrunk", lambda image, *rest: kept.append(1) or image)
     ask(processor, videos=[files["long"]])
     assert len(kept) == 20
 
@@ -85,8 +85,8 @@ def test_only_the_frames_that_are_needed_are_kept(processor, files, monkeypatch)
 def test_frames_above_the_limit_are_shrunk_as_they_come(processor, tmp_path, monkeypatch):
     big = film(tmp_path / "big.mp4", range(0, 160, 10), size=(336, 224))
     shapes = []
-    film_of = media._film
-    monkeypatch.setattr(media, "_film", lambda new, *rest: shapes.append(new[0].shape) or film_of(new, *rest))
+    film_of = media._video
+    monkeypatch.setattr(media, "_video", lambda new, *rest: shapes.append(new[0].shape) or film_of(new, *rest))
     grids = {}
     for low in (784, 12544):  # with the second, shrinking would leave less than the least: the processor does it all
         grids[low] = ask(processor, videos=[big], min_pixels=low, max_pixels=12544).tensors["video_grid_thw"].tolist()

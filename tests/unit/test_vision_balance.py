@@ -1,4 +1,4 @@
-"""Dealing pictures to ranks, its cost against that of a split encoder, and what a plan says of both."""
+"""Assigning images to ranks, its cost against that of a split encoder, and what a plan says of both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from adapter.commands.plan import report
 from adapter.planning.plan import DTYPE_BYTES, Plan
-from adapter.planning.vision_balance import FLOPS_PER_BYTE, Assignment, cost, deal, pieces
+from adapter.planning.vision_balance import FLOPS_PER_BYTE, Assignment, assign, cost, frames_of
 from policies.families.qwen2_vl import POLICY
 
 ROOT = Path(__file__).parents[2]
@@ -32,38 +32,38 @@ def price(plan: Plan):
     return cost(plan, DTYPE_BYTES[plan.dtype])
 
 
-def test_a_film_is_its_frames_and_a_picture_one_piece():
-    assert pieces([[1, 4, 8], [3, 4, 6], [1, 6, 4]]) == ((4, 8), (4, 6), (4, 6), (4, 6), (6, 4))
+def test_a_video_is_its_frames_and_an_image_one_frame():
+    assert frames_of([[1, 4, 8], [3, 4, 6], [1, 6, 4]]) == ((4, 8), (4, 6), (4, 6), (4, 6), (6, 4))
 
 
 @given(GRIDS, st.integers(1, 9))
-def test_dealing_is_a_partition_and_the_same_for_everyone(grid, ranks):
-    dealt = deal(grid, ranks)
-    assert len(dealt.shares) == ranks and all(list(s) == sorted(s) for s in dealt.shares)
-    assert sorted(i for share in dealt.shares for i in share) == list(range(len(pieces(grid))))
-    assert sum(dealt.patches(r) for r in range(ranks)) == sum(t * h * w for t, h, w in grid)
-    assert deal([tuple(row) for row in grid], ranks) == dealt  # whatever the container
+def test_an_assignment_is_a_partition_and_the_same_for_everyone(grid, ranks):
+    assignment = assign(grid, ranks)
+    assert len(assignment.shares) == ranks and all(list(s) == sorted(s) for s in assignment.shares)
+    assert sorted(i for share in assignment.shares for i in share) == list(range(len(frames_of(grid))))
+    assert sum(assignment.patches(r) for r in range(ranks)) == sum(t * h * w for t, h, w in grid)
+    assert assign([tuple(row) for row in grid], ranks) == assignment  # whatever the container
 
 
 @given(FEW, st.integers(1, 3))
-def test_the_fullest_rank_is_within_grahams_bound_of_the_best_deal(grid, ranks):
-    dealt = deal(grid, ranks)
-    best = min(max(sum(n for n, r in zip(dealt.sizes, who, strict=True) if r == rank) for rank in range(ranks))
-               for who in itertools.product(range(ranks), repeat=len(dealt.sizes)))
-    fullest = max(dealt.patches(r) for r in range(ranks))
+def test_the_fullest_rank_is_within_grahams_bound_of_the_best_assignment(grid, ranks):
+    assignment = assign(grid, ranks)
+    best = min(max(sum(n for n, r in zip(assignment.sizes, who, strict=True) if r == rank) for rank in range(ranks))
+               for who in itertools.product(range(ranks), repeat=len(assignment.sizes)))
+    fullest = max(assignment.patches(r) for r in range(ranks))
     assert 3 * ranks * fullest <= (4 * ranks - 1) * best
 
 
 @given(GRIDS, st.integers(1, 9))
-def test_no_rank_is_idle_while_another_has_two_pieces(grid, ranks):
-    counts = [len(share) for share in deal(grid, ranks).shares]
+def test_no_rank_is_idle_while_another_has_two_frames(grid, ranks):
+    counts = [len(share) for share in assign(grid, ranks).shares]
     assert min(counts) > 0 or max(counts) == 1
 
 
 def test_the_largest_goes_first_and_the_first_rank_wins_a_tie():
-    assert deal([[1, 2, 2], [1, 4, 4], [1, 2, 4], [1, 2, 2]], 2).shares == ((1,), (0, 2, 3))
-    assert deal([[3, 4, 4]], 2).shares == ((0, 2), (1,))
-    assert deal([[1, 4, 4]], 3).shares == ((0,), (), ())
+    assert assign([[1, 2, 2], [1, 4, 4], [1, 2, 4], [1, 2, 2]], 2).shares == ((1,), (0, 2, 3))
+    assert assign([[3, 4, 4]], 2).shares == ((0, 2), (1,))
+    assert assign([[1, 4, 4]], 3).shares == ((0,), (), ())
 
 
 def test_cost_by_hand():
@@ -80,11 +80,11 @@ def test_cost_by_hand():
     assert found.reduced == pytest.approx(4 * (2 * layers * v + out / 4) * 2 * 2 / 3)
     assert found.gathered == pytest.approx(4 * out / 4 * 2 / 3)
     grid = [[1, 4, 8], [2, 4, 6]]
-    dealt = deal(grid, 3)
+    assignment = assign(grid, 3)
     one = found.whole.patch * 32 + found.whole.pair * 32 ** 2
-    assert found.data(dealt) == pytest.approx(one + FLOPS_PER_BYTE * found.gathered * 80)
+    assert found.data(assignment) == pytest.approx(one + FLOPS_PER_BYTE * found.gathered * 80)
     slowest = max(p.patch * 80 + p.pair * (32 ** 2 + 2 * 24 ** 2) for p in found.parts)
-    assert found.tensor(dealt.sizes) == pytest.approx(slowest + FLOPS_PER_BYTE * found.reduced * 80)
+    assert found.tensor(assignment.sizes) == pytest.approx(slowest + FLOPS_PER_BYTE * found.reduced * 80)
 
 
 def published(tp: int) -> Plan:
@@ -92,25 +92,25 @@ def published(tp: int) -> Plan:
     return plan_of(Shape(heads=28, kv_heads=4, head_dim=128, v_head_dim=80, v_layers=32), tp, dtype="bfloat16")
 
 
-@pytest.mark.parametrize(("tp", "grid", "deals"), [
-    (2, [[1, 32, 32]], False),  # a single picture is never one rank's work
+@pytest.mark.parametrize(("tp", "grid", "data"), [
+    (2, [[1, 32, 32]], False),  # a single image is never one rank's work
     (2, [[1, 32, 32]] * 2, True), (2, [[1, 32, 32], [1, 16, 32]], False), (4, [[1, 32, 32]] * 3, False),
     (2, [[16, 16, 16]], True), (4, [[16, 16, 16]], True), (4, [[9, 16, 16]], False),
     (3, [[1, 32, 32]] * 6, True),
 ])
-def test_what_auto_takes(tp, grid, deals):
-    assert price(published(tp)).deals(deal(grid, tp)) is deals
+def test_what_auto_chooses(tp, grid, data):
+    assert price(published(tp)).prefers_data(assign(grid, tp)) is data
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([2, 3, 4, 8]))
-def test_a_single_piece_is_never_dealt(h, w, tp):
-    assert not price(plan_of(tp=tp)).deals(deal([[1, 2 * h, 2 * w]], tp))
+def test_a_single_frame_is_never_one_ranks_work(h, w, tp):
+    assert not price(plan_of(tp=tp)).prefers_data(assign([[1, 2 * h, 2 * w]], tp))
 
 
 def test_one_rank_has_nothing_to_choose():
     found = price(plan_of(tp=1))
     assert found.reduced == found.gathered == 0 and found.parts == (found.whole,)
-    assert not found.deals(Assignment(((2, 2), (2, 2)), ((0, 1),)))
+    assert not found.prefers_data(Assignment(((2, 2), (2, 2)), ((0, 1),)))
 
 
 @pytest.mark.parametrize("vision", ["data", "auto"])
@@ -149,11 +149,11 @@ def test_the_command_says_what_it_costs(tmp_path):
                           text=True, timeout=60)
     assert said.returncode == 0, said.stderr
     for words in ("vision auto: each rank holds the whole encoder", "GB more than split", "100 a byte sent",
-                  "1 picture of 1024 patches", "auto takes tensor", "auto takes data"):
+                  "1 image of 1024 patches", "auto takes tensor", "auto takes data"):
         assert words in said.stdout, said.stdout
     facts = json.loads(subprocess.run([sys.executable, "launch/plan.py", "--json", "--config", str(file)], cwd=ROOT,
                                       capture_output=True, text=True, timeout=60).stdout)
-    example = next(e for e in facts["vision"]["examples"] if e["what"] == "2 pictures of 1024")
+    example = next(e for e in facts["vision"]["examples"] if e["what"] == "2 images of 1024")
     assert example["tensor"] == price(plan_of()).tensor([1024, 1024]) and example["auto"] == "data"
 
 

@@ -1,0 +1,137 @@
+"""Replays: Transformers' own forward of one module for one process, with what its children returned already known.
+
+So only the module's own part is computed: rotations and softmax, residuals, activations, masks, the places of image
+features. What it passes to each child and what it returns must be what the sharded run was observed to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapter.planning.plan import Plan
+from adapter.verify import bounds
+from adapter.verify.comparison import Comparison, Limit, compare_trees, tensors_in, with_own_containers
+from policies.rules import Row, expand
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module as one process would have made it: whole inputs, whole output. order: when it ended."""
+
+    order: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+Calls = dict[str, list[Call]]  # published name of a child -> its calls, in order
+
+
+class _UnknownCall(Exception):
+    """The skeleton calls a module that the sharded run did not call: there is nothing to answer."""
+
+
+@dataclass
+class Replayer:
+    """Replays modules of the one-process model.
+
+    skeleton: published name -> module, its weights not needed. children: module -> the observed modules right below it.
+    eager: whether attention rounds its scores to the dtype, as Transformers' "eager" does.
+    unproven: attention modules whose bound was no smaller than their values, which a comparison cannot find wrong.
+    """
+
+    skeleton: Mapping[str, nn.Module]
+    plan: Plan
+    children: Mapping[str, list[str]]
+    eager: bool
+    unproven: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.attention = {name: row.encoder for row in self.plan.policy.head_numbers
+                          for name in expand(row.module, self.plan.geometry.layers)}
+
+    def compare(self, name: str, call: Call, calls: Calls) -> Iterator[Comparison]:
+        """Replay `call` of module `name`, during which its children were called as `calls` says."""
+        left = {child: list(calls.get(child, ())) for child in {**calls, **dict.fromkeys(self.children[name])}}
+        passed: list[tuple[str, Call, Any]] = []  # what the skeleton passed to each child
+
+        def answer(child: str, *args: Any, **kwargs: Any) -> Any:
+            if not left[child]:
+                raise _UnknownCall(child)
+            observed = left[child].pop(0)
+            # of a layer with weights only the input is observed
+            alone = child in self.plan.claims
+            passed.append((child, observed, ((next(tensors_in((args, kwargs))),), {}) if alone else (args, kwargs)))
+            return with_own_containers(observed.output)
+
+        unknown, result = None, None
+        try:
+            result = self._forward(name, {child: partial(answer, child) for child in left}, call)
+        except _UnknownCall as stop:
+            unknown = str(stop)
+        for child, observed, given in passed:
+            yield compare_trees(observed.order - 0.5, name, f"input of {child}", (observed.args, observed.kwargs),
+                                given, self._limit(name, child, call, observed, calls))
+        if unknown is not None:
+            yield Comparison(call.order, name, f"does not call {unknown} where one process does", torch.inf)
+            return
+        yield compare_trees(call.order, name, "output", self.result(name, call.output), self.result(name, result), None)
+        for child, more in left.items():
+            if more:
+                yield Comparison(call.order, name, f"calls {child} where one process does not", torch.inf)
+
+    def result(self, name: str, output: Any) -> Any:
+        """The part of an output that is compared: attention may add the scores of this rank's own heads."""
+        return next(tensors_in(output)) if name in self.attention else output
+
+    def _limit(self, name: str, child: str, call: Call, observed: Call, calls: Calls) -> Limit | None:
+        """How far the input of `child` may be off: it is computed by `name` where the child is row-parallel."""
+        claim = self.plan.claims.get(child)
+        if claim is None or not isinstance(claim.rule, Row):
+            return None
+        if name in self.attention:
+            return partial(self._attention_bound, name, call, calls)
+        return partial(bounds.elementwise, observed.args[0])
+
+    def _forward(self, name: str, answers: Mapping[str, Callable[..., Any]], call: Call) -> Any:
+        """Transformers' forward of `name` on a call's arguments; a child in `answers` is not run but answered for."""
+        children = {self.skeleton[child]: answer for child, answer in answers.items()}
+        for child, answer in children.items():
+            child.forward = answer
+        try:
+            return self.skeleton[name](*with_own_containers(call.args), **with_own_containers(call.kwargs))
+        finally:
+            for child in children:
+                del child.forward
+
+    def _attention_bound(self, name: str, call: Call, calls: Calls) -> Tensor:
+        """bounds.attention for the observed q, k and v, which the policies state in this order."""
+        head_dim = self.plan.geometry.attention[self.attention[name]].head_dim
+        linears = [c for c in self.children[name] if c in self.plan.claims]  # old releases keep a rotary table here
+        columns = [c for c in linears if not isinstance(self.plan.claims[c].rule, Row)]
+        seen = {c: calls[c][0].output for c in columns}
+        fused = len(columns) == 1
+        q, k, v = seen[columns[0]].chunk(3, -1) if fused else (seen[c] for c in columns)
+        largest = [float(t.float().unflatten(-1, (-1, head_dim)).norm(dim=-1).max()) for t in (q, k)]
+        magnitudes = torch.cat([q, k, v.abs()], -1) if fused else v.abs()
+        values = seen | {columns[-1]: magnitudes}
+        answers: dict[str, Callable[..., Any]] = {c: lambda *_, v=v, **__: v for c, v in values.items()}
+        scale: list[Tensor] = []
+
+        def end(x: Tensor) -> Tensor:
+            scale.append(x.float())
+            return x
+
+        row = next(c for c in linears if c not in columns)
+        self._forward(name, answers | {row: end}, call)
+        score = largest[0] * largest[1] / head_dim ** 0.5
+        bound = bounds.attention(scale[0], score, head_dim, q.shape[-2], q.dtype, self.eager)
+        if (bound >= scale[0]).all():
+            self.unproven.add(name)
+        return bound
