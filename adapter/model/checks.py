@@ -76,6 +76,7 @@ def checked_prompt(generate: Callable[..., Any], vocab: int, tp: Group) -> Calla
             check_prompt(ids, vocab, tp)
         return generate(*inputs, **kwargs)
 
+    checked.__wrapped__ = generate  # type: ignore[attr-defined]
     return checked
 
 

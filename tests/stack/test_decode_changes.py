@@ -3,6 +3,7 @@ Transformers' own loop, with a reason in the log. This process becomes a rank.""
 
 from __future__ import annotations
 
+import inspect
 import logging
 
 import pytest
@@ -34,7 +35,7 @@ def engine(directory):
 @pytest.fixture(autouse=True)
 def nothing_was_said_yet(engine):
     """A reason is a warning once for an engine."""
-    engine.module.generate.__wrapped__.reported.clear()
+    inspect.unwrap(engine.module.generate).reported.clear()
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_a_module_of_the_same_kind_put_in_anothers_place_is_used(engine, steps, 
 ], ids=["forward", "inputs", "module"])
 def test_other_changes_are_seen(engine, monkeypatch, place, kind, name, new, words):
     monkeypatch.setitem(getattr(engine.module.get_submodule(place), kind), name, new)
-    assert words in engine.module.generate.__wrapped__.why_not((), {**cases()["text"], **TWELVE})
+    assert words in inspect.unwrap(engine.module.generate).why_not((), {**cases()["text"], **TWELVE})
 
 
 def test_a_class_whose_forward_was_replaced_is_seen(engine, steps, monkeypatch):

@@ -55,7 +55,7 @@ def with_damage(rows: list[int]) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def engine(damaged):
-    return started_from(damaged)
+    return started_from(damaged, self_test=False)
 
 
 @pytest.fixture(scope="module")
@@ -129,24 +129,35 @@ def test_which_rows_and_tokens():
     assert "float16; float16 overflows with this family: set model.dtype to bfloat16" in str(caught.value)
 
 
-def test_the_self_test_refuses_what_is_not_finite(directory, tmp_path):
+def test_the_self_test_refuses_weights_that_are_not_finite(directory, tmp_path):
     """A damaged layer that it does not look into: the last one's down_proj."""
     other = make_checkpoint(tmp_path / "m", SHAPE, files=1)
     tensors = load_file(other / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"] *= 1e38
     tensors["model.layers.1.mlp.down_proj.weight"] *= 1e5
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckFailed, match=r"self-test failed: .*model.layers.*infinity or NaN in float32"):
+    with pytest.raises(CheckFailed, match=r"self-test failed .*not finite.*model.layers.1.mlp.down_proj.weight"):
         started_from(other)
     engine = started_from(other, self_test=False)
     with pytest.raises(NonFiniteLogits):
         engine.generate(**cases()["image"], **TWELVE)
 
 
+def test_the_self_test_refuses_a_forward_that_is_not_finite(tmp_path):
+    """Weights that are numbers, in a layer that it does not look into, whose products are none."""
+    other = make_checkpoint(tmp_path / "m", SHAPE, files=1)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e30
+    tensors["model.norm.weight"] *= 1e30
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckFailed, match=r"not finite.*a forward through model.layers, torch.float32"):
+        started_from(other)
+
+
 @lean
 def test_ranks_that_are_compared_fail_alike(damaged):
     """With desync_check the steps are Transformers' own."""
-    engine = started_from(damaged, desync_check=1)
+    engine = started_from(damaged, desync_check=1, self_test=False)
     with pytest.raises(NonFiniteLogits):
         engine.generate(**with_damage([1]), **TWELVE)
 
