@@ -180,7 +180,7 @@ def test_a_family_with_norms_of_queries_is_decoded_by_transformers(engine, monke
 
 
 def test_another_activation_is_seen(engine, monkeypatch):
-    monkeypatch.setattr(engine.module.model.language_model.layers[1].mlp, "act_fn", torch.nn.GELU())
+    monkeypatch.setitem(engine.module.model.language_model.layers[1].mlp._modules, "act_fn", torch.nn.GELU())
     with pytest.raises(LookupError, match="SiLU"):
         Decoder(engine.module, engine.plan, fused.operators(False))
 

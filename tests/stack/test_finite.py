@@ -144,11 +144,11 @@ def test_the_self_test_refuses_weights_that_are_not_finite(directory, tmp_path):
 
 
 def test_the_self_test_refuses_a_forward_that_is_not_finite(tmp_path):
-    """Weights that are numbers, in a layer that it does not look into, whose products are none."""
+    """Weights that are numbers, after the layers that it looks into, whose products are none."""
     other = make_checkpoint(tmp_path / "m", SHAPE, files=1)
     tensors = load_file(other / "model.safetensors")
-    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e30
-    tensors["model.norm.weight"] *= 1e30
+    tensors["model.norm.weight"] *= 1e37
+    tensors["lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"] *= 1e6
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckFailed, match=r"not finite.*a forward through model.layers, torch.float32"):
         started_from(other)
