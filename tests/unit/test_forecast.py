@@ -47,7 +47,7 @@ def without(key: str) -> dict:
     (without("memory_gb"), "memory_gb: missing"),
     (without("source"), "source: missing"),
     (PLAIN | {"memory_read_gb": 3}, "unknown key; did you mean 'memory_read_gb_s'"),
-    (PLAIN | {"memory_gb": "80"}, "memory_gb = '80': a string; it should be a valid number"),
+    (PLAIN | {"memory_gb": "80"}, "memory_gb = '80': a string; it should be a number"),
     (PLAIN | {"memory_gb": -1}, "memory_gb = -1"),
     (PLAIN | {"memory_read_gb_s": 0}, "memory_read_gb_s = 0"),
     (PLAIN | {"memory_read_gb_s": math.inf}, "memory_read_gb_s = inf"),

@@ -240,7 +240,8 @@ def test_fused_operators_equal_their_formulas(dtype):
     start, place = torch.tensor([0, 4, 7]), torch.tensor([8])
     theirs = [c.clone() for c in caches]
     ours = ops.attend(q, k, v, cos, sin, *caches, start, place, dim ** -0.5)
-    plain = TorchOps.attend(q, k, v, cos, sin, *theirs, start, place, dim ** -0.5)
+    visible = TorchOps.visible(start, place, length)
+    plain = TorchOps.attend(q, k, v, cos, sin, *theirs, visible, place, dim ** -0.5)
     torch.testing.assert_close(ours, plain, rtol=8 * u, atol=8 * u)
     torch.testing.assert_close(caches, theirs, rtol=2 * u, atol=2 * u)
 
