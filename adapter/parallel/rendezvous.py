@@ -49,7 +49,8 @@ def _store(launch: Launch) -> torch.distributed.Store:
     if launch.one_host and address in LOOPBACK and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         listener = _listen(port) if launch.rank == 0 else None
         return torch.distributed.TCPStore("127.0.0.1", port, launch.world_size, launch.rank == 0, timeout=TIMEOUT,
-                                          wait_for_workers=False, master_listen_fd=listener)
+                                          wait_for_workers=False, master_listen_fd=listener,
+                                          use_libuv=False)  # torch 2.5's libuv takes no socket that listens already
     try:
         return next(torch.distributed.rendezvous("env://", launch.rank, launch.world_size, timeout=TIMEOUT))[0]
     except torch.distributed.DistNetworkError as error:
