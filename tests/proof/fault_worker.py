@@ -30,8 +30,8 @@ inject = adapter.engine.inject
 
 
 def planted_inject(fault: Fault) -> Any:
-    def run(model: torch.nn.Module, plan: Any, tp: Any, source: Any, dtype: torch.dtype) -> None:
-        inject(model, plan, tp, source, dtype)
+    def run(model: torch.nn.Module, plan: Any, tp: Any, *more: Any) -> None:
+        inject(model, plan, tp, *more)
         modules = {plan.policy.published(name): module for name, module in model.named_modules()}
         fault.plant(modules, plan, tp)
     return run

@@ -77,7 +77,7 @@ def test_it_starts_replicas_and_passes_on_the_exit_code(config):
 
 @pytest.mark.ranks
 def test_under_a_launcher_it_is_a_rank(config):
-    outcome = launch(2, Path("--module"), "adapter", "generate", "--config", config)
+    outcome = launch(2, Path("--module"), "adapter", "generate", "--config", config, launcher="deepspeed")
     assert outcome.code == 1, outcome.err[-3000:]
     assert rows(outcome)[-1]["tp_size"] == 2
 

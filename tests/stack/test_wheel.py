@@ -76,7 +76,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
     configs."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {str(file.relative_to(ROOT)) for package in PACKAGES
-                for pattern in ("**/*.py", "csrc/*.cpp", "csrc/*.h", "py.typed")
+                for pattern in ("**/*.py", "**/csrc/*.cpp", "**/csrc/*.h", "**/*.html", "py.typed")
                 for file in (ROOT / package).glob(pattern)}
     assert names == expected
     assert {f"{package}/py.typed" for package in PACKAGES} | {"adapter/kernels/csrc/linear.cpp"} <= names
