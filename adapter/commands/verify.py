@@ -76,7 +76,12 @@ def _config(args: argparse.Namespace) -> Config:
 
 
 def _finish(config: Config, rows: list[dict[str, Any]], report: str | None) -> int:
-    """Write the report of a run's rows, the summary last, where one is wanted, and return what failed requests mean."""
+    """Write the report of a run's rows, the summary last, where one is wanted, and return what failed requests mean.
+
+    The verdict goes to stderr in one line.
+    """
+    print(f"verify: {'everything held' if rows[-1]['passed'] else 'NOT everything held'}, {len(rows) - 1} cases",
+          file=sys.stderr)
     if report:
         from adapter.verify.report import render
 
