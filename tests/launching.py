@@ -86,7 +86,7 @@ class Running:
         """What all its processes have written so far."""
         return "".join(self._lines[name])
 
-    def finish(self, timeout: float = 240) -> Outcome:
+    def finish(self, timeout: float = 600) -> Outcome:
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -172,7 +172,7 @@ class Job(Running):
             super().__init__(command(ranks, script, args, launcher, port, python), env, port, cwd)
 
 
-def launch(ranks: int, script: Path, *args: str, timeout: float = 240, **options) -> Outcome:
+def launch(ranks: int, script: Path, *args: str, timeout: float = 600, **options) -> Outcome:
     """Run a job to its end; fails if it leaves anything behind."""
     job = Job(ranks, script, *args, **options)
     outcome = job.finish(timeout)
