@@ -33,7 +33,7 @@ def tokens(out: str) -> dict[str, list[int]]:
     return {row["id"]: row["tokens"] for row in rows if "id" in row}
 
 
-def finished(job: Running, timeout: float = 240) -> Outcome:
+def finished(job: Running, timeout: float = 600) -> Outcome:
     """Of a job on this machine that must succeed and leave nothing."""
     outcome = job.finish(timeout)
     assert outcome.code == 0, outcome.err[-4000:]

@@ -39,7 +39,7 @@ def test_torchrun_on_each_host():
         as_debian_names_them(*both)
         where = {"RANKS": "1", "NODES": "2", "MASTER_ADDR": both[0].address, "MASTER_PORT": "29511"}
         jobs = [start("torchrun.sh", 2, host=host, NODE_RANK=str(i), **where) for i, host in enumerate(both)]
-        outcomes = [job.finish(240) for job in jobs]
+        outcomes = [job.finish() for job in jobs]
         assert not both[0].leftovers() + both[1].leftovers()
     right(outcomes[0])
     assert outcomes[1].code == 0
@@ -52,7 +52,7 @@ def test_hostfile_over_ssh(tmp_path):
     with hosts("hA", "hB") as (a, b):
         start_sshd((a, b), tmp_path)
         right(start("ssh_hostfile.sh", 2, host=a, HOSTFILE=hostfile(tmp_path, "hA slots=2", "hB slots=2"),
-                    INCLUDE="hA:0@hB:1", DS_ENV_FILE=handed_on(tmp_path)).finish(240))
+                    INCLUDE="hA:0@hB:1", DS_ENV_FILE=handed_on(tmp_path)).finish())
 
 
 @need_ssh
@@ -68,7 +68,7 @@ def test_deepspeed_over_mpi(tmp_path, launcher):
     with hosts("hA", "hB") as (a, b):
         start_sshd((a, b), tmp_path)
         right(start("deepspeed_mpi.sh", 2, host=a, LAUNCHER=launcher, DS_ENV_FILE=handed_on(tmp_path), **env,
-                    HOSTFILE=hostfile(tmp_path, "hA slots=1", "hB slots=1")).finish(240))
+                    HOSTFILE=hostfile(tmp_path, "hA slots=1", "hB slots=1")).finish())
 
 
 @need_slurm
@@ -79,10 +79,10 @@ def test_slurm(tmp_path):
         start_slurm((a, b))
         quiet = set(a.processes()) | set(b.processes())
         right(start("deepspeed_mpi.sh", 2, host=a, HOSTFILE=hostfile(tmp_path, "hA slots=1", "hB slots=1"),
-                    **SLURM).finish(240))
+                    **SLURM).finish())
         submitted = Running(a.command(
             "sbatch", "--wait", "--ntasks-per-node=1", f"--output={output}", f"--error={tmp_path}/err",
-            str(SCRIPTS / "slurm.sbatch"), str(CONFIG), "tensor_parallel.tp_size=2")).finish(240)
+            str(SCRIPTS / "slurm.sbatch"), str(CONFIG), "tensor_parallel.tp_size=2")).finish()
         left = [line for host in (a, b) for pid, line in host.processes().items()
                 if pid not in quiet and "slurm" not in line]
         shm = a.shared_memory() | b.shared_memory()

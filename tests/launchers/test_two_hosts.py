@@ -72,7 +72,7 @@ def test_master_addr_that_is_loopback_on_its_own_host(tmp_path):
     with hosts("hA", "hB") as (a, b):
         as_debian_names_them(a, b)
         file = hostfile(tmp_path, "hA slots=1", "hB slots=1")
-        outcomes = [job.finish(240) for job in start_both(a, b, file, 2, MASTER_ADDR="hA")]
+        outcomes = [job.finish() for job in start_both(a, b, file, 2, MASTER_ADDR="hA")]
         assert [o.code for o in outcomes] == [0, 0], outcomes[0].err[-3000:] + outcomes[1].err[-3000:]
         assert tokens(outcomes[0].out) == one_host()[1]
         add_bridge(a)

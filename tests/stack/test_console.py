@@ -19,7 +19,7 @@ COMMANDS = ["plan", "generate", "verify", "shard", "bench", "doctor"]
 DEMO = ROOT / "launch" / "demo" / "checkpoint"
 
 
-def run(*args: str, seconds: float = 240, **env: str) -> Outcome:
+def run(*args: str, seconds: float = 600, **env: str) -> Outcome:
     job = Running([sys.executable, "-m", "adapter", *args], env)
     outcome = job.finish(seconds)
     assert not (left := job.leftovers()), left

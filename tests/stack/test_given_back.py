@@ -49,5 +49,5 @@ def test_a_command_lets_its_own_process_keep_what_it_frees():
               "malloc.keep = lambda: sys.stderr.write('kept\\n'); start()")
     ran = subprocess.run([sys.executable, "-c", script, "--config", str(ROOT / "configs" / "demo_tp4.yaml"),
                           "tensor_parallel.tp_size=1", "generation.max_new_tokens=1", "requests=[{prompt: 'What?'}]"],
-                         cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+                         cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert ran.returncode == 0 and ran.stderr.count("kept") == 1, ran.stderr[-3000:]
