@@ -16,7 +16,8 @@ import torch
 from adapter import engine
 from adapter.commands import generate
 
-rank, how = int(os.environ["RANK"]), sys.argv.pop(1)
+rank, how = int(os.environ["RANK"]), "alike" if "alike" in sys.argv else "alone"
+sys.argv.remove(how)
 init_inference = engine.init_inference
 
 
@@ -27,7 +28,8 @@ def short_of_memory(*args, **kwargs):
     def generate(*inputs, **kwargs):
         rows, length = kwargs["input_ids"].shape
         if (rows > 2 or length > 80) and (how == "alike" or rank == 1):
-            made.mpu.tp.agreed(1)  # some collective of the batch has been by then
+            if how == "alike":
+                made.mpu.tp.agreed(1)  # some collective of the batch has been by then
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return own(*inputs, **kwargs)
 
