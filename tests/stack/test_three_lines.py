@@ -76,7 +76,8 @@ def test_a_script_that_ends_has_left_its_group(tmp_path):
     """Or gloo's threads may abort it. What is registered first runs last."""
     script = changed(tmp_path, "kept")
     script.write_text("import atexit\n\n\n@atexit.register\ndef told():\n    import torch\n"
-                      "    print('in a group:', torch.distributed.is_initialized())\n\n\n" + script.read_text())
+                      "    print(f'in a group: {torch.distributed.is_initialized()}\\n', end='')\n\n\n"
+                      + script.read_text())
     outcome = run(2, script, "--ds_inference")
     assert outcome.code == 0, outcome.err[-3000:]
     assert outcome.out.count("in a group: False") == 2, outcome.out
