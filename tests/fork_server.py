@@ -71,8 +71,9 @@ def run_job(job: dict[str, Any], out: int, err: int, report: int) -> dict[str, A
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stopped)
-    os.dup2(out, 1)
-    os.dup2(err, 2)
+    for descriptor, standard in ((out, 1), (err, 2)):
+        os.dup2(descriptor, standard)
+        os.close(descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(job["cwd"])
     os.environ.clear()
@@ -82,8 +83,7 @@ def run_job(job: dict[str, Any], out: int, err: int, report: int) -> dict[str, A
         pid = os.fork()
         if pid == 0:
             end_with(mine)
-            for descriptor in (out, err, report):
-                os.close(descriptor)
+            os.close(report)
             become(rank, job)
             return job
         ranks.append(pid)

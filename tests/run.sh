@@ -20,5 +20,6 @@ fi
 "$PYTHON" -m mypy
 "$PYTHON" -c "from importlinter.cli import lint_imports_command as c; c()" --no-cache  # pyproject.toml has the rooms
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 tests/unit tests/proof tests/stack \
-    tests/parity tests/faults tests/launchers "${selected[@]}" "$@"  # unit tests first: they want no process group
+exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 tests/unit tests/launchers tests/stack \
+    tests/proof tests/parity tests/faults "${selected[@]}" "$@"  # unit tests first: they want no process group; small files last, so that
+    # neither worker waits for the other

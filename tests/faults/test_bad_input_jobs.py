@@ -17,7 +17,6 @@ from launching import ROOT, launch
 GENERATE = ROOT / "launch" / "generate.py"
 DEMO = ROOT / "launch" / "demo" / "checkpoint"
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))
-LAUNCHED = "another picture token"  # under the real launcher
 pytestmark = pytest.mark.ranks
 
 
@@ -48,7 +47,7 @@ CASES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {  # more YA
     "a shape of 100,000 dimensions": ("", dimensions, ["model.norm.weight", "header entry"]),
     "a billion layers": ("", alter("config.json", num_hidden_layers=10**9), ["num_hidden_layers", "1000000000"]),
     "no rotary sections": ("", alter("config.json", rope_scaling=None), ["mrope_section", "missing"]),
-    LAUNCHED: ("", alter("config.json", image_token_id=9), ["image_token_id is 9", "428"]),
+    "another image token": ("", alter("config.json", image_token_id=9), ["image_token_id is 9", "428"]),
 }
 
 
@@ -60,7 +59,7 @@ def test_the_nastiest(tmp_path, case):
     file = tmp_path / "config.yaml"
     file.write_text(f"model: {{path: {model}, dtype: float32}}\ntensor_parallel: {{tp_size: 2}}\n"
                     f"requests: [{{prompt: 'What colour is the shape?'}}]\n{yaml}")
-    outcome = launch(2, GENERATE, "--config", str(file), launcher="deepspeed" if case == LAUNCHED else "fork")
+    outcome = launch(2, GENERATE, "--config", str(file))
     assert outcome.code == 2, (outcome.code, outcome.err[-3000:])
     errors = [line for line in outcome.err.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and "Traceback" not in outcome.err, outcome.err[-3000:]

@@ -155,7 +155,7 @@ def _mpi_rank(job: Job, rank: int) -> int:
     raise AssertionError("no such rank")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_ctrl_c_and_a_killed_launcher_leave_nothing(tmp_path, model, number):
     """Ctrl-C reaches the whole foreground group; SIGTERM (as of `timeout`) only the deepspeed command itself."""
     job = endless(tmp_path, model)

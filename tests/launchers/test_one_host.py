@@ -67,6 +67,7 @@ def test_mpirun_of_another_mpi_than_mpi4py_has_is_said():
     assert not job.leftovers()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("numactl"), reason="--bind_cores_to_rank IS NOT TESTED: apt-get install numactl")
 def test_cores_bound_to_ranks():
     same_answers("bind_cores.sh")

@@ -47,6 +47,7 @@ def wait_until_generating(job: Running, timeout_s: float = 180) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_four_ranks_on_two_hosts(tmp_path):
     """Odd names, a bridge of containers, and nothing set but what the script is told."""
     with hosts("hA", "hB") as (a, b):
@@ -83,7 +84,7 @@ def test_master_addr_that_is_loopback_on_its_own_host(tmp_path):
     assert "MASTER_ADDR hA is loopback on host hA" in outcome.err and "docker0, eth0" in outcome.err
 
 
-@pytest.mark.parametrize("how", ["cut", "kill"])
+@pytest.mark.parametrize("how", ["cut", pytest.param("kill", marks=pytest.mark.long)])
 def test_host_that_goes_is_named_by_the_other(tmp_path, how):
     """Cable cut: both sides end and name the other. All processes killed: the other side does."""
     with hosts("hA", "hB") as (a, b):

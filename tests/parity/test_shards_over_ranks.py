@@ -77,6 +77,7 @@ def test_bytes_read_are_those_of_the_files_tensors(pairs):
             assert sum(ours["read"]) < sum(original["read"])
 
 
+@pytest.mark.long
 def test_memory_stays_within_the_shard(tmp_path):
     model = make_checkpoint(tmp_path / "model", BIG, dtype=torch.bfloat16)
     write_shards(*checked_plan(model, 2, "bfloat16"), tmp_path / "shards")

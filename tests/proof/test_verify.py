@@ -100,7 +100,7 @@ def test_the_report_is_written(demo):
 
 def test_bfloat16_holds_within_the_derived_bound():
     request = f"requests=[{{prompt: hello, images: [{next(PICTURES.glob('*.png'))}]}}]"
-    outcome, rows = run(2, request, "--dtype", "bfloat16", "generation.max_new_tokens=3", launcher="torchrun")
+    outcome, rows = run(2, request, "--dtype", "bfloat16", "generation.max_new_tokens=3")
     assert outcome.code == 0, outcome.err[-3000:]
     assert rows[0]["max_abs_logit_diff"] > 1e-3, "bfloat16 does round"
     assert 0.05 < rows[0]["largest_share_of_bound"] <= 1

@@ -55,7 +55,7 @@ def measured(tmp_path_factory):
     """Ranks that measure themselves: rows, summary, the machine's file."""
     file = tmp_path_factory.mktemp("bench") / "machine.yaml"
     outcome = launch(2, BENCH, *SMALL, "--repeats", "2", "--profile", "tensor_parallel.vision=auto", "--write-hardware",
-                     str(file), launcher="deepspeed")
+                     str(file))
     assert outcome.code == 0, outcome.err[-3000:]
     return *rows(outcome), file
 
