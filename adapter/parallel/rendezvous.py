@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import sys
 from datetime import timedelta
@@ -12,8 +11,8 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch.utils.cpp_extension import is_ninja_available
 
+from adapter.kernels.build import missing_tools
 from adapter.parallel.devices import take_device
 from adapter.parallel.launchers import Launch, how_to_start
 from policies.errors import UserError
@@ -80,7 +79,7 @@ def _listen(port: int) -> int:
 
 def need_a_compiler() -> None:
     """Without ninja or a compiler DeepSpeed raises where it builds its shared-memory op; mark it as not there."""
-    if not is_ninja_available() or not shutil.which(os.environ.get("CXX", "c++")):
+    if missing_tools():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,10 +13,10 @@ import time
 import pytest
 from launching import ROOT
 
-from adapter.doctor import check, host, machine
-from adapter.doctor.check import FAILED, OK, Case
+from adapter.commands.common import CHECK_FAILED, DONE, GRACE_S
+from adapter.doctor import check, host, main, report
+from adapter.doctor.check import FAILED, OK, WARNING, Case, Finding, Trial
 from adapter.parallel import cpu
-from adapter.parallel.launchers import LAUNCHERS, Launch
 
 
 def test_a_check_that_breaks_or_hangs_is_a_row(monkeypatch):
@@ -22,7 +24,7 @@ def test_a_check_that_breaks_or_hangs_is_a_row(monkeypatch):
         raise KeyError("x")
 
     def hangs(case: Case):
-        time.sleep(30)
+        time.sleep(1)
 
     monkeypatch.setattr(check, "PATIENCE_S", 0.2)
     rows = list(check.run([breaks, hangs, host.imports], Case({})))
@@ -30,22 +32,42 @@ def test_a_check_that_breaks_or_hangs_is_a_row(monkeypatch):
     assert "KeyError" in rows[0].found and "no answer" in rows[1].found
 
 
-def test_launchers_are_told_from_their_environment():
-    for launcher in (launcher for launcher in LAUNCHERS if launcher.discover and launcher.mark):
-        assert machine.place({launcher.world_size: "4", launcher.rank: "3"}).rank == 3, launcher.name
-    assert machine.place({"PATH": "/"}) is None
-    torchrun = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    assert machine.place(torchrun) == Launch(1, 4, 1, 2)
-    assert machine.place({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-                          "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}) == Launch(1, 2, 1, 2)
-
-
 def test_secrets_are_not_shown():
-    shown = machine.shown_environment({"HF_TOKEN": "hf_abc", "NCCL_AUTH_KEY": "abc", "NCCL_DEBUG": "INFO",
+    shown = report.shown_environment({"HF_TOKEN": "hf_abc", "NCCL_AUTH_KEY": "abc", "NCCL_DEBUG": "INFO",
                                        "AWS_X": "abc", "OMPI_MCA_x": "tcp://me:abc@host", "RANK": "0"})
     assert shown["NCCL_DEBUG"] == "INFO" and shown["RANK"] == "0" and set(shown) == {
         "HF_TOKEN", "NCCL_AUTH_KEY", "NCCL_DEBUG", "OMPI_MCA_x", "RANK"}
     assert "abc" not in json.dumps(shown)
+
+
+def as_rank(monkeypatch, local_rank: int, trial: Trial, found: list[Finding]) -> tuple[int, list[float]]:
+    """(the exit code of the doctor as rank 7 of 8, how long it let rank 0 report)."""
+    waited: list[float] = []
+    for name, value in {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": str(local_rank)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(main.time, "sleep", waited.append)
+    monkeypatch.setattr(main.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(main.job, "try_job", lambda ranks, limit_s: trial)
+    monkeypatch.setattr(main, "_look", lambda args, launched: (Case({}), list(found)))
+    args = argparse.Namespace(config=None, overrides=[], ranks=0, limit=100.0, json=False)
+    return main.main(args, results=None), waited
+
+
+def test_a_rank_of_another_host_tells_what_was_found_there(monkeypatch, capsys):
+    joined = Trial(0, "", ranks=({"host": "another", "summing": "", "wrong_sums": []},))
+    found = [Finding(FAILED, "64 MB", "more", "shm of a container"), Finding(WARNING, "many", "fewer", "segments")]
+    assert as_rank(monkeypatch, 0, joined, found) == (CHECK_FAILED, [GRACE_S])
+    me = f"rank 7 on {socket.gethostname()}: "
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        f"{me}shm of a container: 64 MB; do: more", f"{me}segments: many; do: fewer"]
+    assert as_rank(monkeypatch, 3, joined, found) == (DONE, []), "another rank of its host looks at it"
+    assert not capsys.readouterr().err
+
+
+def test_a_rank_that_did_not_join_says_so_and_lets_rank_0_report(monkeypatch, capsys):
+    code, waited = as_rank(monkeypatch, 3, Trial(None, "no end after 8 s", {7: "join"}), [])
+    assert code == CHECK_FAILED and 100 < waited[0] <= 100 + GRACE_S
+    assert "rendezvous: no end after 8 s; rank 7 was joining" in capsys.readouterr().err
 
 
 def test_the_limit_of_a_container(monkeypatch, tmp_path):
@@ -54,12 +76,12 @@ def test_the_limit_of_a_container(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "OWN_CGROUP", tmp_path / "own")
     (tmp_path / "job" / "step").mkdir(parents=True)
     (tmp_path / "own").write_text("0::/job/step\n")
-    free = machine.available_memory()
+    free = host.available_memory()
     assert free > 2_000_000
     for name, text in {"memory.max": "2000000", "memory.current": "1500000",
                        "memory.stat": "inactive_file 500000\n"}.items():
         (tmp_path / "job" / name).write_text(text)
-    assert machine.available_memory() == 1_000_000
+    assert host.available_memory() == 1_000_000
 
 
 def doctor(*args: str, **environ: str) -> subprocess.CompletedProcess:

@@ -77,12 +77,12 @@ def test_a_job_that_crashes_is_reported():
     assert ended.code == -signal.SIGKILL and "SIGKILL" in ended.how
 
 
-def test_rows_errors_input_and_environment():
+def test_rows_errors_and_environment():
     code = ("import os, sys; print('{\"in\": \"' + sys.stdin.read() + os.environ['EXTRA'] + '\"}'); print('no row'); "
             "print('[1]'); print('first', file=sys.stderr); print('second', file=sys.stderr)")
     echoed: list[str] = []
-    ended = subprocesses.run([sys.executable, "-c", code], 60.0, {"EXTRA": "b"}, stdin="a", echo=echoed.append)
-    assert ended.code == 0 and ended.objects == [{"in": "ab"}] and ended.rows[0][0] > 0
+    ended = subprocesses.run([sys.executable, "-c", code], 60.0, {"EXTRA": "b"}, echo=echoed.append)
+    assert ended.code == 0 and ended.objects == [{"in": "b"}] and ended.rows[0][0] > 0
     assert ended.err == echoed == ["first", "second"]
 
 
