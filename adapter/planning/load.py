@@ -9,7 +9,7 @@ from adapter.checkpoint.safetensors import Checkpoint, open_checkpoint, read_con
 from adapter.checkpoint.sharded import Shards, is_sharded, open_shards
 from adapter.config.hub import shown
 from adapter.planning.plan import Plan
-from policies.errors import UserError, told
+from policies.errors import UserError, shortened
 from policies.formats import FORMATS
 from policies.registry import policy_for
 
@@ -41,7 +41,7 @@ def checked_plan(directory: Path, tp_size: int, dtype: str, vision: str = "tenso
     """The plan and the weights, both sound. Raises one UserError with every problem and the tp sizes that work."""
     plan, checkpoint, problems = make_plan(directory, tp_size, dtype, vision, form)
     if isinstance(checkpoint, Shards) and problems:
-        raise UserError("\n  ".join([f"{shown(directory)}: these shards cannot be loaded:", *told(problems)]))
+        raise UserError("\n  ".join([f"{shown(directory)}: these shards cannot be loaded:", *shortened(problems)]))
     if checkpoint is None:
         problems.append("no safetensors file here (model.safetensors or model.safetensors.index.json)"
                         + (f"; {found}" if (found := other_format(directory)) else ""))
@@ -53,5 +53,5 @@ def checked_plan(directory: Path, tp_size: int, dtype: str, vision: str = "tenso
 def require(problems: list[str], plan: Plan, what: str) -> None:
     """Raise one UserError with every problem and the tp sizes that would work; nothing where there is none."""
     if problems:
-        raise UserError(f"{what} cannot run at tp_size {plan.tp_size}:\n  " + "\n  ".join(told(problems))
+        raise UserError(f"{what} cannot run at tp_size {plan.tp_size}:\n  " + "\n  ".join(shortened(problems))
                         + f"\ntp sizes that would work: {plan.sizes_that_work() or 'none'}")
