@@ -70,8 +70,8 @@ class Source:
         return "\n  - ".join([heading, *shortened([problem for _, problem in stated])])
 
     def _blamed(self, problem: str) -> tuple[tuple[str, ...], str]:
-        """Return who stated the value that a problem is about, and the problem, which begins with that value's key, after
-        a word about overrides."""
+        """Return who stated the value that a problem is about, and the problem after a word about overrides. A problem
+        begins with the key of that value."""
         if problem.startswith("override "):
             return (COMMAND_LINE,), problem
         for key in self.overrides:
