@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from deepspeed.inference.config import DeepSpeedInferenceConfig
 from pydantic import ValidationError
 from torch import nn
 
+from adapter.config.hub import shown
 from adapter.config.load import load_config
 from adapter.config.schema import Config, TensorParallelSection
 from adapter.generation import cuda_graph
@@ -30,13 +32,15 @@ from adapter.model.published import PublishedModules
 from adapter.parallel import parallel_state
 from adapter.parallel.launchers import read_environment
 from adapter.parallel.parallel_state import Mpu
-from adapter.planning.load import checked_plan, require
+from adapter.planning.load import checked_plan, note_of_defaults, require
 from adapter.planning.plan import Plan
 from adapter.requests.finite import finite_generate
 from policies.errors import UserError
 from policies.export import row_parallel
 from policies.policy import Policy
 from policies.registry import policy_for
+
+log = logging.getLogger("adapter")
 
 # deepspeed.init_inference arguments that the adapter sets itself -> what to use instead
 OWN_KEYS = {
@@ -183,6 +187,8 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)
     mpu = parallel_state.start(plan.tp_size, megatron, _token_bytes(plan, dtype),
                                facts_of_model(model, plan, parallel, config.deepspeed) | facts_of_config(config))
+    if mpu.world.rank == 0 and (note := note_of_defaults(plan, shown(directory))):
+        log.warning("%s", note)
     graphed = cuda_graph.wanted(config.deepspeed, mpu.tp)
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), dtype,

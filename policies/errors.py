@@ -18,9 +18,10 @@ class CheckFailed(RuntimeError):
 
 
 DONE, CHECK_FAILED, BAD_INPUT, CRASHED = 0, 1, 2, 70  # exit codes of the commands
-MOST_TOLD = 60  # problems in one message
+MOST_SHOWN = 60  # problems in one message
 
 
-def told(problems: list[str]) -> list[str]:
-    """As many of them as a person may read: a checkpoint of another model can lack a thousand tensors."""
-    return problems if len(problems) <= MOST_TOLD else [*problems[:MOST_TOLD], f"and {len(problems) - MOST_TOLD} more"]
+def shortened(problems: list[str]) -> list[str]:
+    """Return as many of them as a person may read: a checkpoint of another model can lack a thousand tensors."""
+    more = len(problems) - MOST_SHOWN
+    return [*problems[:MOST_SHOWN], f"and {more} more"] if more > 0 else problems

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from policies.errors import UserError
@@ -62,7 +62,8 @@ class Geometry:
 
     sizes: every named dimension of the table, in elements.
     attention: "text" and "vision" -> heads. layers: stack ("model.layers") -> count, the text encoder's first.
-    context: longest sequence in tokens. picture: values of one patch, and how many patches a side make one token.
+    context: longest sequence in tokens. patch_values: numbers in one patch. merge_side: patches a side that make one
+    token. assumed: keys that the file should state and does not -> the default that stands in.
     """
 
     sizes: Mapping[str, int]
@@ -70,7 +71,9 @@ class Geometry:
     layers: Mapping[str, int]
     tied: bool
     context: int
-    picture: tuple[int, int]
+    patch_values: int
+    merge_side: int
+    assumed: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def text_stack(self) -> str:
@@ -84,7 +87,7 @@ class Encoder:
     module, stack: its published name and that of its layers. heads: its key in Geometry.attention.
     patches, grid: arguments of its forward: [n, values], and int64 [media, 3], a row (t, h, w) standing for t frames of
     h x w patches, in order.
-    merged: rows of the table that run once for each token, which is `picture[1]` patches a side, not for each patch.
+    merged: rows of the table that run once for each token, which is `merge_side` patches a side, not for each patch.
     features: the field that has the features, [tokens, `width`], where forward returns more than a tensor.
     """
 

@@ -29,7 +29,7 @@ def both_modes(engine: deepspeed.InferenceEngine) -> dict[str, dict[str, float]]
 def _timed(engine: deepspeed.InferenceEngine, encoder: VisionDataParallel, rows: list[list[int]]) -> dict[str, float]:
     grid, assignment = to_device(torch.tensor(rows)), assign(rows, encoder.tp.size)
     dtype = next(engine.module.parameters()).dtype
-    patches = to_device(torch.zeros(sum(assignment.sizes), engine.plan.geometry.picture[0], dtype=dtype))
+    patches = to_device(torch.zeros(sum(assignment.sizes), engine.plan.geometry.patch_values, dtype=dtype))
 
     def seconds(run: Callable[[], Any]) -> float:
         engine.mpu.world.barrier()

@@ -60,7 +60,7 @@ def workload(geometry: Geometry, images: list[str], prompt_tokens: int | None, n
         if value is not None and not 1 <= value <= MOST[option]:
             raise UserError(f"{option} {value}: from 1 to {MOST[option]} is possible")
     patches = () if images == ["none"] else tuple(_patches(geometry, image) for image in images)
-    tokens = sum(patches) // geometry.picture[1] ** 2
+    tokens = sum(patches) // geometry.merge_side ** 2
     load = Workload(prompt_tokens or tokens + TEXT_TOKENS, patches, new_tokens or 32, batch or 1)
     if load.prompt_tokens <= tokens:
         raise UserError(f"--prompt-tokens {prompt_tokens}: its images alone are {tokens} tokens, and text is needed")
@@ -76,7 +76,7 @@ def _patches(geometry: Geometry, image: str) -> int:
     if not sides or not all(1 <= int(side) <= MOST_SIDE for side in sides.groups()):
         raise UserError(f"--image {image[:100]!r}: HEIGHTxWIDTH in pixels is needed, such as {DEFAULT_IMAGE}, or none; "
                         f"a side has 1 to {MOST_SIDE}")
-    merge = geometry.picture[1]
+    merge = geometry.merge_side
     height, width = (merge * max(1, round(int(side) / (geometry.sizes["patch"] * merge))) for side in sides.groups())
     return height * width
 

@@ -4,7 +4,7 @@
     python launch/plan.py --config C ...    from a checkout
 
 Heads, slices, bytes, collectives and every violated constraint, from config.json and the headers of the safetensors
-files. Exit 2 where the plan has problems. With --hardware configs/hardware/X.yaml it also predicts first token,
+files. Problems go to stderr, and exit 2. With --hardware configs/hardware/X.yaml it also predicts first token,
 tokens/s and memory on that machine.
 """
 
@@ -16,8 +16,8 @@ import sys
 from typing import Any, NoReturn
 
 from adapter.commands import common
-from adapter.config.hub import described
-from adapter.planning.load import make_plan
+from adapter.config.hub import described, shown
+from adapter.planning.load import make_plan, note_of_defaults, require_sound
 from adapter.planning.plan import DTYPE_BYTES, Plan
 from adapter.planning.vision_balance import EXAMPLES, FLOPS_PER_BYTE, assign, cost
 from policies.rules import Replicated
@@ -32,15 +32,19 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
     with described(config.model.path, config.model.revision) as directory:
         plan, checkpoint, problems = make_plan(directory, config.tensor_parallel.tp_size, config.model.dtype,
                                                config.tensor_parallel.vision, config.weights.format)
+        name = shown(directory)
     facts = report(plan, problems)
     if checkpoint is None:
         print(f"note: {config.model.path} holds no safetensors file; planned from config.json alone", file=sys.stderr)
+    if note := note_of_defaults(plan, name):
+        print(note, file=sys.stderr)
     foreseen = None if problems else forecast(plan, args)
     if args.json:
         results.write(facts | ({"prediction": foreseen[0]} if foreseen else {}))
-    else:
+    elif facts["ranks"]:
         results.text(_table(facts) + (f"\n\n{foreseen[1]}" if foreseen else ""))
-    return common.BAD_INPUT if problems else common.DONE
+    require_sound(plan, checkpoint, problems, name)
+    return common.DONE
 
 
 def report(plan: Plan, problems: list[str]) -> dict[str, Any]:
@@ -106,20 +110,20 @@ def _held(plan: Plan, rank: int, item: int) -> int:
 
 
 def _table(facts: dict[str, Any]) -> str:
-    """The same facts for people; tensors by their row of the policy, slices of rank 0 and the last rank."""
+    """The facts of a plan that cuts the model, for people; of the layers of a stack only the first, and of its tensors
+    the slices of rank 0 and of the last rank."""
     def span(pair: list[int]) -> str:
         return f"{pair[0]}-{pair[1] - 1}" if pair[1] > pair[0] else "none"
 
     lines = [f"{facts['model_type']}, tp_size {facts['tp_size']}, {facts['dtype']}"
              + (f", weights {facts['format']}" if facts["format"] != "dense" else "")]
-    lines += [f"problem: {p}" for p in facts["problems"]]
     lines += [f"tp sizes that work: {facts['valid_tp_sizes']}"]
     lines += [f"rank {r['rank']}: query heads {span(r['q_heads'])}, KV heads {span(r['kv_heads'])}, vision heads "
               f"{span(r['vision_heads'])}, weights {r['weight_bytes'] / 1e9:.3f} GB, KV cache "
               f"{r['kv_bytes_per_token']} bytes a token" for r in facts["ranks"]]
     reduce, c = facts["collectives"]["per_layer"], facts["collectives"]
     lines += [f"all-reduces per layer: {reduce}; a token: {c['per_token']} collectives, {c['per_token_bytes']} bytes"]
-    lines += _vision_lines(facts["vision"]) if facts["ranks"] else []
+    lines += _vision_lines(facts["vision"])
     shown = [t for t in facts["tensors"] if not any(
         t["name"].startswith(f"{stack}.") and not t["name"].startswith(f"{stack}.0.") for stack in reduce)]
     lines += [f"  {t['name']} {t['shape']} {t['rule']}" + (f" dim {t['dim']}: {t['slices'][0]} .. {t['slices'][-1]}"
@@ -128,21 +132,22 @@ def _table(facts: dict[str, Any]) -> str:
 
 
 def _vision_lines(facts: dict[str, Any]) -> list[str]:
-    """The same for people."""
-    price, mode = facts["cost"], facts["mode"]
+    """What the vision encoder takes in memory, and what it costs in both modes, for people."""
     how = {"tensor": "each rank holds its part of the encoder",
            "data": "each rank holds the whole encoder and reads whole images and frames",
-           "auto": "each rank holds the whole encoder; a call takes the cheaper way"}[mode]
-    out = [f"vision {mode}: {how}: {max(facts['held_bytes']) / 1e9:.3f} GB a rank, at most "
-           f"{max(facts['replica_bytes']) / 1e9:.3f} GB more than split"]
-    part = max(price["parts"], key=lambda p: p["patch"])
-    out += [f"vision cost, {price['unit']}: data {price['whole']['patch']:.4g} a patch + {price['whole']['pair']:.4g} "
-            f"n^2 for n patches of a frame, over the fullest rank's share; tensor {part['patch']:.4g} a patch + "
-            f"{part['pair']:.4g} n^2 over all; {price['flops_per_byte']:g} a byte sent, of all patches "
-            f"{price['gather_bytes_per_patch']:.5g} bytes each (data) and {price['all_reduce_bytes_per_patch']:.5g} "
-            "(tensor)"]
-    return out + [f"vision, {e['what']}: data {e['data']:.3g}, tensor {e['tensor']:.3g}; auto takes {e['auto']}"
-                  for e in facts["examples"]]
+           "auto": "each rank holds the whole encoder; a call takes the cheaper mode"}[facts["mode"]]
+    out = [f"vision {facts['mode']}: {how}: {max(facts['held_bytes']) / 1e9:.3f} GB a rank, at most "
+           f"{max(facts['replica_bytes']) / 1e9:.3f} GB more than split",
+           "vision cost, in GFLOP of the busiest rank, where a byte sent counts as "
+           f"{facts['cost']['flops_per_byte']:g} FLOP; data: a rank reads whole images; tensor: all ranks share each"]
+    width = max(len(example["what"]) for example in facts["examples"]) + 1
+    return out + [f"vision, {e['what'] + ':':{width}} data {_giga(e['data']):>5} GFLOP, tensor {_giga(e['tensor']):>5} "
+                  f"GFLOP; auto takes {e['auto']}" for e in facts["examples"]]
+
+
+def _giga(number: float) -> str:
+    """Write a number in billions, with three digits or all that are before the point."""
+    return f"{number / 1e9:.0f}" if number >= 1e11 else f"{number / 1e9:.3g}"
 
 
 def start() -> NoReturn:

@@ -182,7 +182,8 @@ def _why(error: Exception, repo: str, revision: str | None) -> str:
     from huggingface_hub import constants, errors
 
     site, store = constants.ENDPOINT, constants.HF_HUB_CACHE
-    local = "there is no directory of that name either (a relative path counts from the file that states it)"
+    local = ("there is no directory of that name either (a relative path in a file counts from that file's directory, "
+             "one on the command line from the current directory)")
     version = f" at revision {revision!r}" if revision else ""
     if isinstance(error, errors.GatedRepoError):
         return (f"access is restricted: accept the terms at {site}/{repo}, then set HF_TOKEN to a token of that "

@@ -1,4 +1,4 @@
-"""Read a config: YAML, overrides and JSON-lines requests into the schema. Everything wrong is told at once.
+"""Read a config: YAML, overrides and JSON-lines requests into the schema. All problems are reported at once.
 
     config = load_config("configs/demo_tp4.yaml", ["tensor_parallel.tp_size=2"])
 
@@ -14,6 +14,7 @@ import json
 import re
 import reprlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -24,7 +25,7 @@ from pydantic import ValidationError
 from adapter.config import hub
 from adapter.config.files import open_regular, read_text
 from adapter.config.schema import Config, Generation, Request, Section, absolute
-from policies.errors import UserError, told
+from policies.errors import UserError, shortened
 
 T = TypeVar("T", bound=Section)
 Bases = dict[str, Path]  # what relative paths are relative to, under these keys
@@ -42,9 +43,60 @@ KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a number
          type(None): "null"}
 MOST_BYTES = 8 << 20  # of a YAML file; requests may be in a file of their own, which may be of any size
 MOST_ALIASED = 100_000  # values that aliases add to those written down
+MISSING = "missing; it must be given"
+COMMAND_LINE = "command line"  # where overrides come from, in messages
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 120
 _short.maxlevel = 3
+
+
+@dataclass(frozen=True)
+class Source:
+    """This is who stated a config, for messages.
+
+    name: of its file or mapping; tree: what that holds; overrides: the dotted keys that the command line set in it.
+    """
+
+    name: str
+    tree: Mapping[str, Any] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+
+    def message(self, problems: Sequence[str]) -> str:
+        """List all problems, those of overrides marked as such, under a line that names whoever stated one."""
+        stated = [self._blamed(problem) for problem in problems]
+        sources = {source for sources, _ in stated for source in sources}
+        names = " and the ".join(name for name in (self.name, COMMAND_LINE) if name in sources)
+        heading = f"{names}: {len(problems)} problem{'s' * (len(problems) > 1)}"
+        return "\n  - ".join([heading, *shortened([problem for _, problem in stated])])
+
+    def _blamed(self, problem: str) -> tuple[tuple[str, ...], str]:
+        """Return who stated the value that a problem is about, and the problem after a word about overrides. A problem
+        begins with the key of that value."""
+        if problem.startswith("override "):
+            return (COMMAND_LINE,), problem
+        for key in self.overrides:
+            if _is_about(problem, key, " :."):
+                return (COMMAND_LINE,), f"override {problem}"
+            steps = key.split(".")
+            for n in range(1, len(steps)):  # a section that an override is part of
+                if _is_about(problem, ".".join(steps[:n]), " ") and not problem.endswith(MISSING):
+                    if _holds(self.tree, steps[:n]):
+                        return (self.name, COMMAND_LINE), f"with overrides {problem}"
+                    return (COMMAND_LINE,), f"override {problem}"
+        return (self.name,), problem
+
+
+def _is_about(problem: str, key: str, ends: str) -> bool:
+    """Whether a problem begins with `key`, which one of `ends` follows."""
+    return problem.startswith(key) and problem[len(key):len(key) + 1] in tuple(ends)
+
+
+def _holds(tree: Any, steps: Sequence[str]) -> bool:
+    for step in steps:
+        if not isinstance(tree, Mapping) or step not in tree:
+            return False
+        tree = tree[step]
+    return True
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), download: bool = True) -> Config:
@@ -56,17 +108,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), download: bool 
     path, problems = Path(path), []
     home = path.absolute().parent
     tree, bases = _read_yaml(path), dict.fromkeys(BASED, home)
+    stated, keys = tree, []
     for override in overrides:
         key, equals, text = override.partition("=")
         try:
             if not equals or not all(key.split(".")):
                 raise UserError("write key.sub=value")
             tree = _put(tree, key.split("."), _parse_yaml(text))
+            keys.append(key)
         except UserError as error:
             problems.append(f"override {override!r}: {error}")
         if key in (*BASED, "model.path", "weights.original"):
             bases[key.split(".")[0]] = Path.cwd()
-    config = _build(tree, bases, str(path), problems)
+    config = _build(tree, bases, Source(str(path), stated, tuple(keys)), problems)
     return on_disk(config) if download else config
 
 
@@ -86,20 +140,20 @@ def load_section(kind: type[T], path: str | Path, least: str) -> T:
     """A YAML file that holds one section, such as a hardware file; `least` is the least it must say, for the message
     where it says nothing. Raises UserError with every problem."""
     problems: list[str] = []
-    return _or_raise(_validate(kind, _read_yaml(Path(path), least), {}, {}, problems), str(path), problems)
+    return _or_raise(_validate(kind, _read_yaml(Path(path), least), {}, {}, problems), Source(str(path)), problems)
 
 
 def from_dict(mapping: Mapping[str, Any], base_dir: str | Path = ".", name: str = "config") -> Config:
     """The same for a mapping; relative paths are relative to `base_dir`. Raises UserError with every problem."""
     base = Path(base_dir).absolute()
-    return on_disk(_build(dict(mapping), dict.fromkeys(BASED, base), name, []))
+    return on_disk(_build(dict(mapping), dict.fromkeys(BASED, base), Source(name), []))
 
 
 def parse_request(mapping: Mapping[str, Any], base_dir: str | Path = ".", name: str = "request") -> Request:
     """One request that is not part of a file, `id` included. Raises UserError with every problem."""
     problems: list[str] = []
     request = _validate(Request, mapping, {"requests": Path(base_dir).absolute()}, {}, problems)
-    return _or_raise(request, name, problems)
+    return _or_raise(request, Source(name), problems)
 
 
 def _show(value: Any) -> str:
@@ -108,7 +162,7 @@ def _show(value: Any) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def _build(tree: dict[str, Any], bases: Bases, name: str, problems: list[str]) -> Config:
+def _build(tree: dict[str, Any], bases: Bases, source: Source, problems: list[str]) -> Config:
     """Fill in what spans fields (the requests file, ids, generation names), then let the schema judge."""
     where: dict[int, str] = {}
     if isinstance(file := tree.get("requests"), str):
@@ -122,7 +176,7 @@ def _build(tree: dict[str, Any], bases: Bases, name: str, problems: list[str]) -
     if isinstance(generation := tree.get("generation"), dict):
         tree = {**tree, "generation": {key: value for key, value in generation.items() if value is not None}}
         problems += _generation_problems(tree["generation"])
-    return _or_raise(_validate(Config, tree, bases, where, problems), name, problems)
+    return _or_raise(_validate(Config, tree, bases, where, problems), source, problems)
 
 
 def _validate(kind: type[T], tree: Any, bases: Bases, where: dict[int, str], problems: list[str]) -> T | None:
@@ -133,9 +187,9 @@ def _validate(kind: type[T], tree: Any, bases: Bases, where: dict[int, str], pro
         return None
 
 
-def _or_raise(result: T | None, name: str, problems: list[str]) -> T:
+def _or_raise(result: T | None, source: Source, problems: list[str]) -> T:
     if result is None or problems:
-        raise UserError("\n  - ".join([f"{name}: {len(problems)} problem{'s' * (len(problems) > 1)}", *told(problems)]))
+        raise UserError(source.message(problems))
     return result
 
 
@@ -147,7 +201,7 @@ def _say(kind: type[Section], problem: Mapping[str, Any], where: dict[int, str])
         key = f"{where[steps[1]]} {'.'.join(map(str, steps[2:]))}".rstrip()
     what, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     if what == "missing":
-        return f"{key}: missing; it must be given"
+        return f"{key}: {MISSING}"
     if what == "extra_forbidden":
         message = "unknown key" + _nearest(str(steps[-1]), _known_keys(kind, steps[:-1]))
     elif what == "value_error":
@@ -229,7 +283,7 @@ def _generation_problems(generation: dict[Any, Any]) -> list[str]:
         try:
             GenerationConfig(**generation).validate(**strict)
         except Exception as error:  # whatever Transformers finds, the user can mend
-            problems.append(f"{_show(generation)}: Transformers refuses it: {error}")
+            return [f"generation = {_show(generation)}: Transformers refuses it: {error}"]
     return [f"generation.{problem}" for problem in problems]
 
 

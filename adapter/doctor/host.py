@@ -176,7 +176,7 @@ def plan(case: Case) -> Finding | None:
     if not case.on_cpu:
         return Finding(OK, found)  # a GPU that is full says so itself
     pixels, new = config.processor.max_pixels or IMAGE_PIXELS, config.generation.get("max_new_tokens", 256)
-    side = plan.geometry.sizes["patch"] * plan.geometry.picture[1]  # pixels of an image's token
+    side = plan.geometry.sizes["patch"] * plan.geometry.merge_side  # pixels of an image's token
     tokens = min(plan.geometry.context, pixels // side**2 + 256 + new)
     weights = max(plan.weight_bytes(r) for r in range(plan.tp_size))
     cache = max(plan.kv_bytes_per_token(r) for r in range(plan.tp_size)) * config.batch_size * tokens

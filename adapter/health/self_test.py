@@ -175,7 +175,7 @@ def _forward(model: nn.Module, plan: Plan, stack: str, split: bool) -> Tensor:
         ids = torch.arange(TOKENS, device=device)[None] % plan.geometry.sizes["vocab"]
         logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         return logits
-    values, merge = plan.geometry.picture
+    values, merge = plan.geometry.patch_values, plan.geometry.merge_side
     side = 2 * merge
     pixels = torch.ones(side * side, values, device=device, dtype=model.dtype)  # type: ignore[call-overload]
     grid = torch.tensor([[1, side, side]], device=device)

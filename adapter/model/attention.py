@@ -53,8 +53,6 @@ class CpuAttention:
 
     def __init__(self, modules: PublishedModules, plan: Plan) -> None:
         self.modules, self.plan = modules, plan
-        self._configs: list[Any] = []  # of the stacks whose attention is this one now
-        self._classes: list[tuple[nn.Module, type]] = []  # vision attention modules and their own classes
 
     def apply(self) -> None:
         """Set the implementation of both stacks, and let the vision attention rotate in place."""
@@ -65,21 +63,11 @@ class CpuAttention:
             can = self._has_masks() or stack != self.plan.geometry.text_stack
             if can and getattr(config, "_attn_implementation", None) == "sdpa":
                 config._attn_implementation = IMPLEMENTATION
-                self._configs.append(config)
         heads = self.plan.policy.encoder.heads
         rows = [row.module for row in self.plan.policy.head_numbers if row.encoder == heads]
         for attention in (self.modules[name] for row in rows for name in expand(row, self.plan.geometry.layers)):
             if hasattr(attention, "scaling"):  # a release whose attention goes by the interface
-                self._classes.append((attention, type(attention)))
                 attention.__class__ = _rotating(type(attention))  # type: ignore[arg-type]  # a class can be hashed
-
-    def undo(self) -> None:
-        """Give the model its own attention back."""
-        for config in self._configs:
-            config._attn_implementation = "sdpa"
-        for attention, own in self._classes:
-            attention.__class__ = own
-        self._configs, self._classes = [], []
 
     def _owner(self, stack: str) -> nn.Module:
         """The module that a stack of layers belongs to, whose config names its attention."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adapter.model import layers
 from adapter.parallel.group import Group, to_device
-from policies.errors import UserError, told
+from policies.errors import UserError, shortened
 from policies.policy import Geometry, Policy
 
 SHARDED = (layers.ColumnParallelLinear, layers.RowParallelLinear, layers.VocabParallelEmbedding,
@@ -106,7 +106,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], policy: Policy, geometry: Geome
     wrong = [f"{n} has {list(tensors[n].shape)}, its config says {list(shape)}"
              for n, shape in policy.inventory(geometry).items() if n in tensors and tensors[n].shape != shape]
     if wrong:
-        raise UserError("the model and its config do not agree:\n  " + "\n  ".join(told(wrong)))
+        raise UserError("the model and its config do not agree:\n  " + "\n  ".join(shortened(wrong)))
 
 
 def _check_tie(tensors: Mapping[str, Tensor], policy: Policy, geometry: Geometry) -> None:

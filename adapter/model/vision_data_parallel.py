@@ -98,7 +98,7 @@ class VisionDataParallel:
 
     def __init__(self, module: nn.Module, plan: Plan, tp: Group, mode: EncoderMode) -> None:
         self.forward, self.plan, self.tp, self.mode = module.forward, plan, tp, mode
-        self.encoder, self.merge = plan.policy.encoder, plan.geometry.picture[1]
+        self.encoder, self.merge = plan.policy.encoder, plan.geometry.merge_side
         self.cost = cost(plan, next(module.parameters()).element_size())
         self._signature = inspect.signature(self.forward)
         self._empty: Any = None  # an output without features: what a rank without a share has

@@ -161,7 +161,7 @@ def predict_all(plan: Plan, hardware: Hardware, load: Workload) -> list[Predicti
 
 def vision_work(plan: Plan, load: Workload, rank: int) -> Work:
     """Every image of the batch in one forward; attention stays within an image."""
-    merge = plan.geometry.picture[1] ** 2
+    merge = plan.geometry.merge_side ** 2
     patches = load.batch * sum(load.patches)
     encoder = plan.policy.encoder
     shard, layers = plan.heads[encoder.heads][rank], plan.geometry.layers[encoder.stack]
@@ -255,7 +255,7 @@ def _memory(plan: Plan, hardware: Hardware, load: Workload, rank: int) -> Memory
             outputs[unit] = outputs.get(unit, 0) + plan.slice(module, "weight", rank).local_shape[0]
     tokens = load.batch * load.prompt_tokens
     activations = item * max(patches * outputs.get("patch", 0), tokens * outputs.get("token", 0))
-    activations += patches * plan.geometry.picture[0] * DTYPE_BYTES["float32"]
+    activations += patches * plan.geometry.patch_values * DTYPE_BYTES["float32"]
     activations += load.batch * plan.geometry.sizes["vocab"] * item
     kv = load.batch * (load.prompt_tokens + load.new_tokens) * plan.kv_bytes_per_token(rank)
     return Memory(rank, weights, kv, activations, hardware.process_memory_gb * 1e9,

@@ -9,7 +9,7 @@ from adapter.checkpoint.safetensors import Checkpoint, open_checkpoint, read_con
 from adapter.checkpoint.sharded import Shards, is_sharded, open_shards
 from adapter.config.hub import shown
 from adapter.planning.plan import Plan
-from policies.errors import UserError, told
+from policies.errors import UserError, shortened
 from policies.formats import FORMATS
 from policies.registry import policy_for
 
@@ -40,18 +40,31 @@ def checked_plan(directory: Path, tp_size: int, dtype: str, vision: str = "tenso
                  form: str = "dense") -> tuple[Plan, Checkpoint | Shards]:
     """The plan and the weights, both sound. Raises one UserError with every problem and the tp sizes that work."""
     plan, checkpoint, problems = make_plan(directory, tp_size, dtype, vision, form)
-    if isinstance(checkpoint, Shards) and problems:
-        raise UserError("\n  ".join([f"{shown(directory)}: these shards cannot be loaded:", *told(problems)]))
     if checkpoint is None:
         problems.append("no safetensors file here (model.safetensors or model.safetensors.index.json)"
                         + (f"; {found}" if (found := other_format(directory)) else ""))
-    require(problems, plan, shown(directory))
+    require_sound(plan, checkpoint, problems, shown(directory))
     assert checkpoint is not None
     return plan, checkpoint
+
+
+def require_sound(plan: Plan, checkpoint: Checkpoint | Shards | None, problems: list[str], name: str) -> None:
+    """Raise one UserError with every problem of a model directory; nothing where there is none."""
+    if isinstance(checkpoint, Shards) and problems:
+        raise UserError("\n  ".join([f"{name}: these shards cannot be loaded:", *shortened(problems)]))
+    require(problems, plan, name)
 
 
 def require(problems: list[str], plan: Plan, what: str) -> None:
     """Raise one UserError with every problem and the tp sizes that would work; nothing where there is none."""
     if problems:
-        raise UserError(f"{what} cannot run at tp_size {plan.tp_size}:\n  " + "\n  ".join(told(problems))
+        raise UserError(f"{what} cannot run at tp_size {plan.tp_size}:\n  " + "\n  ".join(shortened(problems))
                         + f"\ntp sizes that would work: {plan.sizes_that_work() or 'none'}")
+
+
+def note_of_defaults(plan: Plan, name: str) -> str | None:
+    """Name the keys that config.json does not state and the defaults that stand in; None where it states all."""
+    if not plan.geometry.assumed:
+        return None
+    keys = ", ".join(f"{key} ({default})" for key, default in plan.geometry.assumed.items())
+    return f"note: {name}/config.json does not state {keys}; Transformers' defaults, in brackets, are used"

@@ -108,7 +108,7 @@ class Cost:
 
 def cost(plan: Plan, item: int) -> Cost:
     """The cost of the plan's encoder, with `item` bytes a value."""
-    n, merged = plan.tp_size, plan.geometry.picture[1] ** 2
+    n, merged = plan.tp_size, plan.geometry.merge_side ** 2
     split = [_of_merged_patches(plan.divided, rank) for rank in range(n)]
     whole = _of_merged_patches(plan.alone, 0)
     reduced = split[0].reduced_bytes / merged * item / DTYPE_BYTES[plan.dtype]
@@ -119,7 +119,7 @@ def cost(plan: Plan, item: int) -> Cost:
 
 def _of_merged_patches(plan: Plan, rank: int) -> Work:
     """Those patches that become one token."""
-    return vision_work(plan, Workload(prompt_tokens=1, patches=(plan.geometry.picture[1] ** 2,)), rank)
+    return vision_work(plan, Workload(prompt_tokens=1, patches=(plan.geometry.merge_side ** 2,)), rank)
 
 
 def _flops(work: Work, patches: int) -> EncoderFlops:

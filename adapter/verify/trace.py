@@ -10,7 +10,8 @@ builds it for one process.
 Between them they leave out nothing from input_ids to logits, and an error is charged to the module that made it. A
 vision encoder that every rank holds whole has a tracer of its own: adapter.verify.encoder_trace.
 
-Inputs and outputs that every rank must hold alike are compared between the ranks, bit for bit.
+Inputs and outputs that every rank must hold alike are compared between the ranks, bit for bit, once the ranks have
+agreed that they ran the same modules.
 """
 
 from __future__ import annotations
@@ -18,23 +19,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from adapter.checkpoint.digest import digest, unlike
 from adapter.model.published import PublishedModules
 from adapter.model.vision_data_parallel import data_parallel_of
-from adapter.parallel.group import Group
+from adapter.parallel.group import Group, exchange
 from adapter.planning.plan import Plan
 from adapter.verify.comparison import Comparison, Expected, furthest, tensors_in, with_own_containers
 from adapter.verify.encoder_trace import EncoderTrace
 from adapter.verify.replay import Call, Calls, Replayer
+from policies.errors import CheckFailed
 from policies.rules import Claim, Column, FusedQKV, Row
 
+OUTPUT = "output"  # what a digest is of, where it is not an input
 Oracle = Callable[[Plan, Group, str, Claim, nn.Module, Tensor], Iterator[Expected]]
 
 
@@ -69,7 +71,8 @@ class Trace:
 
     @contextmanager
     def watching(self) -> Iterator[Trace]:
-        """Within, calls of the model are checked; at its end the ranks' copies of replicated values are compared."""
+        """Within, calls of the model are checked; at its end the ranks' copies of replicated values are compared.
+        Raises CheckFailed on every rank where the ranks did not run the same modules."""
         handles = []
         for name, module in self.modules.items():
             handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
@@ -127,7 +130,7 @@ class Trace:
         """Note a call that ended, whole, for the module that made it. same: what every rank must hold bit for bit."""
         caller, calls = self._callers[-1]
         self._digests += [digest(list(tensors_in(part))) for part in same]
-        self._about += [(self.order - 0.5, caller, f"input of {name}"), (self.order, name, "output")]
+        self._about += [(self.order - 0.5, caller, f"input of {name}"), (self.order, name, OUTPUT)]
         if self.skeleton:
             calls.setdefault(name, []).append(Call(self.order, args, kwargs, with_own_containers(output)))
         if name in self.keep and self.skeleton:
@@ -185,13 +188,40 @@ class Trace:
         return self.encoder.cut(self.tp)
 
     def _compare_ranks(self) -> None:
-        """Replicated inputs and outputs must be the same bits on every rank."""
-        mine = torch.tensor(self._digests, device=get_accelerator().current_device_name())
-        rows = self.tp.all_gather_last(mine, (len(mine),) * self.tp.size).view(self.tp.size, -1)
-        for i in (rows != rows[0]).any(0).nonzero().flatten().tolist():
-            order, name, what = self._about[i]
-            self.comparisons.append(Comparison(order, name, f"{what} differs between ranks", torch.inf,
-                                               ranks=unlike(rows[:, i].tolist())))
+        """Replicated inputs and outputs must be the same bits on every rank. Raises CheckFailed on every rank where the
+        ranks did not run the same modules."""
+        self._require_same_modules()
+        if not self._digests:
+            return
+        ranks = self.tp.gather_integers(self._digests)
+        for (order, name, what), digests in zip(self._about, zip(*ranks, strict=True), strict=True):
+            if len(set(digests)) > 1:
+                self.comparisons.append(Comparison(order, name, f"{what} differs between ranks", torch.inf,
+                                                   ranks=unlike(digests)))
+
+    def _require_same_modules(self) -> None:
+        """Gather two int64s of each rank: how many digests it has, and a digest of the modules that it ran. The modules
+        are exchanged only where these differ. Raises CheckFailed."""
+        ran = [name for _, name, what in self._about if what == OUTPUT]
+        summaries = self.tp.gather_integers([len(self._digests), digest(ran)])
+        if any(summary != summaries[0] for summary in summaries):
+            every = exchange(self.tp, {"ran": ran})
+            raise CheckFailed(_other_modules([tuple(facts["ran"]) for facts in every]))
+
+
+def _other_modules(ranks: Sequence[tuple[str, ...]]) -> str:
+    """Name each rank that did not run what most ranks ran, and the first module where it parts from them."""
+    odd = unlike(ranks)
+    usual = next(rank for rank in range(len(ranks)) if rank not in odd)
+    lines = []
+    for rank in odd:
+        pairs = list(zip_longest(ranks[rank], ranks[usual]))
+        after = next(i for i, (mine, theirs) in enumerate(pairs) if mine != theirs)
+        mine, theirs = (repr(name) if name is not None else "nothing more" for name in pairs[after])
+        lines.append(f"rank {rank} ran {mine} after {after} modules, rank {usual} ran {theirs}")
+    return ("the ranks did not run the same modules, so what they computed cannot be compared: " + "; ".join(lines)
+            + ". Something on one rank alone (a hook, a replaced forward, a condition on the rank) decides what runs; "
+              "give every rank the same model")
 
 
 def observed(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
@@ -216,10 +246,10 @@ def _assemble(plan: Plan, name: str, y: Tensor) -> Tensor:
     """All ranks' outputs side by side -> the whole output; of a replicated KV head the last copy is taken."""
     parts = [plan.slice(name, "weight", r) for r in range(plan.tp_size)]
     whole = y.new_zeros(*y.shape[:-1], parts[0].shape[0])
-    for part, piece in zip(parts, y.split(_widths(plan, name, 0), -1), strict=True):
+    for part, values in zip(parts, y.split(_widths(plan, name, 0), -1), strict=True):
         at = 0
         for start, stop in part.ranges:
-            whole[..., start:stop] = piece[..., at:at + stop - start]
+            whole[..., start:stop] = values[..., at:at + stop - start]
             at += stop - start
     return whole
 

@@ -52,9 +52,14 @@ HEAD_NUMBERS = (
 
 ROWS: tuple[tuple[str, Rows], ...] = (
     ("visual.merger.mlp.", "merged"), ("visual.", "patch"), ("model.", "token"), ("lm_head", "last"))
-TOWER = Encoder(
+ENCODER = Encoder(
     module="visual", stack="visual.blocks", heads="vision", patches="hidden_states", grid="grid_thw",
     merged=("visual.merger.mlp.0", "visual.merger.mlp.2"), features="pooler_output", width="hidden")
+
+CONTEXT = 32768
+TEXT_DEFAULTS = {"max_position_embeddings": CONTEXT, "tie_word_embeddings": False}  # Transformers', of all releases
+VISION_DEFAULTS = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "in_chans": 3, "patch_size": 14,
+                   "spatial_merge_size": 2, "temporal_patch_size": 2}
 
 RENAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 MOST_SIZE, MOST_LAYERS, MOST_HEADS = 2**31 - 1, 1024, 1024  # what is beyond is a mistake, and would take for ever
@@ -62,35 +67,56 @@ MOST_SIZE, MOST_LAYERS, MOST_HEADS = 2**31 - 1, 1024, 1024  # what is beyond is 
 
 def geometry(config: Mapping[str, Any]) -> Geometry:
     """config.json (text fields flat as published, or nested under text_config) -> Geometry. Raises UserError."""
-    text, vision = {**config, **_section(config, "text_config")}, _section(config, "vision_config")
+    text, stated = {**config, **_section(config, "text_config")}, _section(config, "vision_config")
+    vision = {**VISION_DEFAULTS, **stated}
     hidden, heads = _int(text, "hidden_size"), _int(text, "num_attention_heads", most=MOST_HEADS)
-    kv_heads = _int(text, "num_key_value_heads", heads, most=MOST_HEADS)
-    v_hidden, v_heads = _int(vision, "embed_dim", 1280), _int(vision, "num_heads", 16, most=MOST_HEADS)
-    side = _int(vision, "spatial_merge_size", 2)
+    kv_heads = _int(text, "num_key_value_heads", most=MOST_HEADS)
+    v_hidden, v_heads = _int(vision, "embed_dim"), _int(vision, "num_heads", most=MOST_HEADS)
+    side = _int(vision, "spatial_merge_size")
     merge = side**2
     head_dim = hidden // heads
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    mlp_ratio = _positive(vision, "mlp_ratio", 4)
     if not isinstance(tied, bool):
         raise UserError(f"config.json: 'tie_word_embeddings' is {reprlib.repr(tied)}; true or false is needed")
     _check_what_only_forward_reads(text, head_dim if hidden == heads * head_dim else None)
     sizes = {
         "vocab": _int(text, "vocab_size"), "hidden": hidden, "q": heads * head_dim, "kv": kv_heads * head_dim,
         "mlp": _int(text, "intermediate_size"), "v_hidden": v_hidden, "v_q": v_hidden, "v_qkv": 3 * v_hidden,
-        "v_mlp": int(v_hidden * mlp_ratio), "merger": v_hidden * merge, "merged": v_hidden * merge,
-        "channels": _int(vision, "in_channels", _int(vision, "in_chans", 3)),
-        "frames": _int(vision, "temporal_patch_size", 2), "patch": _int(vision, "patch_size", 14),
+        "v_mlp": int(v_hidden * _positive(vision, "mlp_ratio")), "merger": v_hidden * merge, "merged": v_hidden * merge,
+        "channels": _int(vision, "in_channels", _int(vision, "in_chans")),
+        "frames": _int(vision, "temporal_patch_size"), "patch": _int(vision, "patch_size"),
     }
     return Geometry(
         sizes=sizes,
         attention={"text": Attention(heads, kv_heads, head_dim),
                    "vision": Attention(v_heads, v_heads, v_hidden // v_heads)},
         layers={"model.layers": _int(text, "num_hidden_layers", most=MOST_LAYERS),
-                "visual.blocks": _int(vision, "depth", 32, most=MOST_LAYERS)},
+                "visual.blocks": _int(vision, "depth", most=MOST_LAYERS)},
         tied=tied,
-        context=_int(text, "max_position_embeddings", 32768),
-        picture=(sizes["channels"] * sizes["frames"] * sizes["patch"] ** 2, side),
+        context=_int(text, "max_position_embeddings", CONTEXT),
+        patch_values=sizes["channels"] * sizes["frames"] * sizes["patch"] ** 2,
+        merge_side=side,
+        assumed=_assumed(text, stated),
     )
+
+
+def _assumed(text: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that a person left out of config.json, with the defaults that stand in.
+
+    What a release of Transformers wrote has its number under transformers_version. Some releases leave out each vision
+    key that has its default, so a file where another one is stated with its default has been changed since.
+    """
+    found: dict[str, Any] = {}
+    by_transformers = "transformers_version" in text
+    if not by_transformers:
+        found = {key: value for key, value in TEXT_DEFAULTS.items() if key not in text}
+    unstated = {key: value for key, value in VISION_DEFAULTS.items() if key not in vision}
+    if "in_channels" in vision:
+        unstated.pop("in_chans", None)
+    kept = [key for key in VISION_DEFAULTS if key != "in_chans" and vision.get(key) == VISION_DEFAULTS[key]]
+    if kept or not by_transformers:
+        found |= {f"vision_config.{key}": value for key, value in unstated.items()}
+    return found
 
 
 def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -120,8 +146,8 @@ def _check_what_only_forward_reads(text: Mapping[str, Any], head_dim: int | None
                         f"(hidden_size / num_attention_heads) needs {head_dim // 2}")
 
 
-def _positive(section: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = section.get(key, default)
+def _positive(section: Mapping[str, Any], key: str) -> float:
+    value = section.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST_SIZE:
         raise UserError(f"config.json: {key!r} is {reprlib.repr(value)}; a positive number is needed")
     return value
@@ -132,7 +158,7 @@ def _int(
 ) -> int:
     value = section.get(key, default)
     if value is None:
-        raise UserError(f"config.json: {key!r} is missing")
+        raise UserError(f"config.json: {key!r} is missing; no default fits every model, so state it")
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"config.json: {key!r} is {reprlib.repr(value)}; a positive whole number is needed")
     if value > most:
@@ -175,7 +201,7 @@ POLICY = Policy(
     decoder=DecoderNames("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head",
                          unused=("self_attn.rotary_emb",)),  # of releases before 4.57
     rows=ROWS,
-    encoder=TOWER,
+    encoder=ENCODER,
     geometry=geometry,
     problems=problems,
 )

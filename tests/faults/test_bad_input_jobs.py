@@ -65,3 +65,18 @@ def test_the_nastiest(tmp_path, case):
     assert len(errors) == 1 and "Traceback" not in outcome.err, outcome.err[-3000:]
     assert all(word in outcome.err for word in words), (words, outcome.err[-3000:])
     assert not [line for line in outcome.out.splitlines() if line.startswith("{")], outcome.out
+
+
+def test_a_start_names_the_defaults_that_stand_in_for_what_config_json_does_not_state(tmp_path):
+    model = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    vision = json.loads((model / "config.json").read_text())["vision_config"]
+    assert vision.pop("num_heads") == 16, "the default, so that the model still runs"
+    alter("config.json", vision_config=vision)(model)
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {path: model, dtype: float32}\ntensor_parallel: {tp_size: 2}\n"
+                    "generation: {max_new_tokens: 2}\nrequests: [{prompt: 'What colour is the shape?'}]\n")
+    outcome = launch(2, GENERATE, "--config", str(file))
+    note = f"note: {model}/config.json does not state vision_config.num_heads (16); "
+    assert outcome.code == 0 and outcome.err.count(note) == 1, outcome.err[-3000:]
+    whole = launch(2, GENERATE, "--config", str(file), f"model.path={DEMO}")
+    assert whole.code == 0 and "does not state" not in whole.err, whole.err[-3000:]

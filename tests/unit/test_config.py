@@ -151,7 +151,7 @@ def test_requests_in_both_forms(home):
         ("generation: {max_time: 3}", ["generation.max_time = 3", "clock"]),
         ("generation: {cache_implementation: magic}", ["generation.cache_implementation = 'magic'", "shard"]),
         ("generation: {max_length: 9}", ["generation.max_length", "max_new_tokens"]),
-        ("generation: {temperature: 0.5}", ["generation.{'temperature': 0.5}", "temperature", "do_sample"]),
+        ("generation: {temperature: 0.5}", ["generation = {'temperature': 0.5}", "temperature", "do_sample"]),
         ("generation: {early_stopping: maybe}", ["generation", "early_stopping", "maybe"]),
         ("model: {path: model, dtype: float32, attn_implementation: flash_attention_2}",
          ["model.attn_implementation = 'flash_attention_2'", "half precision", "bfloat16", "sdpa"]),
@@ -190,7 +190,7 @@ def test_bad_values_name_the_key_the_value_and_what_is_allowed(home, yaml, words
         assert word in message
 
 
-def test_every_problem_is_told_at_once(home):
+def test_every_problem_is_reported_at_once(home):
     path = write(
         home, "model: {path: gone, dtyp: x}\nbatch_size: 0\ngeneration: {nonsense: 1, top_k: -1}\n"
         "requests: [{promt: a, id: a, min_pixels: 0}, {prompt: a, messages: b, id: a}]",
@@ -203,6 +203,45 @@ def test_every_problem_is_told_at_once(home):
     ):  # fmt: skip
         assert key in message, key
     assert f"{message.count(chr(10))} problems" in message
+
+
+GOOD = "model: {path: model}\n"
+BY_FILE, BY_OVERRIDE, BY_BOTH = "{file}", "command line", "{file} and the command line"
+
+
+@pytest.mark.parametrize("yaml, overrides, blamed, lines", [
+    (GOOD, ["tensor_parallel.tpsize=2"], BY_OVERRIDE, ["override tensor_parallel.tpsize = 2: unknown key"]),
+    (GOOD, ["modle.path=x"], BY_OVERRIDE, ["override modle = {'path': 'x'}: unknown key; did you mean 'model'?"]),
+    (GOOD, ["model=null"], BY_OVERRIDE, ["override model = None: null; it should be a mapping"]),
+    (GOOD, ["model={dtype: float32}"], BY_OVERRIDE, ["override model.path: missing"]),
+    (GOOD, ["generation.topk=1"], BY_OVERRIDE, ["override generation.topk = 1: unknown name; did you mean 'top_k'?"]),
+    (GOOD, ["requests=gone.jsonl"], BY_OVERRIDE, ["override requests: "]),
+    (GOOD, ["nothing"], BY_OVERRIDE, ["override 'nothing': write key.sub=value"]),
+    (GOOD + "batch_size: 0", ["weights.format=x"], BY_BOTH, ["batch_size = 0: ", "override weights.format = 'x': "]),
+    (GOOD + "batch_size: 0", ["tensor_parallel.tp_size=2"], BY_FILE, ["batch_size = 0: "]),
+    ("model: {dtype: float32}", ["model.revision=main"], BY_FILE, ["model.path: missing"]),
+    (GOOD + "tensor_parallel: [2]", ["tensor_parallel.tp_size=2"], BY_BOTH,
+     ["override it as a whole", "tensor_parallel = [2]: a list; "]),
+    (GOOD + "generation: {num_beams: 2}", ["generation.num_beam_groups=3"], BY_OVERRIDE,
+     ["override generation.num_beam_groups = 3: not supported"]),
+    (GOOD + "generation: {min_new_tokens: 9}", ["generation.max_new_tokens=x"], BY_OVERRIDE, ["max_new_tokens"]),
+])
+def test_a_problem_is_blamed_on_who_stated_it(home, yaml, overrides, blamed, lines):
+    file = write(home, yaml)
+    message = complaint(load_config, file, overrides)
+    heading, *rest = message.split("\n  - ")
+    assert heading.rpartition(": ")[0] == blamed.format(file=file), message
+    for line in lines:
+        assert any(line in found for found in rest), message
+    marked = [found.startswith("override ") for found in rest]
+    assert sum(marked) == (len(rest) if blamed == BY_OVERRIDE else blamed == BY_BOTH), message
+
+
+def test_what_generation_as_a_whole_must_be_is_blamed_on_both(home):
+    file = write(home, GOOD + "generation: {do_sample: false}")
+    message = complaint(load_config, file, ["generation.temperature=0.5"])
+    assert message.startswith(f"{file} and the command line: 1 problem\n"), message
+    assert "with overrides generation = {'do_sample': False, 'temperature': 0.5}: Transformers refuses it" in message
 
 
 def test_an_override_into_what_has_no_keys(home):

@@ -208,10 +208,42 @@ def test_every_problem_at_once_and_exit_2(tmp_path, json_option):
                     "tensor_parallel.tp_size=13", *json_option)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert all(p in done.stdout for p in PROBLEMS), done.stdout
+    assert done.stderr.count("error: ") == 1 and all(p in done.stderr for p in PROBLEMS), done.stderr
+    assert "tp sizes that would work: none" in done.stderr
     if json_option:
         facts = json.loads(done.stdout)
+        assert all(any(p in found for found in facts["problems"]) for p in PROBLEMS)
         assert (facts["valid_tp_sizes"], facts["ranks"], facts["tensors"]) == ([], [], [])
+    else:
+        assert done.stdout == "", "there is no cut of which anything could be printed"
+
+
+def test_a_sound_cut_of_a_broken_checkpoint_is_printed_and_its_problems_are_errors(tmp_path):
+    make_checkpoint(tmp_path / "m", Shape(heads=12, kv_heads=4, layers=1, v_layers=1), files=2)
+    (tmp_path / "m" / "model-00002-of-00002.safetensors").unlink()
+    done = run_plan("--config", f"configs/{CONFIGS['2b']}", f"model.path={tmp_path / 'm'}")
+    assert done.returncode == 2 and "rank 1: query heads 6-11" in done.stdout and "missing" not in done.stdout
+    problem = f"error: {tmp_path / 'm'} cannot run at tp_size 2:\n  model-00002-of-00002.safetensors: missing"
+    assert done.stderr.startswith(problem), done.stderr
+
+
+HANDWRITTEN = {key: value for key, value in PUBLISHED["72b"].config().items() if key != "max_position_embeddings"} | {
+    "vision_config": {"hidden_size": 8192, "num_heads": 16}}
+NOTED = ["max_position_embeddings (32768)", "vision_config.depth (32)", "vision_config.embed_dim (1280)",
+         "vision_config.mlp_ratio (4)", "vision_config.in_chans (3)", "vision_config.patch_size (14)"]
+
+
+def test_defaults_that_stand_in_for_what_config_json_does_not_state_are_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(HANDWRITTEN))
+    done = run_plan("--config", f"configs/{CONFIGS['72b']}", f"model.path={tmp_path}")
+    note = next(line for line in done.stderr.splitlines() if "does not state" in line)
+    assert done.returncode == 0 and note.startswith(f"note: {tmp_path}/config.json does not state "), done.stderr
+    assert all(words in note for words in NOTED) and "num_heads" not in note and "tie_word" not in note, note
+
+
+def test_a_published_config_brings_no_note(directories):
+    done = run_plan("--config", f"configs/{CONFIGS['72b']}", f"model.path={directories['72b']}")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
 def test_a_run_is_refused_with_every_problem_and_the_sizes_that_work(tmp_path):

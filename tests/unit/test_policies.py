@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -340,6 +341,55 @@ def test_linear_layers_that_meet_are_cut_alike(tp):
 def test_both_namings_are_one():
     for name in LAYERED.tensors():
         assert POLICY.published(newer_name(name)) == name == POLICY.published(name)
+
+
+CUTTING = ["hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+           "num_hidden_layers"]
+
+
+@pytest.mark.parametrize("key", CUTTING)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_size_of_the_text_layers_must_be_stated(key, nested):
+    """Transformers would take that of another model: 8 KV heads where none are stated."""
+    config = LAYERED.config()
+    del config[key]
+    with pytest.raises(UserError, match=f"config.json: '{key}' is missing; .*state it"):
+        POLICY.geometry({"model_type": "qwen2_vl", "vision_config": config["vision_config"], "text_config": config}
+                        if nested else config)
+
+
+SEVEN_VISION = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3, "hidden_size": 3584,
+                "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2}
+WRITTEN = {"transformers_version": "4.45.0"}
+BY_OLD_RELEASES = {"hidden_size": 3584, "in_chans": 3, "model_type": "qwen2_vl", "spatial_patch_size": 14}
+BY_NEW_RELEASES = {k: v for k, v in SEVEN_VISION.items() if k not in ("in_chans", "spatial_patch_size")} | {
+    "in_channels": 3}
+
+
+@pytest.mark.parametrize("change, assumed", [
+    (WRITTEN | {"vision_config": SEVEN_VISION}, []),
+    ({"vision_config": SEVEN_VISION}, []),
+    (WRITTEN | {"vision_config": BY_OLD_RELEASES}, []),
+    (WRITTEN | {"vision_config": BY_OLD_RELEASES | {"depth": 4}}, []),
+    (WRITTEN | {"vision_config": BY_NEW_RELEASES}, []),
+    (WRITTEN | {"vision_config": {k: v for k, v in SEVEN_VISION.items() if k != "num_heads"}},
+     ["vision_config.num_heads"]),
+    ({"vision_config": {k: v for k, v in SEVEN_VISION.items() if k not in ("depth", "in_chans")}},
+     ["vision_config.depth", "vision_config.in_chans"]),
+    ({}, [f"vision_config.{k}" for k in SEVEN_VISION if k not in ("hidden_size", "spatial_patch_size")]),
+], ids=["published", "no release", "old releases", "old releases, one other", "new releases", "a key taken out",
+        "two left out", "no vision_config"])
+def test_defaults_that_a_person_left_to_chance_are_known(change, assumed):
+    """A release of Transformers that writes a file leaves out each vision key that has its default, or none."""
+    config = {k: v for k, v in LAYERED.config().items() if k != "vision_config"} | change
+    assert sorted(POLICY.geometry(config).assumed) == sorted(assumed)
+
+
+def test_what_transformers_itself_writes_leaves_nothing_to_chance(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.Qwen2VLConfig(**LAYERED.config()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["transformers_version"] and not POLICY.geometry(config).assumed
 
 
 def test_text_fields_may_be_flat_or_nested():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,9 +149,15 @@ def test_the_command_says_what_it_costs(tmp_path):
     said = subprocess.run([sys.executable, "launch/plan.py", "--config", str(file)], cwd=ROOT, capture_output=True,
                           text=True, timeout=60)
     assert said.returncode == 0, said.stderr
-    for words in ("vision auto: each rank holds the whole encoder", "GB more than split", "100 a byte sent",
-                  "1 image of 1024 patches", "auto takes tensor", "auto takes data"):
+    for words in ("vision auto: each rank holds the whole encoder", "GB more than split", "GFLOP",
+                  "a byte sent counts as 100 FLOP"):
         assert words in said.stdout, said.stdout
+    assert "n^2" not in said.stdout
+    line = r"^vision, {}: +data +([\d.]+) GFLOP, tensor +([\d.]+) GFLOP; auto takes (\w+)$"
+    one, two = (re.search(line.format(what), said.stdout, re.MULTILINE)
+                for what in ("1 image of 1024 patches", "2 images of 1024"))
+    assert one and two and (one[3], two[3]) == ("tensor", "data") and float(one[1]) > float(one[2]), said.stdout
+    assert float(two[2]) == pytest.approx(price(plan_of()).tensor([1024, 1024]) / 1e9, rel=0.01)
     facts = json.loads(subprocess.run([sys.executable, "launch/plan.py", "--json", "--config", str(file)], cwd=ROOT,
                                       capture_output=True, text=True, timeout=60).stdout)
     example = next(e for e in facts["vision"]["examples"] if e["what"] == "2 images of 1024")
