@@ -83,7 +83,7 @@ def _launch(module: str, rest: list[str], args: argparse.Namespace, results: com
 
 
 def _checked(args: argparse.Namespace) -> Plan:
-    """The plan, so that what is wrong is said once, and before anything is downloaded or started. Raises UserError."""
+    """The plan, so that what is wrong is reported once, before anything is downloaded or started. Raises UserError."""
     from adapter.config.hub import described
     from adapter.config.load import load_config
     from adapter.planning.load import checked_plan

@@ -267,7 +267,7 @@ def _deepspeed_arguments(shard: _Shard, section: Mapping[str, Any]) -> dict[str,
     mpu = shard.mpu
     context = {} if LIMITS & section.keys() else {"max_out_tokens": shard.plan.geometry.context}
     return {
-        **context,  # DeepSpeed's default of 1024 would refuse most pictures
+        **context,  # DeepSpeed's default of 1024 would refuse most images
         **{key: value for key, value in section.items() if key != cuda_graph.KEY},  # DeepSpeed: one rank only
         "dtype": shard.dtype,
         "tensor_parallel": {"tp_size": shard.plan.tp_size, "mpu": mpu, "tp_group": mpu.tp.group},

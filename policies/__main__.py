@@ -45,15 +45,15 @@ def _answer(config: dict[str, Any], dialect: str | None, tp_size: int) -> dict[s
     policy = policy_for(config)
     geometry = policy.geometry(config)
     if dialect:
-        said = DIALECTS[dialect](policy, geometry, tp_size)
-        for module, why in said.whole.items():
+        translation = DIALECTS[dialect](policy, geometry, tp_size)
+        for module, why in translation.whole.items():
             print(f"whole on every rank: {module}: {why}", file=sys.stderr)
-        return said.words
+        return translation.words
     answers: dict[str, Any] = {}
     for name, say in DIALECTS.items():
         try:
-            said = say(policy, geometry, tp_size)
-            answers[name] = {"words": said.words, "whole": said.whole}
+            translation = say(policy, geometry, tp_size)
+            answers[name] = {"words": translation.words, "whole": translation.whole}
         except UserError as error:
             answers[name] = {"refused": str(error)}
     return answers

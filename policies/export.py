@@ -8,8 +8,8 @@ Taken from DeepSpeed 0.19.8 and Transformers 5.23.0. DeepSpeed has `injection_po
 `partition_config` since 0.18.6, with `gather_output` since 0.19.4. `python -m policies MODEL` prints any of them.
 
 A dialect cuts what its consumer was seen to compute correctly and no more (tests/parity/test_stock_consumers.py runs
-each against one process): `Said.whole` names what stays whole on every rank there, and why. Where the consumer would
-compute wrong numbers, fail, or leave ranks without heads, it refuses, with the nearest tp sizes that it can do.
+each against one process): `Translation.whole` names what stays whole on every rank there, and why. Where the consumer
+would compute wrong numbers, fail, or leave ranks without heads, it refuses, with the nearest tp sizes that it can do.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ PLAN_WORDS: Vocabulary = MappingProxyType({
     VOCAB: {Vocab: "embedding_rowwise"},
     HEAD: {Head: "colwise_gather_output"},
 })
-SKIP = {"partition_type": "skip"}  # said of each row that stays whole: in strict mode a linear with no spec is an error
+SKIP = {"partition_type": "skip"}  # of each row that stays whole: in strict mode a linear with no spec is an error
 
 ADAPTER = "adapter.init_inference and adapter.deepspeed_kwargs cut it at any tp_size up to the query heads"
 
 
 @dataclass(frozen=True)
-class Said:
-    """A table in one consumer's words, as it takes them; `whole`: row that stays whole on every rank -> why."""
+class Translation:
+    """This is a table in one consumer's words, as it takes them; `whole`: row that stays whole on every rank -> why."""
 
     words: dict[str, Any]
     whole: dict[str, str]
@@ -70,7 +70,7 @@ def row_parallel(policy: Policy) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def injection_policy(policy: Policy, geometry: Geometry, tp_size: int) -> Said:
+def injection_policy(policy: Policy, geometry: Geometry, tp_size: int) -> Translation:
     """Stack -> row-parallel linears, for a model DeepSpeed cuts itself: every other linear of those layers by columns.
 
     DeepSpeed wants the class of the stack's layers as the key. It cuts lm_head too, unasked and correctly. A stack that
@@ -90,13 +90,13 @@ def injection_policy(policy: Policy, geometry: Geometry, tp_size: int) -> Said:
         else:
             continue
         whole |= {row.module: why for row in rows if not isinstance(row.rule, Head)}
-    return Said({stack: rows for stack, rows in row_parallel(policy).items() if stack not in wrong}, whole)
+    return Translation({stack: rows for stack, rows in row_parallel(policy).items() if stack not in wrong}, whole)
 
 
-def partition_config(policy: Policy, geometry: Geometry, tp_size: int) -> Said:
+def partition_config(policy: Policy, geometry: Geometry, tp_size: int) -> Translation:
     """The `tensor_parallel` section of a deepspeed.initialize config: autotp_size and partition_config.
 
-    One spec a row, with the names of published checkpoints and those of newer releases; whole rows are said to be
+    One spec a row, with the names of published checkpoints and those of newer releases; whole rows are listed as
     skipped, and anything else is an error (strict_mode). Raises UserError where a rank would be left without heads.
     """
     _require("partition_config", policy, geometry, tp_size)
@@ -110,7 +110,7 @@ def partition_config(policy: Policy, geometry: Geometry, tp_size: int) -> Said:
             **(SKIP if why else PARTITION_WORDS[_kind(rows)][type(row.rule)]),
         } for row in rows]
     config = {"use_default_specs": False, "strict_mode": True, "layer_specs": specs}
-    return Said({"autotp_size": tp_size, "partition_config": config}, whole)
+    return Translation({"autotp_size": tp_size, "partition_config": config}, whole)
 
 
 def _whole_in_partition_config(module: str, rows: list[Claim], geometry: Geometry, tp_size: int) -> str | None:
@@ -144,7 +144,7 @@ def _deepspeed_shares(total: int, kv_heads: int, tp_size: int) -> list[int]:
     return [total // units * (units // tp_size + (rank < units % tp_size)) for rank in range(tp_size)]
 
 
-def tp_plan(policy: Policy, geometry: Geometry, tp_size: int) -> Said:
+def tp_plan(policy: Policy, geometry: Geometry, tp_size: int) -> Translation:
     """Module pattern, as Transformers 5 names modules -> style. Raises UserError where KV heads do not divide."""
     _require("tp_plan", policy, geometry, tp_size)
     words, whole = {}, {}
@@ -155,10 +155,10 @@ def tp_plan(policy: Policy, geometry: Geometry, tp_size: int) -> Said:
                 whole[row.module] = "a plan writes every number in a name as *: it has one style for .0 and .2"
             else:
                 words[_names(policy, row.module)[-1]] = PLAN_WORDS[_kind(rows)][type(row.rule)]
-    return Said(words, whole)
+    return Translation(words, whole)
 
 
-DIALECTS: Mapping[str, Callable[[Policy, Geometry, int], Said]] = MappingProxyType({
+DIALECTS: Mapping[str, Callable[[Policy, Geometry, int], Translation]] = MappingProxyType({
     "injection_policy": injection_policy, "partition_config": partition_config, "tp_plan": tp_plan,
 })
 

@@ -16,7 +16,7 @@ PATCH_VALUES = 3 * 2 * 14 * 14  # channels x frames x patch x patch, as pixel_va
 
 @dataclass(frozen=True)
 class Shape:
-    """Geometry of a test model; head_dim 8 in both encoders unless said."""
+    """Geometry of a test model; head_dim 8 in both encoders unless stated."""
 
     heads: int = 28
     kv_heads: int = 4
@@ -156,11 +156,11 @@ def cases(vocab: int = 203) -> dict[str, dict[str, torch.Tensor]]:
     text = _row([(-1, 37)], vocab, 1)
     image = _row([(-1, 5), (IMAGE, 12), (-1, 9)], vocab, 2)
     pair = _row([(-1, 3), (IMAGE, 8), (-1, 4), (IMAGE, 6), (-1, 7)], vocab, 3)
-    film = _row([(-1, 4), (VIDEO, 18), (-1, 6)], vocab, 4)
+    video = _row([(-1, 4), (VIDEO, 18), (-1, 6)], vocab, 4)
     return {
         "text": _inputs([text]),
         "image": _inputs([image], one),
         "two_images": _inputs([pair], two),
-        "video": _inputs([film], None, clip),
-        "batch": _inputs([text[:11], image, film, pair], torch.cat([one, two]), clip),
+        "video": _inputs([video], None, clip),
+        "batch": _inputs([text[:11], image, video, pair], torch.cat([one, two]), clip),
     }

@@ -72,7 +72,7 @@ class Forked:
         self.stdout, self.stderr = stdout, stderr
         self.returncode: int | None = None
         first = report.readline()
-        assert first, "the fork server has ended: what it said is above"
+        assert first, "the fork server has ended: what it printed is above"
         started = json.loads(first)
         self.pid, self.ranks = started["pid"], started["ranks"]
         self._ended = threading.Event()
@@ -80,8 +80,8 @@ class Forked:
 
     def _follow(self, report) -> None:
         with report:
-            said = report.readline()
-        self.returncode = json.loads(said)["code"] if said else -9  # killed, it says nothing
+            reported = report.readline()
+        self.returncode = json.loads(reported)["code"] if reported else -9  # killed, it says nothing
         self._ended.set()
 
     def poll(self) -> int | None:

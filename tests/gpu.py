@@ -66,8 +66,8 @@ def run(command: str, ranks: int, *arguments: str, launcher: str = "deepspeed") 
         raise Failed(str(error).splitlines()[0]) from None
     if outcome.code != 0:
         print(outcome.err[-6000:], file=sys.stderr)
-        told = [line for line in outcome.err.splitlines() if line.startswith("error")]
-        raise Failed(f"exit code {outcome.code}: {(told or ['no message'])[0]}")
+        reported = [line for line in outcome.err.splitlines() if line.startswith("error")]
+        raise Failed(f"exit code {outcome.code}: {(reported or ['no message'])[0]}")
     if left := job.leftovers():
         raise Failed(f"left behind: {', '.join(left)}")
     return [json.loads(line) for line in outcome.out.splitlines() if line.startswith("{")], outcome
@@ -131,7 +131,7 @@ def killed_rank(machine: Machine, requests: str) -> str:
               launcher="deepspeed")
     try:
         deadline = time.monotonic() + LIMIT_S
-        while "generating" not in job.said():
+        while "generating" not in job.output():
             if time.monotonic() > deadline or job.process.poll() is not None:
                 raise Failed("the job never began to generate")
             time.sleep(0.2)

@@ -5,7 +5,7 @@
 
     with hosts("hA", "hB") as (a, b):
         jobs = [h.start(["deepspeed", "--hostfile", ..., "--node_rank", str(i), ...]) for i, h in enumerate((a, b))]
-        b.cut()                       # the cable: no packet passes, nobody is told; b.mend() plugs it in again
+        b.cut()                       # the cable: no packet passes, nobody is notified; b.mend() plugs it in again
         b.kill()                      # every process of the host dies at once; b.power_off() is cut() and kill()
         outcomes = [job.finish(60) for job in jobs]         # `launching.Running`: code, out, err, seconds
         assert not a.leftovers() + b.leftovers()
@@ -140,7 +140,7 @@ class Host:
         self.must("mount", "-t", "tmpfs", "tmpfs", path)
 
     def must(self, *argv: str) -> None:
-        """Run it; OSError with what it said where it fails."""
+        """Run it; OSError with what it printed where it fails."""
         _must(self.command(*argv))
 
     def cut(self) -> None:
@@ -159,7 +159,7 @@ class Host:
         self.run(sys.executable, "-ISc", "import os; os.kill(-1, 9)")
 
     def power_off(self) -> None:
-        """The host is gone, and nobody is told."""
+        """The host is gone, and nobody is notified."""
         self.cut()
         self.namespaces.end()
 

@@ -82,7 +82,7 @@ class Running:
         for line in getattr(self.process, name):
             self._lines[name].append(line)
 
-    def said(self, name: str = "stderr") -> str:
+    def output(self, name: str = "stderr") -> str:
         """What all its processes have written so far."""
         return "".join(self._lines[name])
 
@@ -91,12 +91,12 @@ class Running:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill_all()
-            raise AssertionError(f"no end after {timeout} s\n{self.said('stdout')[-3000:]}\n{self.said()[-5000:]}") \
-                from None
+            ends = f"{self.output('stdout')[-3000:]}\n{self.output()[-5000:]}"
+            raise AssertionError(f"no end after {timeout} s\n{ends}") from None
         for reader in self._readers:
             reader.join(10)
         Running.running.remove(self)
-        return Outcome(self.process.returncode, self.said("stdout"), self.said(), time.monotonic() - self.began)
+        return Outcome(self.process.returncode, self.output("stdout"), self.output(), time.monotonic() - self.began)
 
     def descendants(self) -> list[int]:
         """Process ids of this job, the launcher included."""
@@ -111,7 +111,7 @@ class Running:
         return sorted(set(found))
 
     def rank_pid(self, rank: int) -> int:
-        """Process id of one rank, found by RANK in its environment; a forked job has said it."""
+        """Process id of one rank, found by RANK in its environment; a forked job has reported it."""
         if isinstance(self.process, Forked):
             return self.process.ranks[rank]
         for pid in self.descendants():
@@ -165,8 +165,8 @@ class Job(Running):
                  preload: Path = PRELOAD) -> None:
         port = port or free_port()
         if launcher in ("fork", "alone"):
-            told = port if launcher == "fork" else None
-            start = partial(forked, python=python, preload=preload, ranks=ranks, port=told)
+            given = port if launcher == "fork" else None
+            start = partial(forked, python=python, preload=preload, ranks=ranks, port=given)
             super().__init__([str(script), *args], env, port, cwd, start)
         else:
             super().__init__(command(ranks, script, args, launcher, port, python), env, port, cwd)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from checkpoints import Shape
 
-TOWER = {"v_heads": 16, "v_head_dim": 80, "v_layers": 32}
+ENCODER = {"v_heads": 16, "v_head_dim": 80, "v_layers": 32}
 PUBLISHED = {
-    "2b": Shape(heads=12, kv_heads=2, head_dim=128, layers=28, mlp=8960, vocab=151936, tied=True, **TOWER),
-    "7b": Shape(heads=28, kv_heads=4, head_dim=128, layers=28, mlp=18944, vocab=152064, **TOWER),
-    "72b": Shape(heads=64, kv_heads=8, head_dim=128, layers=80, mlp=29568, vocab=152064, **TOWER),
+    "2b": Shape(heads=12, kv_heads=2, head_dim=128, layers=28, mlp=8960, vocab=151936, tied=True, **ENCODER),
+    "7b": Shape(heads=28, kv_heads=4, head_dim=128, layers=28, mlp=18944, vocab=152064, **ENCODER),
+    "72b": Shape(heads=64, kv_heads=8, head_dim=128, layers=80, mlp=29568, vocab=152064, **ENCODER),
 }
 FILES = {"2b": 2, "7b": 5, "72b": 38}
 TOTAL_BYTES = {"2b": 4_417_971_200, "7b": 16_582_751_232, "72b": 146_811_120_640}  # `total_size` of their indices

@@ -14,8 +14,8 @@ from torch import Tensor
 def digest(value: Any) -> int:
     """An int64 for all that is in a value: of tensors their dtype, shape and bytes. Other values, other digests."""
     hasher = hashlib.blake2b(digest_size=8)
-    for piece in pieces(value):
-        hasher.update(piece)
+    for chunk in chunks(value):
+        hasher.update(chunk)
     return to_int64(hasher.digest())
 
 
@@ -23,7 +23,7 @@ def to_int64(eight_bytes: bytes) -> int:
     return int.from_bytes(eight_bytes, "little", signed=True)
 
 
-def pieces(value: Any) -> Iterator[Any]:
+def chunks(value: Any) -> Iterator[Any]:
     """The bytes of every tensor in a value, with dtype and shape, and what else is in it in words."""
     if isinstance(value, Tensor):
         yield f"{value.dtype}{tuple(value.shape)}".encode()
@@ -34,10 +34,10 @@ def pieces(value: Any) -> Iterator[Any]:
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield str(key).encode()
-            yield from pieces(item)
+            yield from chunks(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from pieces(item)
+            yield from chunks(item)
     else:
         yield repr(value).encode()
 

@@ -61,7 +61,7 @@ class RankFile(Section):
 class Manifest(Section):
     """shards.json. `slicing` is a digest of what decides which slice a rank has: see `slicing`."""
 
-    version: Literal[1] = 1  # of all that is not said here: names, order, how codes are packed (kernels.quantise)
+    version: Literal[1] = 1  # of all that is not stated here: names, order, how codes are packed (kernels.quantise)
     model_type: Annotated[str, Field(max_length=100)]
     tp_size: Annotated[int, Field(ge=1, le=1024)]
     whole_encoder: bool  # tensor_parallel.vision: data and auto
@@ -310,8 +310,8 @@ def sha256(file: Path) -> str:
     try:
         with open_regular(file) as stream:
             digest = hashlib.sha256()
-            while piece := stream.read(1 << 24):
-                digest.update(piece)
+            while chunk := stream.read(1 << 24):
+                digest.update(chunk)
             return digest.hexdigest()
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None

@@ -122,7 +122,7 @@ def _configure_logs(rank: int) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime" on every CPU rank
-    warnings.filterwarnings("ignore", r"Image size \(")  # Pillow's, of pictures that are refused for their size anyway
+    warnings.filterwarnings("ignore", r"Image size \(")  # Pillow's, of images that are refused for their size anyway
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated")  # DeepSpeed's call
 
 

@@ -140,10 +140,10 @@ def _write(plan: Plan, checkpoint: Checkpoint, rank: int, file: Path) -> RankFil
     """One rank's file, tensor after tensor."""
     digest, size = hashlib.sha256(), 0
     with open(file, "wb") as stream:
-        for piece in chain([memoryview(_header(plan, rank))], map(_bytes, _tensors(plan, checkpoint, rank))):
-            size += stream.write(piece)
-            digest.update(piece)
-            del piece  # its tensor goes before the next one comes
+        for chunk in chain([memoryview(_header(plan, rank))], map(_bytes, _tensors(plan, checkpoint, rank))):
+            size += stream.write(chunk)
+            digest.update(chunk)
+            del chunk  # its tensor goes before the next one comes
         _to_disk(stream)
     return RankFile(name=file.name, bytes=size, sha256=digest.hexdigest())
 

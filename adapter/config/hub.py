@@ -152,7 +152,7 @@ def _lock(repo: str) -> Iterator[None]:
 
 def _acquire(lock: int, repo: str) -> None:
     """Wait for a lock, with a message every SAY_EVERY_S. Raises UserError after WAIT_S."""
-    began = told = time.monotonic()
+    began = reported = time.monotonic()
     while True:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -162,8 +162,8 @@ def _acquire(lock: int, repo: str) -> None:
         if now - began > WAIT_S:
             raise UserError(f"{repo}: another process of this host has been downloading it for {WAIT_S / 3600:.0f} "
                             "hours; download it first, with `hf download`, and start again")
-        if now - told > SAY_EVERY_S:
-            told = now
+        if now - reported > SAY_EVERY_S:
+            reported = now
             log.info("%s: waiting for another process of this host to download it (%.0f s)", repo, now - began)
 
 
@@ -200,5 +200,5 @@ def _why(error: Exception, repo: str, revision: str | None) -> str:
         return f"{site} cannot be reached, and it is not in the cache {store}{version}; {local}; check the network"
     if isinstance(error, OSError) and error.strerror:
         return f"the cache {store} cannot be written: {error.strerror}; set HF_HOME to a disk with room"
-    said = str(error).strip().partition("\n")[0]
-    return f"it cannot be downloaded from {site}: {type(error).__name__}: {said}"
+    reason = str(error).strip().partition("\n")[0]
+    return f"it cannot be downloaded from {site}: {type(error).__name__}: {reason}"

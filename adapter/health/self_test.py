@@ -210,8 +210,8 @@ def _expected(plan: Plan, tp: Group, name: str, claim: Claim, layer: Any, x: Ten
     scale = x.norm(dim=1)[:, None] * weight.norm(dim=1) + (0 if bias is None else bias.abs())
     parts, ranks = (y if bias is None else y - bias).abs(), 1
     if dim == 1:
-        pieces = zip(x.split(widths, -1), weight.split(widths, -1), strict=True)
-        parts, ranks = sum((F.linear(a, w).abs() for a, w in pieces), torch.zeros_like(y)), tp.size
+        pairs = zip(x.split(widths, -1), weight.split(widths, -1), strict=True)
+        parts, ranks = sum((F.linear(a, w).abs() for a, w in pairs), torch.zeros_like(y)), tp.size
     parts = parts if bias is None else parts + bias.abs()
     columns = rows if dim == 1 else rows + sum(widths[: tp.rank])
     bound = bounds.linear(scale, parts, weight.shape[1], layer.weight.dtype, ranks)

@@ -89,7 +89,7 @@ def missing_tools() -> list[str]:
 def _build(library: Path) -> None:
     """Compile into a directory of its own and move the library to its place: what is there is always whole.
 
-    Raises OSError or RuntimeError saying what is missing or what the compiler said.
+    Raises OSError or RuntimeError saying what is missing or what the compiler printed.
     """
     from torch.utils import cpp_extension
 

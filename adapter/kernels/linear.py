@@ -5,7 +5,7 @@ scale * (code - zero)). There is one copy of each. How it is multiplied depends 
 
     plain tensor    CPU, bfloat16: csrc/linear.cpp; more than 16 rows on a processor with tiles (AMX), another dtype or
                     device: F.linear
-    quantised       at most 16 rows: csrc/linear.cpp, x quantised to 8 bits per row and group; more rows: pieces are
+    quantised       at most 16 rows: csrc/linear.cpp, x quantised to 8 bits per row and group; more rows: parts are
                     unpacked and multiplied in x's dtype
 """
 
@@ -76,7 +76,7 @@ def quantise(weight: Tensor, bits: int) -> Quantised:
     codes = torch.empty(rows, groups * GROUP * bits // 8, dtype=torch.uint8)
     scales = torch.empty(rows, groups, dtype=torch.float16)
     step = max(1, (1 << 22) // inputs)
-    for start in range(0, rows, step):  # in pieces, so that the float32 of a large matrix never exists whole
+    for start in range(0, rows, step):  # in parts, so that the float32 of a large matrix never exists whole
         group = F.pad(weight[start:start + step].float(), (0, groups * GROUP - inputs)).unflatten(-1, (-1, GROUP))
         scale = (group.abs().amax(-1) / (zero - 1)).half().clamp_min(torch.finfo(torch.float16).tiny)
         code = (group / scale.float().unsqueeze(-1)).round_().clamp_(-zero, zero - 1).add_(zero).to(torch.uint8)

@@ -135,7 +135,7 @@ def _replace(modules: PublishedModules, plan: Plan, tp: Group, name: str, claim:
 
 
 def _slots(plan: Plan, claim: Claim, rank: int) -> tuple[Tensor | None, int]:
-    """The places of this rank's head outputs among the slots that its attention module is told of, and their width.
+    """The places of this rank's head outputs among the slots that its attention module is given, and their width.
 
     (None, 0) where they fill all slots.
     """

@@ -3,7 +3,7 @@
 Data-parallel: this rank's images and frames go through the whole encoder, then one all-gather brings all features to
 all ranks, in order. Split (auto only): the same weights compute this rank's heads and its part of the MLP, on views of
 them, with the all-reduces of `tensor`. adapter.planning.vision_balance assigns images to ranks and says which mode is
-cheaper. A *piece* is an image or one frame of a video.
+cheaper. A *frame* is an image, or one of the frames of a video.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class VisionDataParallel:
         return self.by_share(assignment, patches, grid, others)
 
     def by_share(self, assignment: Assignment, patches: Tensor, grid: Tensor, others: Mapping[str, Any]) -> Any:
-        """The features of all pieces, each read by one rank."""
+        """The features of all frames, each read by one rank."""
         _refuse_tensors(others, self.encoder.module)
         if assignment.shares[self.tp.rank]:
             out = self.run(False, *self.read(assignment, patches, grid), others)
@@ -126,7 +126,7 @@ class VisionDataParallel:
         return call.pop(self.encoder.patches), call.pop(self.encoder.grid), call
 
     def decide(self, grid: Tensor) -> Assignment | None:
-        """Assign the pieces of a call to ranks; None where all ranks read everything, the encoder split.
+        """Assign the frames of a call to ranks; None where all ranks read everything, the encoder split.
 
         Every rank decides alike.
         """
@@ -139,12 +139,12 @@ class VisionDataParallel:
         return self.forward(**{self.encoder.patches: patches, self.encoder.grid: grid}, **others)
 
     def read(self, assignment: Assignment, patches: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's share of a call: its patches, and a row of the grid for each of its pieces."""
-        share, pieces = assignment.shares[self.tp.rank], patches.split(assignment.sizes)
-        return torch.cat([pieces[i] for i in share]), grid.new_tensor([[1, *assignment.frames[i]] for i in share])
+        """This rank's share of a call: its patches, and a row of the grid for each of its frames."""
+        share, frames = assignment.shares[self.tp.rank], patches.split(assignment.sizes)
+        return torch.cat([frames[i] for i in share]), grid.new_tensor([[1, *assignment.frames[i]] for i in share])
 
     def gather(self, assignment: Assignment, features: Tensor) -> Tensor:
-        """[tokens of this rank, width] -> [tokens, width] in the order of the pieces: the one collective of a call."""
+        """[tokens of this rank, width] -> [tokens, width] in the order of the frames: the one collective of a call."""
         width = self.plan.geometry.sizes[self.encoder.width]
         tokens = [n // self.merge ** 2 for n in assignment.sizes]
         of_ranks = tuple(width * assignment.patches(r) // self.merge ** 2 for r in range(self.tp.size))
@@ -172,7 +172,7 @@ class VisionDataParallel:
 
 
 def _refuse_tensors(others: Mapping[str, Any], encoder: str) -> None:
-    """Refuse positions or lengths that a caller computed ahead: they are for all pieces, and a rank reads some."""
+    """Refuse positions or lengths that a caller computed ahead: they are for all frames, and a rank reads some."""
     if stray := [name for name, value in others.items() if isinstance(value, Tensor)]:
         raise UserError(f"{encoder} got {', '.join(stray)} beside images and their grid: leave them out, or set "
                         "tensor_parallel.vision: tensor")

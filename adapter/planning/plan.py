@@ -37,11 +37,11 @@ class Plan:
 
     @property
     def whole_encoder(self) -> bool:
-        """Whether every rank holds the whole encoder that reads pictures."""
+        """Whether every rank holds the whole encoder that reads images."""
         return self.vision != "tensor" and self.tp_size > 1
 
     def in_encoder(self, module: str) -> bool:
-        """Whether a module (published name, or a row of the table) is part of the encoder that reads pictures."""
+        """Whether a module (published name, or a row of the table) is part of the encoder that reads images."""
         return module.startswith(f"{self.policy.encoder.module}.")
 
     @cached_property

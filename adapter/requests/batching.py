@@ -59,15 +59,15 @@ Run = Callable[[dict[str, Tensor], Clock], Generated]  # inputs of a batch -> wh
 class Limits:
     """generate's arguments, how long prompt and answer may be together in tokens, and where an answer ends.
 
-    arguments: of the config; single: whether one beam is followed, which is what Transformers can stream; told: the
-    level at which a batch is logged.
+    arguments: of the config; single: whether one beam is followed, which is what Transformers can stream; level: the
+    one at which a batch is logged.
     """
 
     arguments: dict[str, Any]
     context: int
     ends: tuple[int, ...]
     single: bool
-    told: int = logging.INFO
+    level: int = logging.INFO
 
     @classmethod
     def of(cls, config: Config, context: int, defaults: GenerationConfig) -> Limits:
@@ -75,9 +75,9 @@ class Limits:
         arguments = {"max_new_tokens": DEFAULT_NEW_TOKENS, **config.generation}
         ends = arguments.get("eos_token_id", defaults.eos_token_id)
         beams = arguments.get("num_beams", defaults.num_beams) or 1
-        told = logging.INFO if config.output is None else logging.DEBUG  # there a bar tells
+        level = logging.INFO if config.output is None else logging.DEBUG  # there a bar tells
         ends = tuple(ends if isinstance(ends, list) else [ends])
-        return cls(arguments, room(config, context), ends, beams == 1, told)
+        return cls(arguments, room(config, context), ends, beams == 1, level)
 
     def for_prompt(self, tokens: int) -> dict[str, Any]:
         """Return the arguments for a batch `tokens` long: the answer ends where the context does."""
@@ -163,7 +163,7 @@ def generate(inputs: dict[str, Tensor], call: Callable[..., Tensor], limits: Lim
 def _rows(batch: Sequence[Prepared], processor: RequestProcessor, limits: Limits, run: Run) -> list[Row]:
     """Generate for one batch and make its rows. ttft_s is to the batch's first token, decode_tok_s that of one row;
     None where beams hide when a token came."""
-    log.log(limits.told, "generating: requests %s", ", ".join(item.id for item in batch))
+    log.log(limits.level, "generating: requests %s", ", ".join(item.id for item in batch))
     inputs, clock = ALONE.run(lambda: collate(batch, processor.pad_token_id)), Clock()
     began = time.perf_counter()
     generated = run(inputs, clock)

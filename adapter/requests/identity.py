@@ -81,7 +81,7 @@ def _file_facts(path: str) -> list[int] | None:
 def _checkpoint(directory: Path) -> str:
     """Digest of a model directory: its small files whole, its weights by header, size and samples of every tensor.
 
-    The directory's own name and place are not in it, so a copy is the same checkpoint. Shards of ranks are told by
+    The directory's own name and place are not in it, so a copy is the same checkpoint. Shards of ranks are known by
     their manifest, which holds a digest of each file.
     """
     hasher = hashlib.blake2b(digest_size=16)

@@ -1,7 +1,7 @@
 """Give a job's batches to its replicas, first come, first served, and bring their answers to rank 0.
 
 All goes through torch's key-value store of the job, a few hundred bytes a request: which batch is next, the rows that
-came of one, and a count of steps by which a replica that hangs is told from one that is slow.
+came of one, and a count of steps by which a replica that hangs is distinguished from one that is slow.
 """
 
 from __future__ import annotations

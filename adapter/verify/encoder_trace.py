@@ -91,8 +91,8 @@ class EncoderTrace:
 
 def _part(assignment: Assignment, share: list[int], patches: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
     """The patches and the grid of a share, not by the code that is checked."""
-    pieces = patches.split(assignment.sizes)
-    return torch.cat([pieces[i] for i in share]), grid.new_tensor([[1, *assignment.frames[i]] for i in share])
+    frames = patches.split(assignment.sizes)
+    return torch.cat([frames[i] for i in share]), grid.new_tensor([[1, *assignment.frames[i]] for i in share])
 
 
 def _in_order(shares: list[list[int]], outputs: list[Tensor], sizes: list[int]) -> Tensor:

@@ -17,7 +17,7 @@ def full_precision() -> Iterator[None]:
     """Within, no product of CUDA's rounds between its additions; what the caller had set is restored at the end.
 
     torch allows cuBLAS to add the parts of a split sum in bfloat16 or float16, and cuDNN to round float32 operands to
-    TF32, unless it is told not to (torch's CUDA semantics, "Reduced Precision Reduction" and "TensorFloat-32").
+    TF32, unless it is set not to (torch's CUDA semantics, "Reduced Precision Reduction" and "TensorFloat-32").
     """
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in _settings()]
     try:

@@ -112,8 +112,8 @@ class Reference:
         rounded, ranks = unbiased.abs(), 1
         if isinstance(claim.rule, Row):
             ranks = len(parts)
-            pieces = ((take(x, p), take(weight, p)) for p in parts)
-            rounded = sum((F.linear(a, w).abs() for a, w in pieces), torch.zeros_like(y))
+            pairs = ((take(x, p), take(weight, p)) for p in parts)
+            rounded = sum((F.linear(a, w).abs() for a, w in pairs), torch.zeros_like(y))
         rounded = rounded if bias is None else rounded + bias.abs()
         return y, bounds.linear(scale, rounded, math.prod(weight.shape[1:]), self.dtype, ranks)
 

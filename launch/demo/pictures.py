@@ -62,7 +62,7 @@ OUTLINES = {  # corners, in units of the shape's radius
 
 
 COUNTS = tuple(str(i) for i in range(1, MOST + 1))
-FACTS: tuple[Collection[str], ...] = (COLOURS, OUTLINES, PLACES, COUNTS)  # what can be said of a whole picture
+FACTS: tuple[Collection[str], ...] = (COLOURS, OUTLINES, PLACES, COUNTS)  # about a whole picture
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def test_killed_and_started_again_every_request_is_answered_once_and_in_order(tm
     running = Job(2, GENERATE, "--config", config)
     deadline = time.monotonic() + 180
     while not (tmp_path / "answers.jsonl").exists() or len((tmp_path / "answers.jsonl").read_bytes().split(b"\n")) < 9:
-        assert time.monotonic() < deadline and running.process.poll() is None, running.said()[-3000:]
+        assert time.monotonic() < deadline and running.process.poll() is None, running.output()[-3000:]
         time.sleep(0.02)
     for rank in (0, 1):
         os.kill(running.rank_pid(rank), signal.SIGKILL)

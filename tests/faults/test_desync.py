@@ -27,8 +27,8 @@ def model(tmp_path_factory) -> Path:
 def wait_for(job: Job, words: str) -> None:
     """Until stderr has `words` (a regular expression)."""
     deadline = time.monotonic() + PATIENCE_S
-    while not re.search(words, job.said()):
-        assert time.monotonic() < deadline and job.process.poll() is None, (words, job.said()[-3000:])
+    while not re.search(words, job.output()):
+        assert time.monotonic() < deadline and job.process.poll() is None, (words, job.output()[-3000:])
         time.sleep(0.05)
 
 
@@ -104,8 +104,8 @@ def test_the_shared_memory_itself_sees_ranks_in_unlike_collectives(model, tmp_pa
     code, err = end(Job(RANKS, WORKER, "early", str(model), str(tmp_path)), PATIENCE_S)
     assert "all-reduce: the adapter's shared memory" in err, err[-3000:]
     assert code == 1, err[-3000:]
-    said = r"^error on rank \d: the ranks do not run the same steps: rank 1 .*desync_check=1"
-    assert re.search(said, err, re.MULTILINE), err[-3000:]
+    error = r"^error on rank \d: the ranks do not run the same steps: rank 1 .*desync_check=1"
+    assert re.search(error, err, re.MULTILINE), err[-3000:]
 
 
 def test_slow_preparation_is_a_warning_and_a_stopped_rank_is_named_and_ends_the_job(model, tmp_path):

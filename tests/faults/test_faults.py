@@ -118,8 +118,8 @@ def endless(tmp_path: Path, model: Path, ranks: int = 2, launcher: str = "deepsp
     file = config(tmp_path, model, "generation: {max_new_tokens: 30000, min_new_tokens: 30000}\n")
     job = Job(ranks, GENERATE, "--config", file, f"tensor_parallel.tp_size={ranks}", launcher=launcher)
     deadline = time.monotonic() + 120
-    while "generating" not in job.said():
-        assert time.monotonic() < deadline and job.process.poll() is None, job.said()[-3000:]
+    while "generating" not in job.output():
+        assert time.monotonic() < deadline and job.process.poll() is None, job.output()[-3000:]
         time.sleep(0.2)
     time.sleep(1)
     return job
@@ -167,7 +167,7 @@ def test_ctrl_c_and_a_killed_launcher_leave_nothing(tmp_path, model, number):
     assert code != 0
 
 
-def test_taken_port_is_said_in_a_job_of_several_hosts(tmp_path, model):
+def test_taken_port_is_reported_in_a_job_of_several_hosts(tmp_path, model):
     """Rank 0 of a job whose other rank is elsewhere: torch's own rendezvous, which listens on all addresses."""
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -179,7 +179,7 @@ def test_taken_port_is_said_in_a_job_of_several_hosts(tmp_path, model):
     assert env["MASTER_PORT"] in outcome.err and "MASTER_PORT" in outcome.err and "Traceback" not in outcome.err
 
 
-def test_taken_port_is_said(tmp_path, model):
+def test_taken_port_is_reported(tmp_path, model):
     with socket.socket() as taken:
         port = free_port()
         taken.bind(("127.0.0.1", port))

@@ -19,7 +19,7 @@ PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # a python there i
 
 def start(script: str, ranks: int, *, host: Host | None = None, config: Path = CONFIG, overrides: Sequence[str] = (),
           **env: str) -> Running:
-    """A script as a user starts it, on this machine or on a host, with what it is told in the environment."""
+    """A script as a user starts it, on this machine or on a host, with what is in the environment."""
     argv = ["bash", str(SCRIPTS / script), str(config), f"tensor_parallel.tp_size={ranks}", *overrides]
     env = {"PYTHON": sys.executable, "PATH": PATH, "RANKS": str(ranks), "MASTER_PORT": str(free_port()), **env}
     return host.start(argv, env) if host else Running(argv, env, port=int(env["MASTER_PORT"]))

@@ -57,7 +57,7 @@ def test_mpirun_of_mpich(tmp_path):
 
 
 @need_mpich
-def test_mpirun_of_another_mpi_than_mpi4py_has_is_said():
+def test_mpirun_of_another_mpi_than_mpi4py_has_is_reported():
     """Each process would take itself for the only one."""
     alone = {"OMPI_MCA_btl": "self"}  # OpenMPI outside its own mpirun leaves files in /dev/shm, whoever calls it
     job = start("mpirun.sh", 2, MPIRUN="mpirun.mpich", **alone)  # mpi4py takes the openmpi beside python

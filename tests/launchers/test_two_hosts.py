@@ -42,14 +42,14 @@ def start_both(a: Host, b: Host, file: str, tp_size: int, *overrides: str, **env
 
 def wait_until_generating(job: Running, timeout_s: float = 180) -> None:
     deadline = time.monotonic() + timeout_s
-    while "generating" not in job.said():
-        assert time.monotonic() < deadline and job.process.poll() is None, job.said()[-4000:]
+    while "generating" not in job.output():
+        assert time.monotonic() < deadline and job.process.poll() is None, job.output()[-4000:]
         time.sleep(0.1)
 
 
 @pytest.mark.long
 def test_four_ranks_on_two_hosts(tmp_path):
-    """Odd names, a bridge of containers, and nothing set but what the script is told."""
+    """Odd names, a bridge of containers, and nothing set but what the script is given."""
     with hosts("hA", "hB") as (a, b):
         as_debian_names_them(a, b)
         add_bridge(a)

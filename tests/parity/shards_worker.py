@@ -38,7 +38,7 @@ def main() -> None:
         held, read = engine.mpu.tp.all_gather_last(load, (2,) * TP).view(TP, 2).unbind(1)
         if engine.mpu.tp.rank == 0:
             row = {"model": directory, "format": form, "logits": digest(logits), "tokens": tokens.tolist(),
-                   "held": held.tolist(), "read": read.tolist(), "said": float(logits.std())}
+                   "held": held.tolist(), "read": read.tolist(), "spread": float(logits.std())}
             os.write(1, (json.dumps(row) + "\n").encode())
 
 

@@ -1,4 +1,4 @@
-"""One rank of stock DeepSpeed and stock Transformers, told what to cut by policies/dialects.py. No code of adapter/.
+"""One rank of stock DeepSpeed and stock Transformers, given what to cut by policies/dialects.py. No code of adapter/.
 
     deepspeed --num_accelerators N stock_worker.py --out DIR MODEL_DIR [MODEL_DIR ...]
 

@@ -49,7 +49,7 @@ def test_the_original_message_without_the_override_and_parity_with_it(model, tmp
     assert (a - b).abs().max() <= 1e-4
 
 
-def test_parity_of_both_towers_on_the_old_release(tmp_path):
+def test_parity_of_both_encoders_on_the_old_release(tmp_path):
     """12/2 heads over 3 ranks, from a checkpoint with newer names: text, images, video and a padded batch."""
     shape = Shape(heads=12, kv_heads=2, mlp=200, vocab=199, tied=True)
     make_checkpoint(tmp_path / "plain" / "m", shape)

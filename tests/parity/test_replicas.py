@@ -1,4 +1,4 @@
-"""Four ranks as replicas: each computes what one process does, whoever made the groups; the demo dealt over two."""
+"""Four ranks as replicas: each computes what one process does, whoever made the groups; the demo over two."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_an_mpu_that_does_not_fit_is_refused_with_its_numbers(facts):
         assert "4 ranks" in row["no_replicas"] and "one of 1, 2, 4" in row["no_replicas"]
 
 
-def test_the_demo_dealt_over_two_replicas():
+def test_the_demo_over_two_replicas():
     config = str(ROOT / "configs" / "demo_tp4.yaml")
     outcome = launch(4, GENERATE, "--config", config, "tensor_parallel.tp_size=2", "batch_size=3")
     assert outcome.code == 0, outcome.err[-3000:]

@@ -31,12 +31,12 @@ MODELS = {
     "vision6": Shape(heads=8, kv_heads=4, head_dim=32, v_heads=6, v_head_dim=8),
 }
 ALL, DEEPSPEED = tuple(DIALECTS), ("injection_policy", "partition_config")
-SAID = {  # (tp size, model) -> the dialects that do not refuse; every run there is
+CUT_BY = {  # (tp size, model) -> the dialects that do not refuse; every run there is
     (2, "heads28"): ALL, (2, "heads12_tied"): ALL,
     (3, "heads28"): DEEPSPEED, (3, "heads8"): DEEPSPEED, (3, "heads12_tied"): (), (3, "vision6"): DEEPSPEED,
     (4, "heads28"): ALL,
 }
-RUNS = [(tp, model, dialect) for (tp, model), dialects in SAID.items() for dialect in dialects]
+RUNS = [(tp, model, dialect) for (tp, model), dialects in CUT_BY.items() for dialect in dialects]
 every_run = pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(map(str, run)))
 pytestmark = pytest.mark.ranks
 
@@ -51,7 +51,7 @@ def workplace(tmp_path_factory) -> Path:
 
 @cache
 def started(root: Path, tp: int) -> Outcome:
-    models = [str(root / model) for size, model in SAID if size == tp]
+    models = [str(root / model) for size, model in CUT_BY if size == tp]
     return launch(tp, WORKER, "--out", str(root), *models, timeout=600)
 
 
@@ -77,7 +77,7 @@ def test_cases_are_of_all_sorts():
     assert {"pixel_values", "pixel_values_videos"} <= keys and cases()["batch"]["input_ids"].shape[0] > 1
 
 
-@pytest.mark.parametrize("tp", sorted({tp for tp, _ in SAID}))
+@pytest.mark.parametrize("tp", sorted({tp for tp, _ in CUT_BY}))
 def test_the_dialects_that_say_it_and_no_others_were_run(workplace, tp):
     job(workplace, tp)
     done = {tuple(file.name.split(".")[:2]) for file in workplace.glob(f"*.tp{tp}.safetensors")}
@@ -97,7 +97,7 @@ def test_logits_equal_one_process(workplace, run):
 
 
 @every_run
-def test_what_is_said_to_be_cut_is_cut_and_all_else_is_whole(workplace, run):
+def test_what_is_declared_cut_is_cut_and_all_else_is_whole(workplace, run):
     """Rank by rank, every parameter: a consumer that quietly replicates the model computes right logits too."""
     tp, model, dialect = run
     job(workplace, tp)

@@ -33,8 +33,8 @@ def test_the_answer_is_one_processs(facts, what):
 def test_a_hook_on_one_rank_is_called_at_every_token_and_every_rank_says_why(facts):
     assert [row["hook"]["calls"] for row in facts] == [8, 0]
     for row in facts:
-        assert any("rank 0" in line and "layers.1.mlp" in line for line in row["hook"]["said"]), row
-        assert not row["unhooked"]["said"], row
+        assert any("rank 0" in line and "layers.1.mlp" in line for line in row["hook"]["logged"]), row
+        assert not row["unhooked"]["logged"], row
 
 
 def test_the_ranks_without_compiler_sum_through_gloo(facts):

@@ -1,4 +1,4 @@
-"""Whole vision encoders over real ranks: what one process computes, with one collective where pictures are dealt.
+"""Whole vision encoders over real ranks: what one process computes, with one collective where images are assigned.
 
 Heads that do not divide (16 over 3), ranks without a vision head (2 over 3), ranks without a picture. The reference is
 plain Transformers, of the same release.
@@ -86,15 +86,15 @@ def test_what_a_caller_computed_for_all_pictures_is_refused(ran):
     assert plan.vision == "auto" or all(word in facts["refused"] for word in ("position_ids", "tensor_parallel.vision"))
 
 
-def test_each_call_takes_its_way_and_a_dealt_one_has_one_collective(ran):
+def test_each_call_takes_its_mode_and_an_assigned_one_has_one_collective(ran):
     """Counted on every rank, also without a picture: cases image, two images, video, and both of the batch."""
     *_, facts, plan = ran
     grids = [[[1, 8, 6]], [[1, 4, 8], [1, 6, 4]], [[3, 4, 6]], [[1, 8, 6], [1, 4, 8], [1, 6, 4]], [[3, 4, 6]]]
     assert facts["grids"] == grids
     price = cost(plan, 4)
-    dealt = [plan.vision == "data" or price.prefers_data(assign(grid, plan.tp_size)) for grid in grids]
-    assert plan.vision == "data" or set(dealt) == {True, False}, "the cases of auto are of both kinds"
-    expected = [1 if one else 2 * plan.geometry.layers["visual.blocks"] + 1 for one in dealt]
+    assigned = [plan.vision == "data" or price.prefers_data(assign(grid, plan.tp_size)) for grid in grids]
+    assert plan.vision == "data" or set(assigned) == {True, False}, "the cases of auto are of both kinds"
+    expected = [1 if one else 2 * plan.geometry.layers["visual.blocks"] + 1 for one in assigned]
     assert [row[:-2] for row in facts["ranks"]] == [expected] * plan.tp_size
     assert plan.tp_size == 2 or any(not share for share in assign(grids[1], plan.tp_size).shares)
 

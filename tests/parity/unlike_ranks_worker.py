@@ -38,7 +38,7 @@ def started(directory: str) -> Any:
                                              "tensor_parallel": {"tp_size": 2}}))
 
 
-class Said(logging.Handler):
+class Logged(logging.Handler):
     """What the adapter logged while it decoded."""
 
     def __init__(self) -> None:
@@ -57,16 +57,17 @@ class Said(logging.Handler):
 
 def main() -> None:
     directory, *what = (a for a in sys.argv[1:] if not a.startswith("--"))
-    inputs, said = cases()["batch"], Said()
+    inputs, logged = cases()["batch"], Logged()
     plain = transformers.Qwen2VLForConditionalGeneration.from_pretrained(directory, torch_dtype=torch.float32).eval()
     expected = plain.generate(**inputs, **ASKED)
     facts: dict[str, Any] = {"rank": RANK}
 
     def compare(name: str, engine: Any) -> None:
-        said.taken()
+        logged.taken()
         got = engine.generate(**inputs, **ASKED)
         worst = max(float((a - b).abs().max()) for a, b in zip(got.logits, expected.logits, strict=True))
-        facts[name] = {"equal": torch.equal(got.sequences, expected.sequences), "worst": worst, "said": said.taken()}
+        facts[name] = {"equal": torch.equal(got.sequences, expected.sequences), "worst": worst,
+                       "logged": logged.taken()}
 
     engine, seen = started(directory), []
     if "hook" in what:

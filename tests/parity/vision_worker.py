@@ -57,7 +57,7 @@ def held(model: torch.nn.Module) -> int:
 
 
 def refusal(engine: Any) -> str:
-    """What is said of positions that a caller computed ahead, which newer releases allow."""
+    """The message about positions that a caller computed ahead, which newer releases allow."""
     encoder, case = encoder_of(engine.module, engine.plan), cases(engine.plan.geometry.sizes["vocab"])["two_images"]
     try:
         encoder(case["pixel_values"], grid_thw=case["image_grid_thw"], position_ids=torch.zeros(1))

@@ -15,7 +15,7 @@ from torch import nn
 
 Modules = Mapping[str, Any]
 Plant = Callable[[Modules, Any, Any], None]
-TOWER, ATTN, MLP, BLOCK = "model.visual", "model.layers.0.self_attn", "model.layers.0.mlp", "visual.blocks.0"
+ENCODER, ATTN, MLP, BLOCK = "model.visual", "model.layers.0.self_attn", "model.layers.0.mlp", "visual.blocks.0"
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ def whole_bias(modules: Modules, plan: Any, tp: Any, name: str) -> torch.Tensor:
     sizes = tuple(p.local_shape[0] for p in parts)
     pieces = tp.all_gather_last(modules[name].bias.detach().clone(), sizes).split(sizes)
     whole = torch.zeros(parts[0].shape)
-    for part, piece in zip(parts, pieces, strict=True):
+    for part, values in zip(parts, pieces, strict=True):
         at = 0
         for a, b in part.ranges:
-            whole[a:b] = piece[at:at + b - a]
+            whole[a:b] = values[at:at + b - a]
             at += b - a
     return whole
 
@@ -253,24 +253,24 @@ def picture_features_shifted(modules, plan, tp):
 
 
 def gathered_in_another_order(modules, plan, tp):
-    dealt = modules[TOWER].data_parallel
-    gather = dealt.gather
-    dealt.gather = lambda deal, features: torch.cat(gather(deal, features).chunk(2)[::-1])
+    parallel = modules[ENCODER].data_parallel
+    gather = parallel.gather
+    parallel.gather = lambda assignment, features: torch.cat(gather(assignment, features).chunk(2)[::-1])
 
 
 def another_ranks_picture(modules, plan, tp):
-    """Rank 1 reads the picture that was dealt to rank 0."""
-    dealt = modules[TOWER].data_parallel
+    """Rank 1 reads the picture that was assigned to rank 0."""
+    parallel = modules[ENCODER].data_parallel
     if tp.rank == 1:
-        dealt.read = lambda deal, patches, grid: (patches[:deal.patches(0)], grid[:1])
+        parallel.read = lambda assignment, patches, grid: (patches[:assignment.patches(0)], grid[:1])
 
 
 def one_ranks_picture_late(modules, plan, tp):
     """Rank 1 is a patch late in its own picture, and nothing tells it from another in shape."""
-    dealt = modules[TOWER].data_parallel
-    read = dealt.read
+    parallel = modules[ENCODER].data_parallel
+    read = parallel.read
     if tp.rank == 1:
-        dealt.read = lambda *args: (read(*args)[0].roll(1, 0), read(*args)[1])
+        parallel.read = lambda *args: (read(*args)[0].roll(1, 0), read(*args)[1])
 
 
 def one_ranks_encoder(modules, plan, tp):
@@ -323,10 +323,10 @@ FAULTS: dict[str, Fault] = {
     "another activation": Fault(other_activation, "visual.blocks.1.mlp"),
     "no causal mask": Fault(no_causal_mask, ATTN),
     "picture features shifted": Fault(picture_features_shifted, "model"),
-    "dealt pictures gathered in another order": Fault(gathered_in_another_order, TOWER, vision="data", pictures=2,
+    "assigned pictures gathered in another order": Fault(gathered_in_another_order, ENCODER, vision="data", pictures=2,
                                                       ranks=(0, 1)),
-    "another rank's picture": Fault(another_ranks_picture, TOWER, vision="data", pictures=2, ranks=(1,)),
-    "one rank's picture a patch late": Fault(one_ranks_picture_late, TOWER, vision="auto", pictures=2, ranks=(1,)),
+    "another rank's picture": Fault(another_ranks_picture, ENCODER, vision="data", pictures=2, ranks=(1,)),
+    "one rank's picture a patch late": Fault(one_ranks_picture_late, ENCODER, vision="auto", pictures=2, ranks=(1,)),
     "one rank's whole encoder": Fault(one_ranks_encoder, "visual.blocks.1.mlp.fc1", vision="data", pictures=2,
                                       tensors=True, ranks=(1,)),
     "softmax scale of a whole encoder": Fault(softmax_scale(f"{BLOCK}.attn"), f"{BLOCK}.attn", vision="data",

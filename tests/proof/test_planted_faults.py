@@ -75,5 +75,5 @@ def test_reassembly_reports_exactly_the_faults_in_weights(name):
 
 @pytest.mark.parametrize("name", [n for n, fault in FAULTS.items() if fault.at_start])
 def test_the_self_test_refuses_to_start(name):
-    said = outcome_of(name)["at_start"]
-    assert "self-test failed" in said and f"{FAULTS[name].module}: " in said, said
+    reported = outcome_of(name)["at_start"]
+    assert "self-test failed" in reported and f"{FAULTS[name].module}: " in reported, reported

@@ -53,7 +53,7 @@ def test_the_demo_holds(demo):
 
 
 @pytest.mark.parametrize("vision", [pytest.param("data", marks=pytest.mark.sweep), "auto"])
-def test_whole_towers_hold(vision):
+def test_whole_encoders_hold(vision):
     """Three ranks: two of them without a picture, one of them, and each with a frame of a clip or two."""
     named = sorted(PICTURES.iterdir())
     clip, (one, two, *_) = next(p for p in named if p.suffix == ".mp4"), [p for p in named if p.suffix == ".png"]
@@ -66,7 +66,7 @@ def test_whole_towers_hold(vision):
         assert row["first_divergent_module"] is None and 0 < row["largest_share_of_bound"] < 0.5
         encoder = [layer for layer in row["layers"] if layer["name"].startswith("visual.")]
         assert len(encoder) == 3 * len(row["encoder_calls"]) and all(layer["error"] < 1e-6 for layer in encoder)
-        if "tensor" in row["encoder_calls"]:  # a dealt call is one process's arithmetic: its error may be none at all
+        if "tensor" in row["encoder_calls"]:  # the others are one process's arithmetic: no error at all
             assert all(layer["share_of_bound"] > 0 for layer in encoder)
     ways = [way for row in rows[:-1] for way in row["encoder_calls"]]
     assert len(ways) == 5 and (set(ways) == {"data"} if vision == "data" else ways[0] == "tensor" and "data" in ways)
@@ -74,7 +74,7 @@ def test_whole_towers_hold(vision):
     assert rows[-1]["reassembly"]["bytes"] == sum(r["weight_bytes"] for r in rows[-1]["ranks"])
 
 
-def test_every_layer_of_both_towers_is_checked(demo):
+def test_every_layer_of_both_encoders_is_checked(demo):
     _, rows, _ = demo
     plan_layers = [f"visual.blocks.{i}" for i in range(3)] + [f"model.layers.{i}" for i in range(4)]
     assert [layer["name"] for layer in rows[0]["layers"]] == plan_layers
@@ -122,7 +122,7 @@ def test_one_rank_holds():
     assert outcome.code == 0 and rows[0]["passed"], outcome.err[-3000:]
 
 
-def test_a_report_that_cannot_be_written_is_said_before_the_run():
+def test_a_report_that_cannot_be_written_is_reported_before_the_run():
     outcome, rows = run(1, "--report", "/nowhere/report.html", launcher="alone")
     assert outcome.code == 2 and "/nowhere/report.html" in outcome.err and not rows
 

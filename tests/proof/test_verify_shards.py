@@ -1,5 +1,5 @@
 """launch/verify.py on shards: memory against files, files against the manifest, and both against the original where the
-config names it; what cannot be known without it is said."""
+config names it; what cannot be known without it is reported."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_a_byte_that_changed_is_found_and_with_the_original_the_tensor(tmp_path)
         file.seek(info.offset + 402)
         file.write(b"\x81")
     outcome, _, summary = run(tmp_path)
-    told = f"{file_name(1, 2)} on rank 1: the file is not the one that was written"
-    assert outcome.code == 1 and any(p.startswith(told) for p in summary["problems"]), summary["problems"]
+    reported = f"{file_name(1, 2)} on rank 1: the file is not the one that was written"
+    assert outcome.code == 1 and any(p.startswith(reported) for p in summary["problems"]), summary["problems"]
     assert not any(name in problem for problem in summary["problems"]), "its memory is that of its file"
     outcome, _, summary = run(tmp_path, f"weights.original={DEMO / 'checkpoint'}")
     assert outcome.code == 1 and summary["not_checked"] == [], outcome.err[-4000:]

@@ -71,7 +71,7 @@ def test_ranks_measure_themselves(measured):
     assert done.returncode == 0 and json.loads(done.stdout)["prediction"]["decode_tok_s"] > 0, done.stderr
 
 
-def test_both_ways_of_reading_pictures_are_timed_and_operators_are_told(measured):
+def test_both_ways_of_reading_pictures_are_timed_and_operators_are_reported(measured):
     _, total, _ = measured
     seconds, profile = total["vision_s"], total["profile"]
     assert len(seconds) == 4 and not any("1 image" in what for what in seconds)
@@ -111,7 +111,7 @@ def test_the_driver_times_ours_and_a_peer_and_draws_them(driven):
 
 @pytest.mark.long
 def test_the_driver_times_other_formats(tmp_path):
-    """On one rank: the demo's shards over two do not end between groups, which is said before anything starts."""
+    """On one rank: the demo's shards over two do not end between groups, which is reported before anything starts."""
     formats = [sys.executable, str(BENCH), *SMALL, "--repeats", "1", "--formats", "int8"]
     outcome = Running([*formats, "--png", str(tmp_path / "a.png")]).finish(60)
     assert outcome.code == 2 and not outcome.out and "shared by 64" in outcome.err, outcome.err[-3000:]
@@ -135,7 +135,7 @@ def test_a_peer_that_fails_is_a_row_and_costs_the_others_nothing(driven):
     assert total["peers"]["vllm"]["error"] == failed["error"]
 
 
-def test_a_request_that_cannot_be_prepared_is_said_once(tmp_path):
+def test_a_request_that_cannot_be_prepared_is_reported_once(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"not a picture")
     job = Running([sys.executable, str(BENCH), *SMALL, f"requests=[{{prompt: What?, images: [{tmp_path}/bad.png]}}]"])
     outcome = job.finish(480)
@@ -151,8 +151,8 @@ def test_nothing_is_left_of_a_benchmark_that_is_ended(number, code):
     """While its ranks run; they are in sessions of their own, so that Ctrl-C reaches the driver alone."""
     job = Running([sys.executable, str(BENCH), *SMALL, "--repeats", "1000", "--new", "64"])
     deadline = time.monotonic() + 120
-    while "loaded in" not in job.said():
-        assert time.monotonic() < deadline and job.process.poll() is None, job.said()[-3000:]
+    while "loaded in" not in job.output():
+        assert time.monotonic() < deadline and job.process.poll() is None, job.output()[-3000:]
         time.sleep(0.2)
     os.killpg(job.process.pid, number)
     outcome = job.finish(30)

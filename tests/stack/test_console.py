@@ -61,7 +61,7 @@ def test_without_a_command_it_names_them():
     (["--ranks=0"], ["--ranks 0"]),
     (["model.path=./gone"], ["no such directory"]),
 ])  # fmt: skip
-def test_bad_input_is_said_once_and_starts_nothing(config, args, words):
+def test_bad_input_is_reported_once_and_starts_nothing(config, args, words):
     outcome = run("generate", "--config", config, *args)
     assert outcome.code == 2 and not outcome.out and outcome.err.startswith("error: "), outcome
     assert all(word in outcome.err for word in words) and "DeepSpeed" not in outcome.err, outcome.err
@@ -95,7 +95,7 @@ def test_a_signal_ends_all_of_it(config, tmp_path, number, foreground):
     until = time.monotonic() + 200
     while time.monotonic() < until and not (output.exists() and output.stat().st_size):
         time.sleep(0.1)
-    assert len(job.descendants()) >= 4, job.said()  # this command, DeepSpeed's launcher, two ranks
+    assert len(job.descendants()) >= 4, job.output()  # this command, DeepSpeed's launcher, two ranks
     (os.killpg if foreground else os.kill)(job.process.pid, number)
     assert job.finish(60).code == 128 + number
     assert not (left := job.leftovers()), left
@@ -106,5 +106,5 @@ def test_a_signal_before_the_ranks_are_there_starts_none(config):
                    "def early(*_): os.kill(os.getpid(), signal.SIGTERM)\n"
                    "m.network.free_port = early\nm.start()",
                    "generate", "--config", config])
-    assert job.finish(100).code == 143, job.said()
-    assert "spawned" not in job.said("stdout") + job.said() and not job.leftovers()
+    assert job.finish(100).code == 143, job.output()
+    assert "spawned" not in job.output("stdout") + job.output() and not job.leftovers()

@@ -33,7 +33,7 @@ def engine(directory):
 
 
 @pytest.fixture(autouse=True)
-def nothing_was_said_yet(engine):
+def nothing_was_reported_yet(engine):
     """A reason is a warning once for an engine."""
     inspect.unwrap(engine.module.generate).reported.clear()
 

@@ -61,7 +61,7 @@ class Tape(TorchDispatchMode):
 
 
 class Stream:
-    """A stream of the accelerator's: work of one waits for that of another where it is told to."""
+    """A stream of the accelerator's: work of one waits for that of another where it is asked to."""
 
     def __init__(self) -> None:
         self.waited = []
@@ -272,7 +272,7 @@ def test_a_cpu_has_no_graphs(caplog):
     assert not cuda_graph.wanted({}, Group(0, 1))
 
 
-def test_ranks_that_sum_over_gloo_are_told(engine, monkeypatch):
+def test_ranks_that_sum_over_gloo_are_reported(engine, monkeypatch):
     """As ranks that share a GPU do. Asked of the real group of this process, as if there were a GPU."""
     class Gpu:
         device_name = staticmethod(lambda: "cuda")

@@ -75,7 +75,7 @@ def test_changed_script_prints_what_one_process_prints(tmp_path, one_process, ra
 def test_a_script_that_ends_has_left_its_group(tmp_path):
     """Or gloo's threads may abort it. What is registered first runs last."""
     script = changed(tmp_path, "kept")
-    script.write_text("import atexit\n\n\n@atexit.register\ndef told():\n    import torch\n"
+    script.write_text("import atexit\n\n\n@atexit.register\ndef reported():\n    import torch\n"
                       "    print(f'in a group: {torch.distributed.is_initialized()}\\n', end='')\n\n\n"
                       + script.read_text())
     outcome = run(2, script, "--ds_inference")

@@ -116,9 +116,9 @@ def test_the_three_lines_are_importable(installed, away):
     done = run(installed, away, "-W", "ignore", "-c", "import adapter, policies; print(adapter.__file__);"
                "print(adapter.init_inference.__name__, adapter.deepspeed_kwargs.__name__)")
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()  # DeepSpeed talks on stdout too
-    assert any(line.startswith(str(installed.parents[1])) for line in said) and str(ROOT) not in done.stdout
-    assert "init_inference deepspeed_kwargs" in said
+    reported = done.stdout.splitlines()  # DeepSpeed talks on stdout too
+    assert any(line.startswith(str(installed.parents[1])) for line in reported) and str(ROOT) not in done.stdout
+    assert "init_inference deepspeed_kwargs" in reported
 
 
 @pytest.mark.parametrize("module", MODULES)

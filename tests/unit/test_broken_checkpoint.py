@@ -246,7 +246,7 @@ def test_another_problem_does_not_hide_a_missing_tensor(tmp_path):
     assert "is also in" in message and "tensor 'lm_head.weight' [37, 24] is missing" in message
 
 
-def test_everything_wrong_is_told_at_once(tmp_path):
+def test_everything_wrong_is_reported_at_once(tmp_path):
     make_checkpoint(tmp_path, SMALL, files=5)
     files = sorted(f.name for f in tmp_path.glob("*.safetensors"))
     save(files[0], lambda t: t.update({"audio.proj.weight": torch.ones(2)}))(tmp_path)

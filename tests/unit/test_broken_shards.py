@@ -21,7 +21,7 @@ from adapter.config.schema import Weights
 from adapter.planning.load import make_plan
 from policies.errors import UserError
 
-# What does not fit is told, all of it
+# What does not fit is reported, all of it
 
 def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
     def apply(directory: Path) -> None:
@@ -140,7 +140,7 @@ def test_broken_shards_are_not_read(sound, tmp_path):
     assert any(MANIFEST in path for path in seen) and not any("passwd" in path or "rank-" in path for path in seen)
 
 
-def test_a_config_that_wants_something_else_is_told_both_and_what_to_do(sound):
+def test_a_config_that_wants_something_else_is_an_error_that_names_both_and_what_to_do(sound):
     message = complaint(sound, 4, "bfloat16", "int8", "data")
     for words in (("tp_size 2,", "is 4, its default where the config states none", "set tensor_parallel.tp_size=2",
                    "launch/shard.py with tensor_parallel.tp_size=4"),
@@ -151,7 +151,7 @@ def test_a_config_that_wants_something_else_is_told_both_and_what_to_do(sound):
     assert "its default" not in complaint(sound, 3)
 
 
-def test_everything_wrong_is_told_at_once(sound, tmp_path):
+def test_everything_wrong_is_reported_at_once(sound, tmp_path):
     directory = Path(shutil.copytree(sound, tmp_path / "shards"))
     edit_header(lambda h: h[NORM].update(shape=[4, 6]), 0)(directory)
     resize(-1)(directory)

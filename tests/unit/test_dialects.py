@@ -37,7 +37,7 @@ MERGER = {"visual.merger.mlp.0", "visual.merger.mlp.2"}
 
 
 def specs(config: dict) -> dict[str, dict]:
-    """Published pattern -> what is said of it."""
+    """Published pattern -> what it becomes."""
     return {s["patterns"][0].strip("^$").replace("\\.", ".").replace("\\d+", "*").removesuffix(".weight"):
             {k: v for k, v in s.items() if k not in ("patterns", "model_types")}
             for s in config["partition_config"]["layer_specs"]}
@@ -49,23 +49,23 @@ def test_row_parallel_lists_the_row_parallel_layers_of_every_stack():
 
 
 def test_injection_policy_is_the_text_stack_alone():
-    said = injection_policy(POLICY, SEVEN, 4)
-    assert said.words == {"model.layers": ("self_attn.o_proj", "mlp.down_proj")}
-    assert said.whole.keys() == {m for m in CUT if m.startswith("visual.")} | {"model.embed_tokens"}
+    translation = injection_policy(POLICY, SEVEN, 4)
+    assert translation.words == {"model.layers": ("self_attn.o_proj", "mlp.down_proj")}
+    assert translation.whole.keys() == {m for m in CUT if m.startswith("visual.")} | {"model.embed_tokens"}
 
 
 def test_partition_config_of_the_7b():
-    said = partition_config(POLICY, SEVEN, 4)
-    assert said.words["autotp_size"] == 4
+    translation = partition_config(POLICY, SEVEN, 4)
+    assert translation.words["autotp_size"] == 4
     column, row, skip = ({"partition_type": t} for t in ("column", "row", "skip"))
     text = {f"model.layers.*.self_attn.{n}_proj": row if n == "o" else column for n in "qkvo"}
     text |= {f"model.layers.*.mlp.{n}_proj": row if n == "down" else column for n in ("gate", "up", "down")}
-    assert specs(said.words) == text | {
+    assert specs(translation.words) == text | {
         "model.embed_tokens": skip, "lm_head": {**column, "gather_output": True},
         "visual.blocks.*.attn.qkv": {**column, "shape": [3, -1], "partition_dim": 0},
         "visual.blocks.*.attn.proj": row, "visual.blocks.*.mlp.fc1": column, "visual.blocks.*.mlp.fc2": row,
         "visual.merger.mlp.0": skip, "visual.merger.mlp.2": skip}
-    assert said.whole.keys() == {"model.embed_tokens"} | MERGER
+    assert translation.whole.keys() == {"model.embed_tokens"} | MERGER
 
 
 def test_partition_config_leaves_a_tied_head_and_misaligned_vision_heads_whole():
@@ -78,23 +78,23 @@ def test_partition_config_leaves_a_tied_head_and_misaligned_vision_heads_whole()
 
 
 def test_tp_plan_of_the_7b():
-    said = tp_plan(POLICY, SEVEN, 4)
+    translation = tp_plan(POLICY, SEVEN, 4)
     text, blocks = "model.language_model.layers.*", "model.visual.blocks.*"
-    assert said.words == {
+    assert translation.words == {
         "model.language_model.embed_tokens": "embedding_rowwise", "lm_head": "colwise_gather_output",
         **{f"{text}.self_attn.{n}_proj": "rowwise" if n == "o" else "colwise" for n in "qkvo"},
         f"{text}.mlp.gate_proj": "colwise", f"{text}.mlp.up_proj": "colwise", f"{text}.mlp.down_proj": "rowwise",
         f"{blocks}.attn.qkv": "colwise_gather_output", f"{blocks}.attn.proj": "rowwise_split_input",
         f"{blocks}.mlp.fc1": "colwise", f"{blocks}.mlp.fc2": "rowwise"}
-    assert said.whole.keys() == MERGER
+    assert translation.whole.keys() == MERGER
 
 
 @pytest.mark.parametrize("g", [SEVEN, TWO], ids=["7b", "2b"])
-def test_every_cut_row_is_said_or_left_whole_with_a_reason(g):
+def test_every_cut_row_is_named_or_left_whole_with_a_reason(g):
     newer = {_names(POLICY, module)[-1]: module for module in CUT}
-    said = {module for module, words in specs(partition_config(POLICY, g, 2).words).items()
+    translation = {module for module, words in specs(partition_config(POLICY, g, 2).words).items()
             if words["partition_type"] != "skip"}
-    cut = {"partition_config": said, "tp_plan": {newer[m] for m in tp_plan(POLICY, g, 2).words},
+    cut = {"partition_config": translation, "tp_plan": {newer[m] for m in tp_plan(POLICY, g, 2).words},
            "injection_policy": {m for m in CUT if m.startswith("model.layers")} | {"lm_head"}}  # cut unasked
     for dialect, say in DIALECTS.items():
         whole = say(POLICY, g, 2).whole
@@ -164,11 +164,11 @@ def test_which_sizes_are_refused(kv_heads, group, tp):
         ("injection_policy", "partition_config"), 0 < tp <= kv_heads)
     for dialect, say in DIALECTS.items():
         try:
-            said = say(POLICY, heads, tp)
+            translation = say(POLICY, heads, tp)
         except UserError:
             assert not can[dialect]
         else:
-            assert can[dialect] and json.loads(json.dumps(said.words))
+            assert can[dialect] and json.loads(json.dumps(translation.words))
 
 
 def test_a_stack_without_a_fused_qkv_can_be_injected():
@@ -207,10 +207,11 @@ def test_all_three_are_printed_and_a_refusal_is_one_of_the_answers(model):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_one_alone_is_printed_ready_for_use_and_what_stays_whole_is_told(model, dialect):
-    done, said = command(str(model), "--dialect", dialect, "--tp-size", "4"), DIALECTS[dialect](POLICY, SEVEN, 4)
-    assert done.returncode == 0 and json.loads(done.stdout) == json.loads(json.dumps(said.words))
-    assert all(module in done.stderr for module in said.whole) and done.stderr.count("\n") == len(said.whole)
+def test_one_alone_is_printed_ready_for_use_and_what_stays_whole_is_reported(model, dialect):
+    done, translation = command(str(model), "--dialect", dialect, "--tp-size", "4"), DIALECTS[dialect](POLICY, SEVEN, 4)
+    assert done.returncode == 0 and json.loads(done.stdout) == json.loads(json.dumps(translation.words))
+    assert all(module in done.stderr for module in translation.whole)
+    assert done.stderr.count("\n") == len(translation.whole)
 
 
 def test_a_named_dialect_that_refuses_ends_with_2(model):

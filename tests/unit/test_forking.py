@@ -26,12 +26,12 @@ def script(directory: Path, text: str, name: str = "script.py") -> Path:
 def test_a_rank_is_what_the_launcher_s_is(tmp_path):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT",
              "MINE")
-    said = script(tmp_path, "row = [sys.argv[1:], __name__, os.getcwd(), sys.path[0], sys.stdin.read(),"
+    reported = script(tmp_path, "row = [sys.argv[1:], __name__, os.getcwd(), sys.path[0], sys.stdin.read(),"
                             f"{{name: os.environ.get(name) for name in {names}}}]\n"
                             "os.write(1, (json.dumps(row) + chr(10)).encode())")
     both = []
     for launcher in ("deepspeed", "fork"):
-        outcome = launch(2, said, "a", "--x=c", launcher=launcher, env={"MINE": "x"}, port=29765, cwd=tmp_path)
+        outcome = launch(2, reported, "a", "--x=c", launcher=launcher, env={"MINE": "x"}, port=29765, cwd=tmp_path)
         assert outcome.code == 0, outcome.err[-3000:]
         both.append(sorted(line for line in outcome.out.splitlines() if line.startswith("[[")))
     assert len(both[0]) == 2 and both[0] == both[1]
@@ -61,7 +61,7 @@ def test_exit_handlers_run_and_threads_are_waited_for(tmp_path):
 def test_a_signal_ends_a_job_that_ignores_it(tmp_path, number):
     job = Job(2, script(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('here')\n"
                                   "while True:\n    time.sleep(1)"))
-    while job.said("stdout").count("here") < 2:
+    while job.output("stdout").count("here") < 2:
         time.sleep(0.02)
     os.kill(job.process.pid, number)
     assert job.finish(60).code == 1 and not job.leftovers()
@@ -87,7 +87,7 @@ def test_a_name_left_in_shared_memory_is_found_and_another_job_s_is_not(tmp_path
     job = Job(1, other)
     try:
         first = Job(1, script(tmp_path, f"open({str(names[0])!r}, 'w').close()"))
-        while "mapped" not in job.said("stdout"):
+        while "mapped" not in job.output("stdout"):
             time.sleep(0.02)
         first.finish(60)
         assert first.leftovers(0.5) == [str(names[0])]

@@ -93,7 +93,7 @@ def test_tokens_after_the_end_are_padding():
     assert _until_end([7, 8], (4,)) == [7, 8]
 
 
-def test_no_requests_is_said():
+def test_no_requests_is_reported():
     with pytest.raises(UserError, match="requests"):
         make_processor(from_dict({"model": {"path": str(DEMO)}}), 100)
 

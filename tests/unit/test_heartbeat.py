@@ -69,8 +69,8 @@ def pass_seconds(clock, seconds, listener, *speakers):
         clock.now += 0.25
         for speaker in speakers:
             speaker._send(HERE, "")
-        if said := listener.look(HERE):
-            return said, clock.now - began
+        if reported := listener.look(HERE):
+            return reported, clock.now - began
     return None
 
 
@@ -97,8 +97,8 @@ def test_a_rank_speaks_twice_a_second(ranks, clock):
 
 def test_a_silent_host_is_named_with_its_address_and_ranks(ranks, clock):
     assert pass_seconds(clock, 30, ranks[1], ranks[0], ranks[2], ranks[3]) is None
-    said, after = pass_seconds(clock, 60, ranks[1], ranks[3])
-    assert said.startswith("host alpha (127.0.0.1, rank 0, 2) has not been heard of for 30 s")
+    reported, after = pass_seconds(clock, 60, ranks[1], ranks[3])
+    assert reported.startswith("host alpha (127.0.0.1, rank 0, 2) has not been heard of for 30 s")
     assert 30 <= after < 31
 
 
@@ -128,8 +128,8 @@ def test_a_host_that_was_never_heard_is_named_once_and_ends_nothing(ranks, clock
 def test_a_farewell_is_heard_with_the_name_of_its_host(ranks, message):
     ranks[1].farewell(message)
     for rank in (ranks[0], ranks[2], ranks[3]):
-        said = rank.look(HERE)
-        assert said.startswith("host beta: " + message[:LONGEST // 2]) and len(said) < LONGEST + 20
+        reported = rank.look(HERE)
+        assert reported.startswith("host beta: " + message[:LONGEST // 2]) and len(reported) < LONGEST + 20
 
 
 def test_a_farewell_of_any_text_is_sent(ranks):
@@ -190,8 +190,8 @@ def test_a_port_that_is_closed_by_now_is_silence(ranks, clock, alarm):
     with pytest.raises(ConnectionRefusedError):
         ranks[1]._line.recv(2048)
     ranks[1].farewell("x")
-    said, _ = pass_seconds(clock, 60, ranks[1], ranks[0], ranks[2])
-    assert said.startswith("host gamma")
+    reported, _ = pass_seconds(clock, 60, ranks[1], ranks[0], ranks[2])
+    assert reported.startswith("host gamma")
 
 
 def test_a_broken_socket_keeps_no_look_for_ever(ranks, clock, alarm):
@@ -214,8 +214,8 @@ def test_ipv6(clock):
         pytest.skip(str(error))
     with closing(pair[0]), closing(pair[1]):
         assert pass_seconds(clock, 2, *pair) is None and pair[0].distant[1].state == HERE
-        said, _ = pass_seconds(clock, 60, pair[0])
-        assert said.startswith("host beta (::1, rank 1) has not been heard")
+        reported, _ = pass_seconds(clock, 60, pair[0])
+        assert reported.startswith("host beta (::1, rank 1) has not been heard")
 
 
 def test_addresses_of_another_family_are_silence_and_no_error(clock):

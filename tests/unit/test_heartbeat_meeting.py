@@ -100,9 +100,9 @@ def test_hosts_of_one_name_get_their_first_rank_to_it():
 @pytest.mark.parametrize("late, root, preparing", [(0, 0, True), (4, 4, True), (4, 0, False), (0, 4, False)])
 def test_the_rank_that_prepares_requests_is_its_replicas_first(late, root, preparing):
     waiting, away = CollectiveState(9, True, BROADCAST, 1), CollectiveState(8, False, ALL_REDUCE, 224)
-    said = describe(waiting, {late: away}, {late: f"rank {late} (host beta)"}, 7.2, root)
-    assert said.startswith(f"rank {late} (host beta) has been ")
-    assert ("preparing requests" in said) == preparing and "collective 9 (broadcast of 1 values)" in said
+    reported = describe(waiting, {late: away}, {late: f"rank {late} (host beta)"}, 7.2, root)
+    assert reported.startswith(f"rank {late} (host beta) has been ")
+    assert ("preparing requests" in reported) == preparing and "collective 9 (broadcast of 1 values)" in reported
 
 
 def test_the_line_to_a_master_of_ipv6(monkeypatch):

@@ -71,9 +71,9 @@ def load(config: Path, *cases: list[str], **env: str) -> list:
 def error_of(answer) -> str:
     """The message, of one line; what is wrong with the file itself is on a second one."""
     assert isinstance(answer, dict), answer
-    *name, said = answer["error"].splitlines()
+    *name, reported = answer["error"].splitlines()
     assert not name or (len(name) == 1 and "1 problem" in name[0]), answer["error"]
-    return said
+    return reported
 
 
 def test_a_model_is_downloaded_once_and_found_again_offline(config, hub):
@@ -85,19 +85,19 @@ def test_a_model_is_downloaded_once_and_found_again_offline(config, hub):
     by_name, by_commit, gone = load(config, [], [f"model.revision={hub.commit('demo/qwen')}"],
                                     ["model.path=demo/other"], HF_HUB_OFFLINE="1")
     assert by_name == by_commit == first
-    said = error_of(gone)
+    reported = error_of(gone)
     for word in ("model.path = demo/other", "HF_HUB_OFFLINE", str(config.parent / "hf"), "no directory of that name",
                  "one on the command line from the current directory"):
-        assert word in said
+        assert word in reported
 
 
 def test_each_refusal_is_one_line_that_says_what_to_do(config, hub):
     unknown, gated, revision = map(error_of, load(
         config, ["model.path=demo/none"], ["model.path=demo/gated"], ["model.revision=v9"], HF_ENDPOINT=hub.url))
-    for said, words in ((unknown, ["demo/none", hub.url, "no such model", "no directory", "spelling"]),
+    for reported, words in ((unknown, ["demo/none", hub.url, "no such model", "no directory", "spelling"]),
                         (gated, ["demo/gated", f"{hub.url}/demo/gated", "terms", "HF_TOKEN"]),
                         (revision, ["demo/qwen", "'v9'", "a branch"])):
-        assert all(word in said for word in words), said
+        assert all(word in reported for word in words), reported
     assert hub.sent() == 0
     unreachable = error_of(load(config, [], HF_ENDPOINT="http://127.0.0.1:9")[0])
     assert "http://127.0.0.1:9 cannot be reached" in unreachable and "network" in unreachable
@@ -130,7 +130,7 @@ def test_ranks_of_a_host_download_once(config, hub):
     assert hub.sent("model.safetensors") == (DEMO / "model.safetensors").stat().st_size
 
 
-def test_a_wait_is_told_and_bounded(monkeypatch, tmp_path, caplog):
+def test_a_wait_is_reported_and_bounded(monkeypatch, tmp_path, caplog):
     import fcntl
 
     from adapter.config import hub as module

@@ -212,7 +212,7 @@ def test_formats_that_cannot_be_computed_here_are_refused_with_the_way_out(monke
         kernels.check(INT4, torch.bfloat16, "cpu")
 
 
-def test_a_plain_weight_without_kernels_is_multiplied_by_torch_and_said(monkeypatch, caplog):
+def test_a_plain_weight_without_kernels_is_multiplied_by_torch_and_reported(monkeypatch, caplog):
     monkeypatch.setattr(kernels, "missing", lambda: "no compiler")
     kernels.check(DENSE, torch.bfloat16, "cpu")
     assert "no compiler" in caplog.text

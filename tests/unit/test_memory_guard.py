@@ -35,7 +35,7 @@ def processor():
 
 
 @pytest.mark.parametrize("error", NONE_LEFT, ids=lambda error: type(error).__name__)
-def test_memory_is_told_from_other_errors(error):
+def test_memory_is_distinguished_from_other_errors(error):
     assert is_out_of_memory(error)
     assert not any(map(is_out_of_memory, (RuntimeError("shape"), ValueError("can't allocate memory"))))
 

@@ -235,7 +235,7 @@ def test_a_bias_forgotten_or_invented_is_an_error(bias, message):
         replace(POLICY, table=table).check_claims(LAYERED.tensors(), geometry_of(LAYERED))
 
 
-def test_every_mismatch_is_told_at_once():
+def test_every_mismatch_is_reported_at_once():
     lost, extra = {"model.norm.weight", "visual.blocks.1.norm2.bias"}, {"model.extra.weight"}
     names = (LAYERED.tensors().keys() - lost) | extra
     with pytest.raises(UserError) as caught:

@@ -230,7 +230,7 @@ def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch, error):
     assert seen[-1] == [".shards.partial", "model"] and left(tmp_path) == ["model"]
 
 
-def test_a_file_that_cannot_grow_is_said_and_leaves_nothing(tmp_path):
+def test_a_file_that_cannot_grow_is_reported_and_leaves_nothing(tmp_path):
     plan, checkpoint = original(tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 10, before[1]))
@@ -242,7 +242,7 @@ def test_a_file_that_cannot_grow_is_said_and_leaves_nothing(tmp_path):
     assert left(tmp_path) == ["model"]
 
 
-def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_space_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     plan, checkpoint = original(tmp_path)
     monkeypatch.setattr(shard.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 20_000))
     with pytest.raises(UserError, match=r"0\.\d\d GB are needed, 0\.00 GB are free"):

@@ -110,7 +110,7 @@ def test_a_rank_that_does_not_come_is_named():
         regions[1].all_reduce(torch.ones(4), None)
 
 
-def test_ranks_that_do_not_share_the_same_message_are_told():
+def test_ranks_that_do_not_share_the_same_message_are_reported():
     for other in (torch.ones(5), torch.ones(4, dtype=torch.bfloat16), torch.ones(300000)):
         regions = opened([os.getpid()] * 2)
         found = in_threads(regions, lambda region, index, other=other: region.all_reduce(
@@ -165,8 +165,8 @@ def test_schemas_and_fakes_say_what_the_operators_do():
     opcheck(OPS.all_gather_.default, (torch.zeros(16), torch.ones(4, 4), region.handle))
 
 
-@pytest.mark.parametrize("refusals, said", [
+@pytest.mark.parametrize("refusals, reported", [
     ([None, None], None), (["no", "no"], "no"), ([None, "no"], "rank 1: no"), (["a", "b"], "rank 0: a; rank 1: b"),
 ])
-def test_what_ranks_refuse_in_words(refusals, said):
-    assert common(refusals) == said
+def test_what_ranks_refuse_in_words(refusals, reported):
+    assert common(refusals) == reported

@@ -56,8 +56,8 @@ def test_the_quickest_for_a_prompt_and_its_answer(ours, deepspeed, torch_group, 
 def test_the_only_possible_one_needs_no_figures():
     assert quickest((TORCH,), {}) is TORCH
     assert describe(TORCH, (4096, 524288), {}, {"ours": "no compiler"}) == "torch group; not ours: no compiler"
-    said = describe(OURS, (3072, 524288), {"ours": (3.4, 99.6)}, {})
-    assert said == "ours; microseconds for 3 KB and 524 KB: ours 3 and 100"
+    reported = describe(OURS, (3072, 524288), {"ours": (3.4, 99.6)}, {})
+    assert reported == "ours; microseconds for 3 KB and 524 KB: ours 3 and 100"
 
 
 def test_a_rank_alone_sums_nothing():

@@ -146,17 +146,17 @@ def test_the_command_says_what_it_costs(tmp_path):
     make_checkpoint(tmp_path / "m")
     file = tmp_path / "c.yaml"
     file.write_text("model: {path: m, dtype: float32}\ntensor_parallel: {tp_size: 2, vision: auto}\n")
-    said = subprocess.run([sys.executable, "launch/plan.py", "--config", str(file)], cwd=ROOT, capture_output=True,
+    done = subprocess.run([sys.executable, "launch/plan.py", "--config", str(file)], cwd=ROOT, capture_output=True,
                           text=True, timeout=60)
-    assert said.returncode == 0, said.stderr
+    assert done.returncode == 0, done.stderr
     for words in ("vision auto: each rank holds the whole encoder", "GB more than split", "GFLOP",
                   "a byte sent counts as 100 FLOP"):
-        assert words in said.stdout, said.stdout
-    assert "n^2" not in said.stdout
+        assert words in done.stdout, done.stdout
+    assert "n^2" not in done.stdout
     line = r"^vision, {}: +data +([\d.]+) GFLOP, tensor +([\d.]+) GFLOP; auto takes (\w+)$"
-    one, two = (re.search(line.format(what), said.stdout, re.MULTILINE)
+    one, two = (re.search(line.format(what), done.stdout, re.MULTILINE)
                 for what in ("1 image of 1024 patches", "2 images of 1024"))
-    assert one and two and (one[3], two[3]) == ("tensor", "data") and float(one[1]) > float(one[2]), said.stdout
+    assert one and two and (one[3], two[3]) == ("tensor", "data") and float(one[1]) > float(one[2]), done.stdout
     assert float(two[2]) == pytest.approx(price(plan_of()).tensor([1024, 1024]) / 1e9, rel=0.01)
     facts = json.loads(subprocess.run([sys.executable, "launch/plan.py", "--json", "--config", str(file)], cwd=ROOT,
                                       capture_output=True, text=True, timeout=60).stdout)
@@ -168,7 +168,7 @@ def test_another_word_is_an_error_that_names_the_three(tmp_path):
     make_checkpoint(tmp_path / "m")
     file = tmp_path / "c.yaml"
     file.write_text("model: {path: m}\ntensor_parallel: {tp_size: 2, vision: datum}\n")
-    said = subprocess.run([sys.executable, "launch/plan.py", "--config", str(file)], cwd=ROOT, capture_output=True,
+    done = subprocess.run([sys.executable, "launch/plan.py", "--config", str(file)], cwd=ROOT, capture_output=True,
                           text=True, timeout=60)
-    assert said.returncode == 2 and "tensor_parallel.vision" in said.stderr
-    assert all(word in said.stderr for word in ("tensor", "data", "auto", "datum")) and "Traceback" not in said.stderr
+    assert done.returncode == 2 and "tensor_parallel.vision" in done.stderr
+    assert all(word in done.stderr for word in ("tensor", "data", "auto", "datum")) and "Traceback" not in done.stderr

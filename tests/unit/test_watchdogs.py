@@ -105,28 +105,28 @@ def test_on_accelerators_only_what_was_enqueued_is_claimed():
     assert "NCCL" not in describe(WAITING, {1: AWAY}, {1: "R1"}, 7.2)
 
 
-def test_waiting_is_said_after_seconds_and_again_after_a_minute_and_a_stop_does_not_count(monkeypatch):
+def test_waiting_is_reported_after_seconds_and_again_after_a_minute_and_a_stop_does_not_count(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
-    lateness, said = Lateness(), []
+    lateness, reported = Lateness(), []
 
     def pass_seconds(seconds: float, mine: CollectiveState) -> float:
         for _ in range(int(seconds / watchdog.INTERVAL_S)):
             now[0] += watchdog.INTERVAL_S
             waited = lateness.look(mine)
             if lateness.is_report_due():
-                said.append(round(waited))
+                reported.append(round(waited))
         return waited
 
     pass_seconds(130, WAITING)
-    assert said == [5, 65, 125]
+    assert reported == [5, 65, 125]
     pass_seconds(4, AHEAD)
-    assert said == [5, 65, 125]
+    assert reported == [5, 65, 125]
     now[0] += 3600  # this process was stopped, or its machine asleep
     assert pass_seconds(0.5, AHEAD) < 6
 
 
-def test_no_shared_memory_is_said_and_stops_nothing(monkeypatch, caplog):
+def test_no_shared_memory_is_reported_and_stops_nothing(monkeypatch, caplog):
     from adapter.parallel import parallel_state, progress
 
     def refuse(name: str) -> int:

@@ -1,4 +1,4 @@
-// softmax(q k^T * scale) v in bfloat16: of a vision tower, where every token sees every token of its picture, of a prompt,
+// softmax(q k^T * scale) v in bfloat16: of a vision encoder, where every token sees every token of its image, of a prompt,
 // where it sees those up to itself, and of a decode step's tokens. Scores and sums are float32, probabilities are rounded
 // to bfloat16 for the second product, as in torch's flash attention on CPU, which takes twice the time at these sizes.
 //

@@ -20,14 +20,14 @@ SIGNS = ("socket.", "subprocess.", "os.fork", "os.posix_spawn", "os.exec", "os.s
 
 name, started, command, *sys.argv[1:] = sys.argv
 sys.argv[0] = command
-said = os.open(started, os.O_WRONLY | os.O_CREAT)
+reported = os.open(started, os.O_WRONLY | os.O_CREAT)
 used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
 
 
 def watch(event: str, details: tuple) -> None:
     if event.startswith(SIGNS) or (event == "open" and str(details[0]).startswith("/dev/shm")):
-        os.write(said, f"{event} {details!r}\n".encode())
+        os.write(reported, f"{event} {details!r}\n".encode())
 
 
 sys.addaudithook(watch)

@@ -1,4 +1,4 @@
-"""Malformed pictures, films, prompts and chats fail as requests, with their id and a reason; and a checkpoint whose
+"""Malformed pictures, videos, prompts and chats fail as requests, with their id and a reason; and a checkpoint whose
 tokenizer, processor or chat template is broken is refused before any rank joins another."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def encoded(kind: str) -> bytes:
 PICTURES = {kind: encoded(kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")}
 
 
-def film(frames: int = 12, container: str = "mp4") -> bytes:
+def video(frames: int = 12, container: str = "mp4") -> bytes:
     out = io.BytesIO()
     with av.open(out, "w", container) as file:
         stream = file.add_stream("mpeg4", rate=4)
@@ -119,7 +119,7 @@ WRITTEN: dict[str, tuple[bytes, str]] = {  # a picture -> a word of the reason
     "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>', TEXT),
     "PDF": (b"%PDF-1.7\n1 0 obj\n<< >>\nendobj\n", TEXT),
     "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", TEXT),
-    "a film": (film(2), TEXT),
+    "a video": (video(2), TEXT),
     "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", TEXT),
     "a terabyte of pixels, PNG": (png(1_000_000, 1_000_000), "pixels"),
     "the most pixels, PNG": (png(2**31 - 1, 2**31 - 1), "pixels"),
@@ -170,7 +170,7 @@ NAMED: dict[str, tuple[str, str]] = {  # what is stated as a picture -> a word o
     "a pipe": ("touch executed |", "no such file"),
     "data, no kind": ("data:;base64," + B64, "must read data:image/"),
     "data, text": ("data:text/plain;base64," + B64, "must read data:image/"),
-    "data, a film": ("data:video/mp4;base64," + B64, "must read data:image/"),
+    "data, a video": ("data:video/mp4;base64," + B64, "must read data:image/"),
     "data, no base64": ("data:image/png," + B64, "must read data:image/"),
     "data, only the word": ("data:", "must read data:image/"),
     "data, letters outside": ("data:image/png;base64," + B64[:40] + "!" + B64[41:], "not valid base64"),
@@ -181,12 +181,12 @@ NAMED: dict[str, tuple[str, str]] = {  # what is stated as a picture -> a word o
     "data, nothing": ("data:image/png;base64,", TEXT),
     "data, URL-safe letters": ("data:image/png;base64,-_-_" + B64[4:], "not valid base64"),
 }
-FILM = film()
-FILMS: dict[str, tuple[bytes | None, str]] = {
-    **{f"cut at {percent} %": (FILM[: len(FILM) * percent // 100], "")
+VIDEO = video()
+VIDEOS: dict[str, tuple[bytes | None, str]] = {
+    **{f"cut at {percent} %": (VIDEO[: len(VIDEO) * percent // 100], "")
        for percent in (1, 5, 20, 40, 60, 80, 95)},
     "nothing": (b"", "empty"),
-    "text": (b"a film", "cannot be decoded"),
+    "text": (b"a video", "cannot be decoded"),
     "HTML": (b"<html></html>", "cannot be decoded"),
     "zeros": (bytes(5000), "cannot be decoded"),
     "a concat list": (b"ffconcat version 1.0\nfile '/etc/passwd'\n", "cannot be decoded"),
@@ -194,12 +194,12 @@ FILMS: dict[str, tuple[bytes | None, str]] = {
     "a DASH manifest": (b'<?xml version="1.0"?><MPD><Period/></MPD>', "cannot be decoded"),
     "an SDP file": (b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nm=video 9 RTP/AVP 96\n", ""),
     "a zip file": (b"PK\x03\x04" + bytes(100), "cannot be decoded"),
-    "no track": (FILM.replace(b"trak", b"free"), "not one frame"),
-    "no samples": (FILM.replace(b"stsz", b"free"), ""),
-    "no chunks": (FILM.replace(b"stco", b"free"), ""),
-    "a length that lies": (b"\xff\xff\xff\xff" + FILM[4:], "cannot be decoded"),
-    "only a head": (FILM[:32], "cannot be decoded"),
-    "no frame": (film(0, "avi"), ""),
+    "no track": (VIDEO.replace(b"trak", b"free"), "not one frame"),
+    "no samples": (VIDEO.replace(b"stsz", b"free"), ""),
+    "no chunks": (VIDEO.replace(b"stco", b"free"), ""),
+    "a length that lies": (b"\xff\xff\xff\xff" + VIDEO[4:], "cannot be decoded"),
+    "only a head": (VIDEO[:32], "cannot be decoded"),
+    "no frame": (video(0, "avi"), ""),
 }
 PICTURE = "data:image/png;base64," + B64
 CHATS: dict[str, tuple[dict[str, Any], list[str]]] = {  # a request -> words of its reason
@@ -225,7 +225,7 @@ CHATS: dict[str, tuple[dict[str, Any], list[str]]] = {  # a request -> words of 
     "frames of two sizes": ({"prompt": "a", "videos": [[PICTURE, "data:image/png;base64," + base64.b64encode(
         png(4, 4, data=bytes(52))).decode()]]}, ["not of the same size"]),
     "a frame gone": ({"prompt": "a", "videos": [[PICTURE, "gone.png"]]}, ["gone.png", "no such file"]),
-    "a picture as a film": ({"prompt": "a", "videos": [PICTURE]}, ["must read data:video/"]),
+    "a picture as a video": ({"prompt": "a", "videos": [PICTURE]}, ["must read data:video/"]),
     "a bad picture in a chat": ({"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": "https://example.com/x"}}, {"type": "text", "text": "a"}]}]},
         ["download it first"]),
@@ -274,9 +274,9 @@ def test_a_file_that_cannot_be_opened(fails, tmp_path, what):
     fails({"prompt": "a", "videos": ["p.png"]}, ["p.png"])
 
 
-@pytest.mark.parametrize("case", FILMS)
-def test_a_film_that_is_none(fails, tmp_path, case):
-    data, word = FILMS[case]
+@pytest.mark.parametrize("case", VIDEOS)
+def test_a_video_that_is_none(fails, tmp_path, case):
+    data, word = VIDEOS[case]
     (tmp_path / "f.mp4").write_bytes(data)
     fails({"prompt": "a", "videos": ["f.mp4"]}, ["f.mp4", word])
 
@@ -306,7 +306,7 @@ FIELDS: dict[str, tuple[str, str, Any]] = {
     "a template of nothing": ("chat_template.json", "chat_template", ""),
     "a template that is a number": ("chat_template.json", "chat_template", 5),
     "another picture token": ("config.json", "image_token_id", 9),
-    "another film token": ("config.json", "video_token_id", 9),
+    "another video token": ("config.json", "video_token_id", 9),
 }
 
 
@@ -347,4 +347,4 @@ def test_a_field_of_a_side_file(refused, tmp_path, case):
 
 
 def test_there_are_enough_of_them():
-    assert len(MUTATED) + len(WRITTEN) + len(NAMED) + len(FILMS) + len(CHATS) + len(SPECIAL) >= 150
+    assert len(MUTATED) + len(WRITTEN) + len(NAMED) + len(VIDEOS) + len(CHATS) + len(SPECIAL) >= 150

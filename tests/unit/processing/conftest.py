@@ -5,20 +5,20 @@ from __future__ import annotations
 import warnings
 
 import pytest
-from media_and_requests import CHECKPOINT, LIMITS, data_url, film, picture
+from media_and_requests import CHECKPOINT, LIMITS, data_url, picture, video
 
 from adapter.requests.processing import RequestProcessor
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
-    """Pictures and films of every kind that the tests use, by name."""
+    """Pictures and videos of every kind that the tests use, by name."""
     home = tmp_path_factory.mktemp("media")
     made = {"a": picture(home / "a.png"), "b": picture(home / "b.png", (56, 112), 1)}
-    made["long"] = film(home / "long.mp4", range(0, 200, 5))  # 40 frames, 10 seconds
+    made["long"] = video(home / "long.mp4", range(0, 200, 5))  # 40 frames, 10 seconds
     for n in (1, 2, 3, 5):
-        made[f"film{n}"] = film(home / f"film{n}.mp4", range(0, 40 * n, 40))
-    made["a_url"], made["film3_url"] = data_url(made["a"], "image/png"), data_url(made["film3"], "video/mp4")
+        made[f"video{n}"] = video(home / f"video{n}.mp4", range(0, 40 * n, 40))
+    made["a_url"], made["video3_url"] = data_url(made["a"], "image/png"), data_url(made["video3"], "video/mp4")
     made["home"] = str(home)
     return made
 

@@ -1,4 +1,4 @@
-"""Pictures, films and requests as these tests make them, and what they ask of a processor."""
+"""Pictures, videos and requests as these tests make them, and what they ask of a processor."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def picture(path: Path, size=SIZE, seed=0, **how) -> str:
     return str(path)
 
 
-def film(path: Path, levels, rate=4, size=SIZE, codec="mpeg4") -> str:
-    """A film of even frames, each of one grey level."""
+def video(path: Path, levels, rate=4, size=SIZE, codec="mpeg4") -> str:
+    """A video of even frames, each of one grey level."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"

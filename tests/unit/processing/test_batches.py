@@ -23,10 +23,10 @@ from adapter.requests.processing import RequestProcessor, collate
         ({"images": ["a"]}, {"image": [[1, 4, 6]]}),
         ({"images": ["a", "b"]}, {"image": [[1, 4, 6], [1, 8, 4]]}),
         ({"images": ["a_url"]}, {"image": [[1, 4, 6]]}),
-        ({"videos": ["film3"]}, {"video": [[2, 4, 6]]}),
-        ({"videos": ["film3_url"]}, {"video": [[2, 4, 6]]}),
+        ({"videos": ["video3"]}, {"video": [[2, 4, 6]]}),
+        ({"videos": ["video3_url"]}, {"video": [[2, 4, 6]]}),
         ({"videos": [["a", "a", "a"]]}, {"video": [[2, 4, 6]]}),
-        ({"images": ["b"], "videos": ["long", "film2"]}, {"image": [[1, 8, 4]], "video": [[10, 4, 6], [1, 4, 6]]}),
+        ({"images": ["b"], "videos": ["long", "video2"]}, {"image": [[1, 8, 4]], "video": [[10, 4, 6], [1, 4, 6]]}),
     ],
 )
 def test_tensors(processor, files, media, grids):
@@ -65,8 +65,8 @@ def test_other_tensors_of_a_family_are_kept(files, tmp_path, family):
     shutil.copy(CHECKPOINT / "merges.txt", tmp_path)
     processor = RequestProcessor(tmp_path, Processor(min_pixels=784, max_pixels=12544, fps=1.0), 2000)
     a = ask(processor, videos=[files["long"]]).tensors  # 40 frames of 10 seconds, 10 of them: 2 seconds in each patch
-    b = ask(processor, videos=[files["film2"]]).tensors
-    batch = collate([ask(processor, videos=[files["long"], files["film2"]]), ask(processor)], processor.pad_token_id)
+    b = ask(processor, videos=[files["video2"]]).tensors
+    batch = collate([ask(processor, videos=[files["long"], files["video2"]]), ask(processor)], processor.pad_token_id)
     assert a["second_per_grid_ts"].tolist() == pytest.approx([2.0])
     assert b["second_per_grid_ts"].tolist() == pytest.approx([0.5])
     assert batch["second_per_grid_ts"].tolist() == pytest.approx([2.0, 0.5])
@@ -76,9 +76,9 @@ def mixed(files) -> list[dict[str, object]]:
     return [
         {"prompt": "a"},
         {"prompt": "what is in the picture?", "images": [files["a"]]},
-        {"prompt": "what happens?", "videos": [files["film5"]]},
-        {"prompt": "a longer question about two pictures and a film?", "images": [files["b"], files["a"]],
-         "videos": [files["film3"]]},
+        {"prompt": "what happens?", "videos": [files["video5"]]},
+        {"prompt": "a longer question about two pictures and a video?", "images": [files["b"], files["a"]],
+         "videos": [files["video3"]]},
         {"prompt": "what colour?"},
     ]  # fmt: skip
 
@@ -88,15 +88,15 @@ def test_collate_is_the_processors_own_batch(processor, files):
     requests = [parse_request({"id": str(i), **raw}) for i, raw in enumerate(mixed(files))]
     own = processor._with_limits(requests[0])
     part = processing._video_processor(own)
-    films, images, texts = [], [], []
+    clips, images, texts = [], [], []
     for request in requests:
         turns = request.turns()
         texts.append(processor._render(turns))
         images += [load_image(value) for value in request.images]
-        films += [processor._load_video(value, own, processing._Room(2000)).frames for value in request.videos]
+        clips += [processor._load_video(value, own, processing._Room(2000)).frames for value in request.videos]
     how = {"do_sample_frames": False} if part is not own.image_processor else {}
     theirs = own(
-        text=texts, images=images, videos=films, padding=True, padding_side="left", return_tensors="pt", **how
+        text=texts, images=images, videos=clips, padding=True, padding_side="left", return_tensors="pt", **how
     )
     ours = collate([processor.prepare(request) for request in requests], processor.pad_token_id)
     assert {"pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw"} <= set(ours)

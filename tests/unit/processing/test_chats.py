@@ -27,10 +27,10 @@ def test_the_prompt_is_the_chat_templates(processor, files):
 
 
 def test_messages_are_the_same_as_a_prompt(processor, files):
-    parts = [{"type": "image_url", "image_url": {"url": files["a_url"]}}, {"type": "video", "video": files["film2"]}]
+    parts = [{"type": "image_url", "image_url": {"url": files["a_url"]}}, {"type": "video", "video": files["video2"]}]
     chat = [{"role": "user", "content": [*parts, {"type": "text", "text": "what?"}]}]
     by_chat = processor.prepare(parse_request({"id": "x", "messages": chat}))
-    by_prompt = ask(processor, images=[files["a"]], videos=[files["film2"]])
+    by_prompt = ask(processor, images=[files["a"]], videos=[files["video2"]])
     assert by_chat.id == "x"
     for key, tensor in by_prompt.tensors.items():
         assert torch.equal(by_chat.tensors[key], tensor), key
@@ -39,7 +39,7 @@ def test_messages_are_the_same_as_a_prompt(processor, files):
 @pytest.mark.parametrize("media", ["images", "videos", None])
 @pytest.mark.parametrize("prompt", ["", " ", "\n\t"])
 def test_an_empty_prompt_is_an_error_also_beside_a_picture(processor, files, media, prompt):
-    file = {"images": files["a"], "videos": files["film2"]}
+    file = {"images": files["a"], "videos": files["video2"]}
     assert "the prompt is empty" in reason(processor, prompt=prompt, **({media: [file[media]]} if media else {}))
 
 
@@ -71,15 +71,15 @@ def test_special_tokens_in_the_text_are_an_error(processor, files):
 
 def test_prompts_that_are_too_long_name_both_numbers(processor, files, monkeypatch):
     assert ask(processor, "word " * 300).prompt_tokens < 2000
-    told = reason(processor, prompt="word " * 3000)
-    assert "at most 2000 fit" in told and int(told.split()[3]) > 3000, told
+    reported = reason(processor, prompt="word " * 3000)
+    assert "at most 2000 fit" in reported and int(reported.split()[3]) > 3000, reported
     exact = ask(processor, images=[files["a"]]).prompt_tokens
     assert ask(RequestProcessor(CHECKPOINT, LIMITS, exact), images=[files["a"]]).prompt_tokens == exact
     less = RequestProcessor(CHECKPOINT, LIMITS, exact - 1)
     assert f"{exact} tokens, and at most {exact - 1} fit" in reason(less, images=[files["a"]])
 
 
-def test_pictures_and_films_that_are_too_many_are_refused_before_work_is_done(files, monkeypatch):
+def test_pictures_and_videos_that_are_too_many_are_refused_before_work_is_done(files, monkeypatch):
     small = RequestProcessor(CHECKPOINT, LIMITS, 50)
     monkeypatch.setattr(media, "_decode", lambda *_: pytest.fail("decoded"))
     assert "20 frames of 84 x 56 it has at least 60 tokens" in reason(small, videos=[files["long"]])
@@ -131,13 +131,13 @@ def text_of(processor, *messages) -> str:
     return processor._processor.tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("said", ["The colour is", "It is ", "", "a\n\n", "What colour?"])
+@pytest.mark.parametrize("reported", ["The colour is", "It is ", "", "a\n\n", "What colour?"])
 @pytest.mark.parametrize("parts", [False, True])
-def test_a_last_turn_of_the_assistant_is_continued(processor, said, parts):
-    content = [{"type": "text", "text": "I see: "}, {"type": "text", "text": said}] if parts else said
+def test_a_last_turn_of_the_assistant_is_continued(processor, reported, parts):
+    content = [{"type": "text", "text": "I see: "}, {"type": "text", "text": reported}] if parts else reported
     before = text_of(processor)
     assert before.endswith("<|im_start|>assistant\n")
-    assert text_of(processor, {"role": "assistant", "content": content}) == before + "I see: " * parts + said
+    assert text_of(processor, {"role": "assistant", "content": content}) == before + "I see: " * parts + reported
 
 
 def test_a_turn_of_the_assistant_before_the_last_stays_closed(processor):
@@ -147,18 +147,18 @@ def test_a_turn_of_the_assistant_before_the_last_stays_closed(processor):
 
 def test_what_goes_on_is_the_releases_own(processor):
     """Where the release can continue a message itself, the text is the same."""
-    said = {"role": "assistant", "content": [{"type": "text", "text": "The colour is"}]}
-    chat = [{"role": "user", "content": [{"type": "text", "text": "What colour?"}]}, said]
+    reported = {"role": "assistant", "content": [{"type": "text", "text": "The colour is"}]}
+    chat = [{"role": "user", "content": [{"type": "text", "text": "What colour?"}]}, reported]
     theirs = processor._processor.tokenizer.apply_chat_template(
         chat, chat_template=processor._processor.chat_template, tokenize=False, continue_final_message=True)
-    assert text_of(processor, said) == theirs
+    assert text_of(processor, reported) == theirs
 
 
 def test_only_text_can_be_continued(processor, files):
     parts = [{"type": "text", "text": "This: "}, {"type": "image", "image": files["a"]}]
-    said = {"role": "assistant", "content": parts}
+    reported = {"role": "assistant", "content": parts}
     with pytest.raises(RequestError, match="ends with image; only text can be continued"):
-        text_of(processor, said)
+        text_of(processor, reported)
 
 
 def test_a_template_that_leaves_the_last_turn_out(processor, monkeypatch):

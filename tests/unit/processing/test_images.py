@@ -29,7 +29,7 @@ from adapter.requests.processing import RequestError, RequestProcessor
     ],
 )
 def test_pixel_limits_request_over_section_over_checkpoint(files, tmp_path, kind, request_limits, section, limits):
-    file = picture(tmp_path / "p.png", (300, 200)) if kind == "images" else files["film2"]
+    file = picture(tmp_path / "p.png", (300, 200)) if kind == "images" else files["video2"]
     width, height = (300, 200) if kind == "images" else SIZE
     processor = RequestProcessor(CHECKPOINT, Processor(**section), 2000)
     grid = ask(processor, **{kind: [file]}, **request_limits).tensors[f"{kind[:-1]}_grid_thw"]
@@ -114,7 +114,7 @@ def bad_pictures(home: Path) -> dict[str, tuple[str, str]]:
         "ftp": ("FTP://example.com/x.png", "only local paths and data: URLs"),
         "url that is no image": (with_url, "not an image"),
         "url of text": ("data:text/plain;base64,aGk=", "must read data:image/"),
-        "url of a film": ("data:video/mp4;base64,aGk=", "must read data:image/"),
+        "url of a video": ("data:video/mp4;base64,aGk=", "must read data:image/"),
         "url without base64": ("data:image/png,abc", "must read data:image/"),
         "url with bad base64": ("data:image/png;base64,aG!k=", "not valid base64"),
         "url with short base64": ("data:image/png;base64,abcde", "not valid base64"),
@@ -126,9 +126,9 @@ def bad_pictures(home: Path) -> dict[str, tuple[str, str]]:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_pictures_are_named_with_a_reason(processor, tmp_path):
     for name, (value, words) in bad_pictures(tmp_path).items():
-        told = reason(processor, images=[value])
-        assert words in told, (name, told)
-        assert len(told) < 600, name
+        reported = reason(processor, images=[value])
+        assert words in reported, (name, reported)
+        assert len(reported) < 600, name
 
 
 def test_a_picture_too_small_for_a_patch_is_scaled_or_refused_in_words(processor, tmp_path):
@@ -144,8 +144,8 @@ def test_a_picture_too_small_for_a_patch_is_scaled_or_refused_in_words(processor
     [({"min_pixels": 50000}, {}), ({"max_pixels": 3136}, {}), ({"min_pixels": 9000}, {"max_pixels": 8000})],
 )
 def test_limits_that_contradict_each_other_across_sources(files, limits, section):
-    told = reason(RequestProcessor(CHECKPOINT, Processor(**section), 2000), images=[files["a"]], **limits)
-    assert "min_pixels = " in told and "is above max_pixels = " in told
+    reported = reason(RequestProcessor(CHECKPOINT, Processor(**section), 2000), images=[files["a"]], **limits)
+    assert "min_pixels = " in reported and "is above max_pixels = " in reported
 
 
 def test_limits_that_leave_nothing(processor, tmp_path):

@@ -1,4 +1,4 @@
-"""Films to frames: the right ones, no more of them than the model sees, and a reason for every wrong film."""
+"""Videos to frames: the right ones, no more of them than the model sees, and a reason for every wrong video."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from media_and_requests import CHECKPOINT, LIMITS, ask, film, reason
+from media_and_requests import CHECKPOINT, LIMITS, ask, reason, video
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from adapter.requests import media
@@ -39,7 +39,7 @@ def test_sample_holds_its_promises():
 
 
 def levels(tensors) -> list[float]:
-    """The grey level of each frame of one film, from its normalised patches [rows, 3 * 2 * 14 * 14]."""
+    """The grey level of each frame of one video, from its normalised patches [rows, 3 * 2 * 14 * 14]."""
     grid = tensors["video_grid_thw"][0].tolist()
     red = tensors["pixel_values_videos"].reshape(grid[0], grid[1] * grid[2], 3, 2, 14 * 14)[:, :, 0]
     return ((red.mean(dim=(1, 3)) * 0.26862954 + 0.48145466) * 255).flatten().tolist()
@@ -49,10 +49,10 @@ def levels(tensors) -> list[float]:
     ("name", "expected"),
     [
         ("long", [5 * i for i in sample(40, 4, 2, 768, 2)]),
-        ("film5", [0, 40, 120, 160]),
-        ("film3", [0, 40, 80, 80]),
-        ("film2", [0, 40]),
-        ("film1", [0, 0]),
+        ("video5", [0, 40, 120, 160]),
+        ("video3", [0, 40, 80, 80]),
+        ("video2", [0, 40]),
+        ("video1", [0, 0]),
     ],
 )
 def test_the_right_frames_are_taken(processor, files, name, expected):
@@ -69,10 +69,10 @@ def test_fps_and_max_frames(files, section):
     assert ask(processor, videos=frames).tensors["video_grid_thw"].tolist() == [[wanted // 2, 4, 6]]
 
 
-def test_a_short_film_is_filled_with_its_last_frame(processor, files):
-    film = processor._load_video(files["film3"], processor._processor, _Room(2000))
-    assert (film.frames.shape, film.indices, film.total, film.rate) == ((4, 56, 84, 3), [0, 1, 2, 2], 3, 4.0)
-    assert (film.frames[3] == film.frames[2]).all()
+def test_a_short_video_is_filled_with_its_last_frame(processor, files):
+    video = processor._load_video(files["video3"], processor._processor, _Room(2000))
+    assert (video.frames.shape, video.indices, video.total, video.rate) == ((4, 56, 84, 3), [0, 1, 2, 2], 3, 4.0)
+    assert (video.frames[3] == video.frames[2]).all()
 
 
 def test_only_the_frames_that_are_needed_are_kept(processor, files, monkeypatch):
@@ -83,10 +83,10 @@ def test_only_the_frames_that_are_needed_are_kept(processor, files, monkeypatch)
 
 
 def test_frames_above_the_limit_are_shrunk_as_they_come(processor, tmp_path, monkeypatch):
-    big = film(tmp_path / "big.mp4", range(0, 160, 10), size=(336, 224))
+    big = video(tmp_path / "big.mp4", range(0, 160, 10), size=(336, 224))
     shapes = []
-    film_of = media._video
-    monkeypatch.setattr(media, "_video", lambda new, *rest: shapes.append(new[0].shape) or film_of(new, *rest))
+    video_of = media._video
+    monkeypatch.setattr(media, "_video", lambda new, *rest: shapes.append(new[0].shape) or video_of(new, *rest))
     grids = {}
     for low in (784, 12544):  # with the second, shrinking would leave less than the least: the processor does it all
         grids[low] = ask(processor, videos=[big], min_pixels=low, max_pixels=12544).tensors["video_grid_thw"].tolist()
@@ -95,15 +95,15 @@ def test_frames_above_the_limit_are_shrunk_as_they_come(processor, tmp_path, mon
 
 
 def test_packets_that_are_never_shown(processor, files, monkeypatch):
-    """The packets promise 49 frames and 40 come: these are spread over the film as if 40 had been promised."""
+    """The packets promise 49 frames and 40 come: these are spread over the video as if 40 had been promised."""
     probe = media._probe
     monkeypatch.setattr(media, "_probe", lambda file: (49, *probe(file)[1:]))
     expected = [5 * i for i in sample(40, 4, 2, 768, 2)]
     assert levels(ask(processor, videos=[files["long"]]).tensors) == pytest.approx(expected, abs=4)
 
 
-def test_a_film_turned_by_its_container_is_upright(processor, tmp_path):
-    path = Path(film(tmp_path / "turned.mp4", [0] * 4, size=(112, 56)))
+def test_a_video_turned_by_its_container_is_upright(processor, tmp_path):
+    path = Path(video(tmp_path / "turned.mp4", [0] * 4, size=(112, 56)))
     data = path.read_bytes()
     upright = b"".join(n.to_bytes(4, "big") for n in (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
     clockwise = b"".join(n.to_bytes(4, "big") for n in (0, 1 << 16, 0, 0xFFFF0000, 0, 0, 56 << 16, 0, 1 << 30))
@@ -112,14 +112,14 @@ def test_a_film_turned_by_its_container_is_upright(processor, tmp_path):
     assert ask(processor, videos=[str(path)]).tensors["video_grid_thw"].tolist() == [[2, 8, 4]]
 
 
-def bad_films(home: Path, files) -> dict[str, tuple[object, str]]:
+def bad_videos(home: Path, files) -> dict[str, tuple[object, str]]:
     good = Path(files["long"]).read_bytes()
     cut, empty, text, silent = (home / f"{name}.mp4" for name in ("cut", "empty", "text", "silent"))
     playlist = Path(files["home"]) / "playlist.mp4"
     cut.write_bytes(good[: len(good) // 2])
     empty.write_bytes(b"")
-    text.write_bytes(b"not a film")
-    playlist.write_text("ffconcat version 1.0\nfile 'long.mp4'\n")  # a film that has FFmpeg open another file
+    text.write_bytes(b"not a video")
+    playlist.write_text("ffconcat version 1.0\nfile 'long.mp4'\n")  # a video that has FFmpeg open another file
     with av.open(str(silent), "w") as container:
         stream = container.add_stream("aac", rate=8000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
@@ -141,7 +141,7 @@ def bad_films(home: Path, files) -> dict[str, tuple[object, str]]:
     }
 
 
-def test_bad_films_are_named_with_a_reason(processor, files, tmp_path):
-    for name, (value, words) in bad_films(tmp_path, files).items():
-        told = reason(processor, videos=[value])
-        assert words in told, (name, told)
+def test_bad_videos_are_named_with_a_reason(processor, files, tmp_path):
+    for name, (value, words) in bad_videos(tmp_path, files).items():
+        reported = reason(processor, videos=[value])
+        assert words in reported, (name, reported)

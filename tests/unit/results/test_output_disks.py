@@ -51,7 +51,7 @@ def test_a_file_replaced_between_opening_and_locking_is_not_written(file, whole,
     refused(file, "another job is writing it")
 
 
-def test_a_file_system_without_locks_is_said(file, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_reported(file, monkeypatch, caplog):
     def refuse(fd, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -159,8 +159,8 @@ def test_where_the_order_cannot_be_made_every_answer_is_there(file, whole, caplo
 
 def test_in_a_log_there_are_few_lines_and_no_control_sequences(file, capfd):
     complete(file)
-    said = capfd.readouterr()
-    assert said.out == "" and "3/3" in said.err and "\x1b" not in said.err and len(said.err) < 1000
+    reported = capfd.readouterr()
+    assert reported.out == "" and "3/3" in reported.err and "\x1b" not in reported.err and len(reported.err) < 1000
 
 
 @pytest.mark.parametrize("how", ["closed", "never open", "its reader is gone"])

@@ -75,7 +75,7 @@ def test_zeros_that_a_crash_of_the_system_left(file, whole, tail):
         assert len(complete(file)) == 3 - kept and file.read_bytes() == whole
 
 
-def test_what_was_cut_off_is_said(file, whole, caplog):
+def test_what_was_cut_off_is_reported(file, whole, caplog):
     file.write_bytes(whole[:-5])
     complete(file)
     assert "line 3 was cut off by a crash" in caplog.text

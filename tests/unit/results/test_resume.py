@@ -43,7 +43,7 @@ def test_requests_may_be_in_another_order_and_more(file, whole):
     refused(file, "line 2 answers request 'new', which the config does not have")
 
 
-def test_the_same_settings_said_in_another_order_are_the_same(file):
+def test_the_same_settings_stated_in_another_order_are_the_same(file):
     complete(file, generation={"max_new_tokens": 5, "do_sample": True})
     assert complete(file, generation={"do_sample": True, "max_new_tokens": 5}) == []
 

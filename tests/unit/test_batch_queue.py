@@ -1,4 +1,4 @@
-"""Batches over replicas: each dealt once and collected once, whatever comes in between; tallies; the next one ahead."""
+"""Batches over replicas: each taken once and collected once, whatever comes in between; tallies; the next one ahead."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ def connect(server, request):
 
 @settings(deadline=None)
 @given(st.data(), st.integers(0, 9), st.integers(1, 4))
-def test_every_batch_is_dealt_once_and_collected_once(data, batches, replicas):
+def test_every_batch_is_taken_once_and_collected_once(data, batches, replicas):
     store = HashStore()
-    dealers = [BatchQueue(store, batches, r, replicas) for r in range(replicas)]
-    takes, held = [d.take() for d in dealers], [[] for _ in dealers]
-    dealt, collected = [], []
+    queues = [BatchQueue(store, batches, r, replicas) for r in range(replicas)]
+    takes, held = [d.take() for d in queues], [[] for _ in queues]
+    taken, collected = [], []
 
     def step(replica, kind):
         if kind == "take" and (number := next(takes[replica], None)) is not None:
             held[replica].append(number)
-            dealt.append(number)
+            taken.append(number)
         elif kind == "post" and held[replica]:
             number = held[replica].pop(0)
-            dealers[replica].post(number, rows_of(number, replica))
+            queues[replica].post(number, rows_of(number, replica))
         elif kind == "collect":
-            collected.extend(dealers[0].collect())
-        assert dealers[0].finished() == (len(dealt) == batches and not any(held))
+            collected.extend(queues[0].collect())
+        assert queues[0].finished() == (len(taken) == batches and not any(held))
 
     kinds = st.tuples(st.integers(0, replicas - 1), st.sampled_from(["take", "post", "collect"]))
     for replica, kind in data.draw(st.lists(kinds, max_size=30)):
@@ -70,34 +70,34 @@ def test_every_batch_is_dealt_once_and_collected_once(data, batches, replicas):
         for replica in range(replicas):
             step(replica, kind)
     step(0, "collect")
-    assert sorted(dealt) == list(range(batches))
-    assert sorted(number for number, _ in collected) == sorted(dealt)
+    assert sorted(taken) == list(range(batches))
+    assert sorted(number for number, _ in collected) == sorted(taken)
     assert all([row["id"] for row in rows] == [str(number)] for number, rows in collected)
-    assert all(dealer.finished() for dealer in dealers) and not list(dealers[0].collect())
+    assert all(queue.finished() for queue in queues) and not list(queues[0].collect())
     assert not any(store.check([f"{key}/{n}"]) for n in range(batches) for key in ("rows", "replica"))
 
 
 @pytest.mark.parametrize("batches, expected", [(1, [[0], [], []]), (3, [[0], [1], [2]]), (5, [[0, 3, 4], [1], [2]])])
 def test_each_replica_has_a_batch_however_late_it_comes(batches, expected):
     store = HashStore()
-    dealers = [BatchQueue(store, batches, r, 3) for r in range(3)]
-    assert [list(dealer.take()) for dealer in dealers] == expected
+    queues = [BatchQueue(store, batches, r, 3) for r in range(3)]
+    assert [list(queue.take()) for queue in queues] == expected
 
 
 def play(store, replica, replicas, batches, pause):
     """What a replica does, without the model."""
-    dealer = BatchQueue(store, batches, replica, replicas)
-    for number in dealer.take():
+    queue = BatchQueue(store, batches, replica, replicas)
+    for number in queue.take():
         time.sleep(pause * (1 + number % 3))
-        dealer.post(number, rows_of(number, replica))
+        queue.post(number, rows_of(number, replica))
         if replica == 0:
-            yield from dealer.collect()
-    while not dealer.finished():
+            yield from queue.collect()
+    while not queue.finished():
         time.sleep(0.002)
         if replica == 0:
-            yield from dealer.collect()
+            yield from queue.collect()
     if replica == 0:
-        yield from dealer.collect()
+        yield from queue.collect()
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
@@ -120,15 +120,15 @@ def test_replicas_with_clients_of_their_own(connect, kind):
 
 
 def test_a_replica_that_makes_no_step_is_named_and_what_is_posted_is_not(connect, monkeypatch):
-    dealers = [BatchQueue(connect(), 4, r, 3) for r in range(3)]
-    takes = [d.take() for d in dealers]
+    queues = [BatchQueue(connect(), 4, r, 3) for r in range(3)]
+    takes = [d.take() for d in queues]
     assert [next(take) for take in takes] == [0, 1, 2]
     assert next(takes[1]) == 3
-    dealers[0].post(0, rows_of(0))
-    assert [number for number, _ in dealers[0].collect()] == [0]
-    dealers[2].post(2, rows_of(2))  # which nobody collects
+    queues[0].post(0, rows_of(0))
+    assert [number for number, _ in queues[0].collect()] == [0]
+    queues[2].post(2, rows_of(2))  # which nobody collects
     monkeypatch.setattr(scheduler, "TIMEOUT", timedelta(seconds=0.1))
-    for waiting in (dealers[0], dealers[2]):  # rank 0, which collects, and the first rank of a replica, which does not
+    for waiting in (queues[0], queues[2]):  # rank 0, which collects, and the first rank of a replica, which does not
         assert not waiting.finished()
         time.sleep(0.15)
         with pytest.raises(CheckFailed) as error:
@@ -161,12 +161,12 @@ def test_jobs_one_after_another_do_not_mix(replicas, connect):
         mpu = Mpu(Group(0, 1), Group(0, replicas), Group(0, 1))
         for job in range(3):
             torch.manual_seed(0)
-            dealer, drawn = join_queue(mpu, 2), torch.rand(1)
-            assert (dealer.replica, dealer.replicas) == (0, replicas)
-            for one in [dealer, BatchQueue(dealer._store, 2, 1, 2)][:replicas]:
+            queue, drawn = join_queue(mpu, 2), torch.rand(1)
+            assert (queue.replica, queue.replicas) == (0, replicas)
+            for one in [queue, BatchQueue(queue._store, 2, 1, 2)][:replicas]:
                 for number in one.take():
                     one.post(number, [{"job": job}])
-            assert dealer.finished() and [rows for _, rows in dealer.collect()] == [[{"job": job}]] * 2
+            assert queue.finished() and [rows for _, rows in queue.collect()] == [[{"job": job}]] * 2
             torch.manual_seed(0)
             assert drawn == torch.rand(1)
     finally:
@@ -175,7 +175,7 @@ def test_jobs_one_after_another_do_not_mix(replicas, connect):
 
 @settings(deadline=None)
 @given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 9))
-def test_what_a_deal_keeps(count, size, replicas):
+def test_what_an_assignment_keeps(count, size, replicas):
     batches = split(list(range(count)), size, replicas)
     sizes = [len(batch) for batch in batches]
     assert [r for batch in batches for r in batch] == list(range(count))
@@ -315,11 +315,11 @@ def test_two_replicas_work_and_rank_0_brings_the_rows(processor, connect):
     other = threading.Thread(
         target=lambda: _work(batches, BatchQueue(connect(), 6, 1, 2), processor, limits, one_token, None))
     other.start()
-    answers, dealer = Printed(written.append), BatchQueue(connect(), 6, 0, 2)
-    tally = _work(batches, dealer, processor, limits, one_token, answers)
+    answers, queue = Printed(written.append), BatchQueue(connect(), 6, 0, 2)
+    tally = _work(batches, queue, processor, limits, one_token, answers)
     other.join(20)
-    assert dealer.finished()
-    for number, rows in dealer.collect():
+    assert queue.finished()
+    for number, rows in queue.collect():
         answers.add(number, rows)
         tally = tally.plus(rows)
     answers.finish()
