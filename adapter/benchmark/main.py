@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from adapter.benchmark.driver import PEERS, check, drive
 from adapter.benchmark.request import write_inputs
@@ -26,9 +26,6 @@ from adapter.commands import common
 from adapter.parallel.launchers import launcher_of
 from policies.errors import UserError
 from policies.formats import FORMATS
-
-if TYPE_CHECKING:
-    from adapter.planning.plan import Plan
 
 
 def main(args: argparse.Namespace, results: common.Results) -> int:
@@ -68,7 +65,9 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
 
             draw(found, args.png)
         if args.write_hardware:
-            _write_hardware(plan, found, args.write_hardware)
+            from adapter.benchmark.calibrate import write_hardware
+
+            write_hardware(plan, found, args.write_hardware)
     return code
 
 
@@ -84,15 +83,6 @@ def _check_files(args: argparse.Namespace) -> None:
                 file.open("ab").close()
         except OSError as error:
             raise UserError(f"{option} {file}: cannot be written: {error.strerror}") from None
-
-
-def _write_hardware(plan: Plan, found: dict[str, Any], file: Path) -> None:
-    import yaml
-
-    from adapter.benchmark.calibrate import calibrated
-
-    facts = calibrated(plan, found).model_dump(mode="json", exclude_none=True)
-    file.write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _some_of(known: Sequence[str]) -> Callable[[str], list[str]]:

@@ -16,10 +16,10 @@ from launching import ROOT
 from published import FILES, PUBLISHED, write_sparse
 
 from adapter.benchmark import limits
+from adapter.benchmark.calibrate import write_hardware
 from adapter.benchmark.chart import draw
 from adapter.benchmark.driver import binding, memory_file, merged
 from adapter.benchmark.limits import decode_bytes, prefill_flop, product
-from adapter.benchmark.main import _write_hardware
 from adapter.benchmark.peers.peer import memory, speed
 from adapter.benchmark.request import PROMPT, as_line, first_request
 from adapter.benchmark.summary import spread, summary
@@ -186,17 +186,17 @@ def test_a_prediction_with_the_written_machine_repeats_the_measurement(plans, tp
         "collective_us": {"all_reduce_decode": {"median": 3.0}, "all_reduce_prefill": {"median": 230.0}},
         "collective_bytes": {"all_reduce_decode": 3072, "all_reduce_prefill": 869376},
     }
-    _write_hardware(plan, found, tmp_path / "machine.yaml")
+    write_hardware(plan, found, tmp_path / "machine.yaml")
     machine = load_hardware(tmp_path / "machine.yaml")
     foreseen = predict(plan, machine, load)
     assert foreseen.decode_tok_s == pytest.approx(9.5, rel=1e-3)
     assert foreseen.ttft_s == pytest.approx(7.9, rel=1e-3)
-    assert machine.memory_read_gb_s == 38 and machine.matmul_tflop_s.bfloat16 == 0.41
+    assert machine.memory_read_gb_s == 38 and machine.matmul_tflop_s == {"bfloat16": 0.41}
     assert 0 < machine.efficiency.matmul < 1
     if tp == 2:
         one = machine.collective(2)
         assert one.latency_us == pytest.approx(2.2, abs=0.05)
-        assert one.seconds(1, one.per_reduced_byte * 869376) == pytest.approx(230e-6, rel=1e-3)
+        assert machine.collective_s(2, 1, 869376) == pytest.approx(230e-6, rel=1e-3)
 
 
 def bench(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
