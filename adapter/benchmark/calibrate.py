@@ -16,7 +16,7 @@ import yaml
 
 from adapter.planning.cost_model import Workload, predict
 from adapter.planning.hardware import Hardware
-from adapter.planning.plan import Plan
+from adapter.planning.plan import DTYPE_BYTES, Plan
 
 Figures = Mapping[str, Any]
 
@@ -53,17 +53,18 @@ def _measured(plan: Plan, summary: Figures) -> dict[str, Any]:
         "memory_read_gb_s": _short(sum(reads) if on_cpu else min(reads)),
         "matmul_tflop_s": {plan.dtype: _short((sum(rates) / cores if on_cpu else min(rates)) / 1e3)},
         "efficiency": {"matmul": 1.0, "attention": 1.0, "memory_read": 1.0},
-        "all_reduce": [_all_reduce(ranks, summary)] if ranks > 1 else [],
+        "all_reduce": [_all_reduce(plan, summary)] if ranks > 1 else [],
         "per_layer_overhead_us": 0.0, "per_step_overhead_us": 0.0, "process_memory_gb": _short(max(0, *held) / 1e9),
     }
 
 
-def _all_reduce(ranks: int, summary: Figures) -> dict[str, float]:
+def _all_reduce(plan: Plan, summary: Figures) -> dict[str, float]:
     """The line through the all-reduce of a decode step and that of the prompt; where the smaller was no faster, all of
     the larger's time is its bytes'."""
-    (small, small_us), (large, large_us) = (
-        (summary["collective_bytes"][name], summary["collective_us"][name]["median"])
-        for name in ("all_reduce_decode", "all_reduce_prefill"))
+    ranks, us = plan.tp_size, {name: each["median"] for name, each in summary["collective_us"].items()}
+    small_us, large_us = us["all_reduce_decode"], us["all_reduce_prefill"]
+    small = plan.geometry.sizes["hidden"] * DTYPE_BYTES[plan.dtype]
+    large = small * summary["prompt_tokens"]
     us_per_byte = (large_us - small_us) / (large - small) if large_us > small_us and large > small else large_us / large
     sent = 2 * (ranks - 1) / ranks  # of each byte, by a rank
     return {"ranks": ranks, "latency_us": _short(max(0.0, small_us - us_per_byte * small)),
