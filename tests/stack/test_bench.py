@@ -140,8 +140,10 @@ def test_a_request_that_cannot_be_prepared_is_said_once(tmp_path):
 @pytest.mark.parametrize(("number", "code"), [
     (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long),
     pytest.param(signal.SIGKILL, -9, marks=pytest.mark.long)])
-def test_nothing_is_left_of_a_benchmark_that_is_ended(number, code):
-    """While its ranks run; they are in sessions of their own, so that Ctrl-C reaches the driver alone."""
+def test_nothing_is_left_of_a_benchmark_that_is_ended(number, code, tmp_path, monkeypatch):
+    """While its ranks run; they are in sessions of their own, so that Ctrl-C reaches the driver alone. Only where it is
+    killed, the small directory stays that holds its request."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     job = Running([sys.executable, str(BENCH), *SMALL, "--repeats", "1000", "--new", "64"])
     deadline = time.monotonic() + 120
     while "loaded in" not in job.said():
@@ -152,3 +154,4 @@ def test_nothing_is_left_of_a_benchmark_that_is_ended(number, code):
     left = job.leftovers(30)
     assert not left, left
     assert outcome.code == code and "Traceback" not in outcome.err, outcome.err[-3000:]
+    assert number == signal.SIGKILL or not list(tmp_path.glob("qwenvl-tp-bench-*"))
