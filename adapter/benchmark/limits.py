@@ -10,85 +10,43 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from statistics import mean
-from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from adapter.parallel.group import Group, to_device
+from adapter.parallel.group import Group, exchange, to_device
 from adapter.planning.cost_model import Workload, text_work, vision_work
 from adapter.planning.plan import Plan
-from adapter.requests.batching import Clock
 
 READ_BYTES = 512 << 20  # a rank; beyond any cache
 MATMUL = (1024, 1280, 5120)  # rows, in, out: the vision encoder's MLP on an image of 448 x 448
 AT_LEAST_S = 0.25  # that each figure is measured for
-EVERY = 8  # tokens from one look at the machine to the next
 
 
-class Machine:
-    """What this rank gets of the machine at the moment, measured together with the others; every rank must make one."""
+def rates(world: Group, dtype: torch.dtype) -> list[dict[str, float]]:
+    """What each rank gets of the machine while all measure: GB/s that it reads, GFLOP/s of a product in `dtype`.
 
-    def __init__(self, world: Group, dtype: torch.dtype) -> None:
-        """dtype: of the matrix product's operands."""
-        self.world = world
-        self._buffer = to_device(torch.ones(READ_BYTES // 8, dtype=torch.int64))
-        self._product = product(dtype)
+    A sum of 64-bit integers does as little beside reading as anything can: on one core it is as fast as a plain C loop
+    over the same memory. Every rank must call it.
+    """
+    buffer = to_device(torch.ones(READ_BYTES // 8, dtype=torch.int64))
+    return exchange(world, {
+        "read_gb_s": _calls_per_second(world, buffer.sum) * READ_BYTES / 1e9,
+        "matmul_gflop_s": _calls_per_second(world, product(dtype)) * 2 * math.prod(MATMUL) / 1e9})
 
-    def reads(self) -> float:
-        """GB/s. A sum of 64-bit integers does as little beside reading as anything can: on one core it is as fast as a
-        plain C loop over the same memory."""
-        return self._rate(lambda: self._buffer.sum(), READ_BYTES) / 1e9
 
-    def multiplies(self) -> float:
-        """GFLOP/s."""
-        return self._rate(self._product, 2 * math.prod(MATMUL)) / 1e9
-
-    def _rate(self, work: Callable[[], Tensor], amount: int) -> float:
-        """amount of each call, per second of wall time."""
-        work()
+def _calls_per_second(world: Group, work: Callable[[], Tensor]) -> float:
+    work()
+    get_accelerator().synchronize()
+    world.barrier()
+    calls, began = 0, time.perf_counter()
+    while (took := time.perf_counter() - began) < AT_LEAST_S:
+        for _ in range(4):
+            work()
         get_accelerator().synchronize()
-        self.world.barrier()
-        calls, began = 0, time.perf_counter()
-        while (took := time.perf_counter() - began) < AT_LEAST_S:
-            for _ in range(4):
-                work()
-            get_accelerator().synchronize()
-            calls += 4
-        return calls * amount / took
-
-
-class Paused(Clock):
-    """Times of an answer's tokens by a clock that stands still while the machine is measured: its product before the
-    prompt and after it, its reading at the first token, every EVERY tokens, and at the end."""
-
-    def __init__(self, machine: Machine) -> None:
-        super().__init__()
-        self._machine, self._stood = machine, 0.0
-        self._reads, self._products = list[float](), [machine.multiplies()]
-
-    def put(self, value: Tensor) -> None:
-        now = time.perf_counter()
-        self.times.append(now - self._stood)
-        new = len(self.times) - 1  # the first is the prompt
-        if new == 1:
-            self._products.append(self._machine.multiplies())
-        if new % EVERY == 1:
-            self._reads.append(self._machine.reads())
-            self._machine.world.barrier()  # or a rank that is done first would wait for the others in the next step
-        self._stood += time.perf_counter() - now
-
-    def end(self) -> None:
-        self._reads.append(self._machine.reads())
-
-    def figures(self) -> dict[str, Any]:
-        """GB/s and GFLOP/s of every rank, the means of what it measured, in powers of ten. Every rank must call it."""
-        rows = everyone(self._machine.world, [mean(self._reads), mean(self._products)])
-        return {"read_gb_s": [round(row[0], 3) for row in rows],
-                "read_total_gb_s": round(sum(row[0] for row in rows), 3),
-                "matmul_gflop_s": [round(row[1], 2) for row in rows]}
+        calls += 4
+    return calls / took
 
 
 def product(dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -100,13 +58,6 @@ def product(dtype: torch.dtype) -> Callable[[], Tensor]:
         packed = ops._reorder_linear_weight(right, rows)
         return lambda: ops._linear_pointwise(left, packed, None, "none", [], "")
     return lambda: torch.nn.functional.linear(left, right)
-
-
-def everyone(world: Group, values: list[float]) -> list[list[float]]:
-    """Every rank's values, on every rank."""
-    mine = to_device(torch.tensor(values, dtype=torch.float64))
-    rows: list[list[float]] = world.all_gather_last(mine, (len(values),) * world.size).view(world.size, -1).tolist()
-    return rows
 
 
 def decode_bytes(plan: Plan, rank: int) -> int:

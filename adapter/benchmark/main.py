@@ -15,20 +15,18 @@ the command to the first answer is measured too. Under a launcher the ranks are 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from adapter.benchmark.driver import PEERS, check, drive
-from adapter.benchmark.request import write_inputs
-from adapter.benchmark.summary import summary
+from adapter.benchmark.summary import draw, summary
 from adapter.commands import common
 from adapter.parallel.launchers import launcher_of
+from adapter.verify.plot import require_matplotlib
 from policies.errors import UserError
 from policies.formats import FORMATS
-
-if TYPE_CHECKING:
-    from adapter.planning.plan import Plan
 
 
 def main(args: argparse.Namespace, results: common.Results) -> int:
@@ -49,12 +47,10 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
         if ranked and names:
             raise UserError(f"{option} starts jobs of its own, which need the cores that this job's ranks would hold: "
                             f"start `python launch/bench.py {option} {','.join(names)} ...`, without a launcher")
-    if args.inputs_into:
-        write_inputs(config, plan, args.new, args.inputs_into)
-        return common.DONE
     if rank == 0:
         check(args, plan)
-        _check_files(args)
+        if args.png:
+            require_matplotlib()
     if ranked:
         from adapter.benchmark.ranks import measure
 
@@ -64,35 +60,20 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
     if rank == 0 and code in (common.DONE, common.CHECK_FAILED) and rows:
         results.write(found := summary(rows, args.repeats))
         if args.png:
-            from adapter.benchmark.chart import draw
-
             draw(found, args.png)
         if args.write_hardware:
-            _write_hardware(plan, found, args.write_hardware)
+            from adapter.benchmark.calibrate import write_hardware
+
+            write_hardware(plan, found, args.write_hardware)
     return code
 
 
-def _check_files(args: argparse.Namespace) -> None:
-    """Before a long run: can its files be made at its end? Raises UserError."""
-    if args.png:
-        from adapter.verify.plot import require_matplotlib
-
-        require_matplotlib()
-    for option, file in (("--png", args.png), ("--write-hardware", args.write_hardware)):
-        try:
-            if file:
-                file.open("ab").close()
-        except OSError as error:
-            raise UserError(f"{option} {file}: cannot be written: {error.strerror}") from None
-
-
-def _write_hardware(plan: Plan, found: dict[str, Any], file: Path) -> None:
-    import yaml
-
-    from adapter.benchmark.calibrate import calibrated
-
-    facts = calibrated(plan, found).model_dump(mode="json", exclude_none=True)
-    file.write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), encoding="utf-8")
+def _new_file(stated: str) -> Path:
+    """Can it be made at the end of a long run?"""
+    path = Path(stated).absolute()
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{stated} cannot be written")
+    return path
 
 
 def _some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
@@ -118,12 +99,12 @@ def start() -> NoReturn:
                            help=f"time one request with other weights.format too, of {','.join(FORMATS)}")
     arguments.add_argument("--vllm-python", metavar="PATH", help="interpreter of an environment with vLLM")
     arguments.add_argument("--profile", action="store_true", help="report the operators that take the most time, too")
-    arguments.add_argument("--png", type=Path, metavar="FILE", help="draw first token and tokens/s of all")
-    arguments.add_argument("--write-hardware", type=Path, metavar="FILE",
+    arguments.add_argument("--png", type=_new_file, metavar="FILE", help="draw first token and tokens/s of all")
+    arguments.add_argument("--write-hardware", type=_new_file, metavar="FILE",
                            help="write this machine, as measured, for launch/plan.py --hardware")
     arguments.add_argument("--limit", type=common.whole_number(1, 10**6), default=1800, metavar="SECONDS",
                            help="that one job may take before it is ended, default 1800")
-    arguments.add_argument("--inputs-into", type=Path, help=argparse.SUPPRESS)  # for the peers, which see request.py
+    arguments.add_argument("--inputs-into", type=Path, help=argparse.SUPPRESS)  # for the peers
     common.run(main, arguments)
 
 

@@ -1,20 +1,17 @@
-"""The request that is timed, and its tensors."""
+"""The request that is timed."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapter.config.load import parse_request
 from adapter.config.schema import Config, Request
-from policies.errors import UserError
 
 if TYPE_CHECKING:
-    from adapter.planning.plan import Plan
-    from adapter.requests.processing import RequestProcessor
+    from torch import Tensor
 
 PROMPT, SIDE = "Describe this image in detail.", 448  # where a config has no requests; 283 tokens for the published 2B
 
@@ -44,29 +41,12 @@ def as_line(request: Request) -> str:
     return json.dumps(request.model_dump(mode="json", exclude_none=True, exclude_defaults=True)) + "\n"
 
 
-def make_processor(config: Config, context: int, new_tokens: int) -> RequestProcessor:
-    """As adapter.requests.runner has it, with room for so many new tokens. Raises UserError."""
-    from adapter.requests.batching import room
-    from adapter.requests.processing import RequestProcessor
-
-    most = room(config, context) - new_tokens
-    if most < 1:
-        raise UserError(f"--new {new_tokens}: prompt and answer together have {room(config, context)} tokens of room")
-    return RequestProcessor(config.model.path, config.processor, most)
-
-
-def write_inputs(config: Config, plan: Plan, new_tokens: int, file: Path) -> None:
-    """Write the request as safetensors, for engines that cannot prepare it themselves: what the model's forward takes,
-    and the images before any resizing, uint8 [height, width, 3], as image.000 and so on. Raises UserError."""
-    import safetensors.torch
+def images_of(request: Request) -> dict[str, Tensor]:
+    """Its images before any resizing, uint8 [height, width, 3], as image.000 and so on."""
+    import numpy as np
     import torch
 
     from adapter.requests.media import load_image
 
-    request = first_request(config)
-    tensors = dict(make_processor(config, plan.geometry.context, new_tokens).prepare(request).tensors)
     images = [value for _, parts in request.turns() for kind, value in parts if kind == "image"]
-    for number, image in enumerate(map(load_image, images)):
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        tensors[f"image.{number:03}"] = pixels.view(image.height, image.width, 3)
-    file.write_bytes(safetensors.torch.save(tensors))
+    return {f"image.{number:03}": torch.tensor(np.asarray(load_image(image))) for number, image in enumerate(images)}

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +57,10 @@ class Ended:
         return f"exit code {self.code} ({last})"
 
 
-def launcher(ranks: int, port: int) -> list[str]:
+def launcher(ranks: int, port: str) -> list[str]:
     """DeepSpeed's launcher with so many ranks on this host, as an argv that wants the program behind it."""
     return [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", os.devnull,
-            "--num_accelerators", str(ranks), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+            "--num_accelerators", str(ranks), "--master_addr", "127.0.0.1", "--master_port", port]
 
 
 def run(argv: Sequence[str], limit_s: float, env: Mapping[str, str] | None = None,
@@ -72,54 +72,44 @@ def run(argv: Sequence[str], limit_s: float, env: Mapping[str, str] | None = Non
     called from the main thread, since the process gets SIGTERM when the thread that started it ends, and while no other
     thread starts processes, which would be taken for this one's.
     """
-    others, names = _children(), segments(port)
+    others, names = set(_below(os.getpid(), set())), segments(port)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what outlives its parent becomes a child of this process, and is found
     process = subprocess.Popen(argv, env={**_environment(), **(env or {})}, stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
                                start_new_session=True, preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
-    output, code = _Output(process, echo), None
+    rows, err, code = list[tuple[float, Row]](), deque[str](maxlen=200), None
+    readers = [threading.Thread(target=_read_rows, args=(process, rows), daemon=True),
+               threading.Thread(target=_read_errors, args=(process, err, echo), daemon=True)]
     try:
-        output.start()
+        for reader in readers:
+            reader.start()
         with suppress(subprocess.TimeoutExpired):
             code = process.wait(limit_s)
     finally:  # also where this process is asked to end
         _end_children(process, others)
         _prctl(PR_SET_CHILD_SUBREAPER, 0)
-        remove_unmapped(segments(port) - names)
-    output.join()
-    return Ended(code, output.rows, list(output.err), limit_s)
+        left = segments(port) - names
+        for file in left - mapped(left):  # the others belong to another job
+            file.unlink(missing_ok=True)
+    for reader in readers:
+        reader.join(PATIENCE_S)
+    return Ended(code, rows, list(err), limit_s)
 
 
-class _Output:
-    """Two threads that read what a process writes."""
+def _read_rows(process: subprocess.Popen[str], rows: list[tuple[float, Row]]) -> None:
+    began = time.perf_counter()
+    for line in process.stdout or ():
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append((time.perf_counter() - began, row))
 
-    def __init__(self, process: subprocess.Popen[str], echo: Callable[[str], object] | None) -> None:
-        self.rows: list[tuple[float, Row]] = []
-        self.err = deque[str](maxlen=200)
-        self._began, self._echo = time.perf_counter(), echo
-        self._threads = [threading.Thread(target=read, args=(stream,), daemon=True) for read, stream in (
-            (self._read_rows, process.stdout), (self._read_errors, process.stderr))]
 
-    def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def join(self) -> None:
-        for thread in self._threads:
-            thread.join(PATIENCE_S)
-
-    def _read_rows(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            with suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    self.rows.append((time.perf_counter() - self._began, row))
-
-    def _read_errors(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.err.append(line.rstrip())
-            if self._echo:
-                self._echo(line.rstrip())
+def _read_errors(process: subprocess.Popen[str], err: deque[str], echo: Callable[[str], object] | None) -> None:
+    for line in process.stderr or ():
+        err.append(line.rstrip())
+        if echo:
+            echo(line.rstrip())
 
 
 def _prctl(option: int, value: int) -> None:
@@ -137,65 +127,38 @@ def _environment() -> dict[str, str]:
 def _end_children(process: subprocess.Popen[str], others: set[int]) -> None:
     """End `process` and every process below this one that is not below `others`: SIGTERM, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + PATIENCE_S
-        sent = set[int]()
-        while running := _descendants(others):
-            if time.monotonic() > deadline:
-                break
+        deadline, sent = time.monotonic() + PATIENCE_S, set[int]()
+        while (running := set(_below(os.getpid(), others))) and time.monotonic() < deadline:
             for pid in running - sent:
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
             sent |= running
             time.sleep(0.02)
             process.poll()
-            _reap(others | {process.pid})
+            for pid in running - {process.pid}:  # one that became a child of this process would stay as a zombie
+                with suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
     process.wait()
 
 
-def _descendants(besides: set[int]) -> set[int]:
-    """Processes below this one that have not ended, without those in `besides` and below them."""
-    parents = {pid: parent for pid, (parent, ended) in _processes().items() if not ended}
-    found = set[int]()
-    new = {pid for pid, parent in parents.items() if parent == os.getpid()} - besides
-    while new:
-        found |= new
-        new = {pid for pid, parent in parents.items() if parent in new}
-    return found
-
-
-def _children() -> set[int]:
-    return {pid for pid, (parent, _) in _processes().items() if parent == os.getpid()}
-
-
-def _reap(besides: set[int]) -> None:
-    """Take the exit codes of ended processes that became children of this one, or they would stay as zombies."""
-    for pid in _children() - besides:
-        with suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
-
-
-def _processes() -> dict[int, tuple[int, bool]]:
-    """Process -> (its parent, whether it has ended) of all that can be seen."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-                found[int(entry.name)] = (int(fields[1]), fields[0] in "ZX")
-    return found
+def _below(pid: int, besides: Collection[int]) -> Iterator[int]:
+    """Every process below `pid`, without those in `besides` and below them."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = entry.read_text(errors="replace").rpartition(")")[2].split()[1]
+            children.setdefault(int(parent), []).append(int(entry.parent.name))
+    left = [pid]
+    while left:
+        found = [child for child in children.get(left.pop(), []) if child not in besides]
+        yield from found
+        left += found
 
 
 def segments(port: str) -> set[Path]:
     """Names in /dev/shm as the jobs leave them that meet at `port`, a number or a regular expression."""
     pattern = re.compile(SEGMENTS.format(port=port))
     return {file for file in SHM.iterdir() if pattern.match(file.name)} if SHM.exists() else set()
-
-
-def remove_unmapped(files: set[Path]) -> None:
-    """Remove those files that no process has in its memory; the others belong to another job."""
-    for file in files - mapped(files):
-        with suppress(OSError):
-            file.unlink()
 
 
 def mapped(files: Collection[Path]) -> set[Path]:

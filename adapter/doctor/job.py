@@ -23,8 +23,8 @@ def try_job(ranks: int, limit_s: float) -> Trial:
         port, argv = os.environ.get("MASTER_PORT", "none"), [sys.executable, "-m", "adapter.doctor.trial"]
     else:
         print(f"starting {ranks} ranks ...", file=sys.stderr, flush=True)
-        free = network.free_port()
-        port, argv = str(free), [*subprocesses.launcher(ranks, free), "--module", "adapter.doctor.trial"]
+        port = str(network.free_port())
+        argv = [*subprocesses.launcher(ranks, port), "--module", "adapter.doctor.trial"]
     ended = subprocesses.run(argv, limit_s, {"PYTHONSAFEPATH": "1"}, port=port)
     if ended.code != 0:
         print("\n".join(ended.err[-40:]), file=sys.stderr, flush=True)

@@ -14,8 +14,8 @@ processors may differ in image features without a fault.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -24,20 +24,18 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from adapter.checkpoint.digest import digest, unlike
 from adapter.model.published import PublishedModules
-from adapter.parallel.group import Group, to_device
+from adapter.parallel.group import Group, exchange
 from adapter.planning.plan import Plan
 from policies.errors import CheckFailed
 
-IDS, SHAPES, POSITIONS, FEATURES, TOKEN, LEAVING = QUANTITIES = (  # of a step, in the order in which they arise
-    "input ids", "input shapes", "position ids", "image features", "sampled token", "end of generation")
-
+IDS, SHAPES, POSITIONS, FEATURES = "input ids", "input shapes", "position ids", "image features"
+TOKEN, LEAVING = "sampled token", "end of generation"
 INPUTS_ADVICE = "Give every rank rank 0's inputs, as adapter.requests.batching.share does: ids, masks and pixels"
 ADVICE = {
     TOKEN: "Give every rank the same generation arguments, and logits processors that draw from torch's generator only",
     LEAVING: "Give every rank the same generation arguments, and stopping criteria that look at no clock (max_time)",
 }
-Seen = tuple[int, str, int]  # step, quantity, digest; a step may have several of one quantity
-Disagreement = tuple[int, str, tuple[int, ...]]  # step, quantity, ranks as digest.unlike's
+Seen = Sequence[Any]  # step, quantity, digest; a step may have several of one quantity
 
 
 class Desync(CheckFailed):
@@ -58,7 +56,8 @@ def checked_generate(model: nn.Module, plan: Plan, tp: Group, every: int) -> Cal
         call, digests = signature.bind(*inputs, **kwargs), StepDigests(tp, every)
         own = call.arguments.get("stopping_criteria") or ()
         call.arguments["stopping_criteria"] = StoppingCriteriaList([*own, digests])
-        with _observed(model, plan, digests):
+        with ExitStack() as hooks:
+            digests.observe(model, plan, hooks)
             output = generate(*call.args, **call.kwargs)
         digests.leave()
         return output
@@ -66,50 +65,37 @@ def checked_generate(model: nn.Module, plan: Plan, tp: Group, every: int) -> Cal
     return checked
 
 
-@contextmanager
-def _observed(model: nn.Module, plan: Plan, digests: StepDigests) -> Iterator[None]:
-    """Within, `digests` sees what goes into the model and its text decoder and what comes out of the other encoders."""
-    names = PublishedModules(model, plan.policy).names
-    text, *others = (model.get_submodule(names[stack].rpartition(".")[0]) for stack in plan.geometry.layers)
-    hooks = [
-        model.register_forward_pre_hook(digests.before_forward, with_kwargs=True),
-        text.register_forward_pre_hook(digests.before_text, with_kwargs=True),
-        *(encoder.register_forward_hook(digests.after_vision) for encoder in others),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 class StepDigests(StoppingCriteria):
     """What this rank has seen since the last comparison. As a stopping criterion it sees the tokens, and stops nothing.
 
-    step: the number of the one under way; due: the ranks compare before the forward of that step.
+    step: the number of the one under way; the ranks compare before the forward of every `every`-th.
     """
 
     def __init__(self, tp: Group, every: int) -> None:
-        self.tp, self.every = tp, every
-        self.step, self.due = 1, 1
+        self.tp, self.every, self.step = tp, every, 1
         self.seen = list[Seen]()
+
+    def observe(self, model: nn.Module, plan: Plan, hooks: ExitStack) -> None:
+        """See what goes into the model and its text decoder and what comes out of the other encoders, while `hooks` is
+        open."""
+        names = PublishedModules(model, plan.policy).names
+        text, *others = (model.get_submodule(names[stack].rpartition(".")[0]) for stack in plan.geometry.layers)
+        hooks.enter_context(model.register_forward_pre_hook(
+            lambda _, args, kwargs: self.before_forward(args, kwargs), with_kwargs=True))
+        hooks.enter_context(text.register_forward_pre_hook(
+            lambda _, args, kwargs: self.add(POSITIONS, kwargs.get("position_ids")), with_kwargs=True))
+        for encoder in others:
+            hooks.enter_context(encoder.register_forward_hook(lambda _, args, output: self.add(FEATURES, output)))
 
     def add(self, quantity: str, value: Any) -> None:
         self.seen.append((self.step, quantity, digest(value)))
 
-    def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def before_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Compares before the step's first collective, which ranks with inputs of different shapes do not survive."""
         self.add(IDS, [args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")])
         self.add(SHAPES, {name: tuple(x.shape) for name, x in sorted(kwargs.items()) if isinstance(x, Tensor)})
-        if self.step >= self.due:
+        if (self.step - 1) % self.every == 0:
             self.compare()
-            self.due = self.step + self.every
-
-    def before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.add(POSITIONS, kwargs.get("position_ids"))
-
-    def after_vision(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.add(FEATURES, output)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """input_ids: int64 [B, S], of which the last column is new. Returns B times False."""
@@ -123,39 +109,25 @@ class StepDigests(StoppingCriteria):
         self.compare()
 
     def compare(self) -> None:
-        """Gather two int64s of each rank: how much it has seen, and a digest of it. What it has seen is gathered only
-        where these differ, as much as there is. Raises Desync."""
+        """Gather one digest of each rank's rows; the rows themselves only where these differ. Raises Desync."""
         seen, self.seen = self.seen, []
-        summaries = self.tp.gather_integers([len(seen), digest(repr(seen))])
-        if all(summary == summaries[0] for summary in summaries):
-            return
-        mine = torch.tensor([[step, QUANTITIES.index(quantity), value] for step, quantity, value in seen]).flatten()
-        lengths = tuple(3 * count for count, _ in summaries)
-        parts = self.tp.all_gather_last(to_device(mine), lengths).cpu().split(lengths)
-        every = [[(step, QUANTITIES[number], value) for step, number, value in part.view(-1, 3).tolist()]
-                 for part in parts]
-        raise Desync(message(disagreements(every)))
+        digests = self.tp.gather_integers([digest(repr(seen))])
+        if any(other != digests[0] for other in digests):
+            raise Desync(message([row["seen"] for row in exchange(self.tp, {"seen": seen})]))
 
 
-def disagreements(ranks: Sequence[Sequence[Seen]]) -> list[Disagreement]:
-    """What differs in the earliest step in which anything does; later steps differ because of it.
-
-    ranks: what each rank has seen.
-    """
+def message(ranks: Sequence[Sequence[Seen]]) -> str:
+    """One sentence for all that differs in the earliest step in which anything does, and what to do. Later steps differ
+    because of it. ranks: what each rank has seen, which is not the same."""
     digests: dict[tuple[int, str], list[tuple[int, ...]]] = {}  # (step, quantity) -> each rank's digests
     for rank, seen in enumerate(ranks):
         for step, quantity, value in seen:
             digests.setdefault((step, quantity), [()] * len(ranks))[rank] += (value,)
-    found = [(step, quantity, unlike(column)) for (step, quantity), column in digests.items() if len(set(column)) > 1]
-    first = min(step for step, _, _ in found)
-    return sorted((d for d in found if d[0] == first), key=lambda d: QUANTITIES.index(d[1]))
-
-
-def message(found: Sequence[Disagreement]) -> str:
-    """One sentence for all disagreements of a step, and what to do."""
-    step, quantity, _ = found[0]
-    what = ", ".join(f"{quantity} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-                     for _, quantity, ranks in found)
-    return (f"desync at step {step} (step 1 reads the prompt), unlike the other ranks: {what}. "
-            f"{ADVICE.get(quantity, INPUTS_ADVICE)}. Where that is so already, the weights, library versions or memory "
-            "of that rank differ. Found by tensor_parallel.desync_check; every rank stops here")
+    differing = {key: unlike(column) for key, column in digests.items() if len(set(column)) > 1}
+    first = min(step for step, _ in differing)
+    found = {quantity: odd for (step, quantity), odd in differing.items() if step == first}
+    what = ", ".join(f"{quantity} on rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd))}"
+                     for quantity, odd in found.items())
+    return (f"desync at step {first} (step 1 reads the prompt), unlike the other ranks: {what}. "
+            f"{ADVICE.get(next(iter(found)), INPUTS_ADVICE)}. Where that is so already, the weights, library versions "
+            "or memory of that rank differ. Found by tensor_parallel.desync_check; every rank stops here")

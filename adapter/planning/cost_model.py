@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from adapter.planning.hardware import Hardware
 from adapter.planning.plan import DTYPE_BYTES, Plan
@@ -48,17 +49,19 @@ class Workload:
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank does in one forward: counts, and bytes. A multiplication and an addition are two FLOP."""
+    """What one rank does in one forward: counts, and bytes. A multiplication and an addition are two FLOP.
+
+    sent_bytes: by this rank in all collectives, as rings of n ranks make them: 2 (n-1)/n of what is reduced, (n-1)/n of
+    what is gathered (Thakur, Rabenseifner, Gropp: Optimization of Collective Communication Operations in MPICH, 2005).
+    """
 
     layers: int = 0
     linear_flop: int = 0
     attention_flop: int = 0
     weight_bytes: int = 0
     kv_bytes: int = 0
-    reduces: int = 0
-    reduced_bytes: int = 0
-    gathers: int = 0
-    gathered_bytes: int = 0
+    collectives: int = 0
+    sent_bytes: float = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -66,19 +69,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Phase:
-    """One forward on its slowest rank, in seconds of each kind; linear layers and attention make `compute_s`."""
+    """One forward on its slowest rank, in seconds of each kind."""
 
     rank: int
     work: Work
-    linear_s: float
-    attention_s: float
+    compute_s: float
     read_s: float
     collective_s: float
     overhead_s: float
-
-    @property
-    def compute_s(self) -> float:
-        return self.linear_s + self.attention_s
 
     @property
     def total_s(self) -> float:
@@ -108,49 +106,45 @@ class Memory:
 
 @dataclass(frozen=True)
 class Prediction:
-    """vision is None where the prompt has no image. decode is one step, for all sequences of the batch together."""
+    """phases: "vision", where the prompt has an image, "prefill", and "decode": a step for all sequences together."""
 
     tp_size: int
-    vision: Phase | None
-    prefill: Phase
-    decode: Phase
+    phases: Mapping[str, Phase]
     memory: Memory
+
+    @property
+    def decode(self) -> Phase:
+        return self.phases["decode"]
 
     @property
     def first(self) -> tuple[Phase, ...]:
         """The forwards before the first token."""
-        return tuple(p for p in (self.vision, self.prefill) if p is not None)
+        return tuple(phase for name, phase in self.phases.items() if name != "decode")
 
     @property
     def ttft_s(self) -> float:
-        return sum(p.total_s for p in self.first)
+        return sum(phase.total_s for phase in self.first)
 
     @property
     def decode_tok_s(self) -> float:
         """New tokens a second of one sequence; the batch makes `batch` times as many."""
         return 1 / self.decode.total_s
 
-    @property
-    def ttft_collectives(self) -> float:
-        return sum(p.collective_s for p in self.first) / self.ttft_s
-
-    @property
-    def decode_collectives(self) -> float:
-        return self.decode.collective_s / self.decode.total_s
-
 
 def predict(plan: Plan, hardware: Hardware, load: Workload) -> Prediction:
     """Raises UserError where the hardware file lacks what this plan needs."""
-    kinds = _kinds(plan)
-
-    def slowest(work: Callable[[int], Work]) -> Phase:
-        return max((_phase(plan, hardware, rank, work(rank)) for rank in kinds), key=lambda p: p.total_s)
-
-    vision = slowest(lambda r: vision_work(plan, load, r)) if load.patches else None
-    prefill = slowest(lambda r: text_work(plan, load.batch, load.prompt_tokens, 0, r))
-    decode = slowest(lambda r: text_work(plan, load.batch, 1, load.context, r))
-    memory = max((_memory(plan, hardware, load, rank) for rank in kinds), key=lambda m: m.total)
-    return Prediction(plan.tp_size, vision, prefill, decode, memory)
+    works: dict[str, Callable[[int], Work]] = {
+        "vision": lambda rank: vision_work(plan, load, rank),
+        "prefill": lambda rank: text_work(plan, load.batch, load.prompt_tokens, 0, rank),
+        "decode": lambda rank: text_work(plan, load.batch, 1, load.context, rank),
+    }
+    if not load.patches:
+        del works["vision"]
+    ranks = _unlike_ranks(plan)
+    phases = {name: max((_phase(plan, hardware, rank, work(rank)) for rank in ranks), key=lambda p: p.total_s)
+              for name, work in works.items()}
+    memory = max((_memory(plan, hardware, load, rank) for rank in ranks), key=lambda m: m.total)
+    return Prediction(plan.tp_size, phases, memory)
 
 
 def predict_all(plan: Plan, hardware: Hardware, load: Workload) -> list[Prediction]:
@@ -179,12 +173,12 @@ def text_work(plan: Plan, batch: int, tokens: int, cached: int, rank: int) -> Wo
     return attention + _table_work(plan, rank, {"token": batch * tokens, "last": batch})
 
 
-def _kinds(plan: Plan) -> list[int]:
-    """One rank of every kind; ranks with equal slices and heads do the same work."""
-    kinds: dict[tuple[int, ...], int] = {}
+def _unlike_ranks(plan: Plan) -> list[int]:
+    """One rank of each kind: ranks with equal slices and heads do the same work."""
+    kinds: dict[tuple[Any, ...], int] = {}
     for rank in range(plan.tp_size):
-        lengths = [stop - start for split in plan.splits.values() for start, stop in (split.ranges[rank],)]
-        heads = [n for shards in plan.heads.values() for n in (shards[rank].slots, shards[rank].kv_heads)]
+        lengths = [split.ranges[rank][1] - split.ranges[rank][0] for split in plan.splits.values()]
+        heads = [(shards[rank].slots, shards[rank].kv_heads) for shards in plan.heads.values()]
         kinds.setdefault((*lengths, *heads), rank)
     return list(kinds.values())
 
@@ -207,35 +201,29 @@ def _modules(claim: Claim, layers: Mapping[str, int]) -> tuple[str, int]:
 def _module_work(plan: Plan, claim: Claim, rank: int, rows: int) -> Work:
     """The work of all modules of one entry of the table, each over `rows` rows of input."""
     module, modules = _modules(claim, plan.geometry.layers)
-    part, item, alone = plan.slice(module, "weight", rank), DTYPE_BYTES[plan.dtype], plan.tp_size == 1
-    matrix, looked_up = len(part.shape) > 1, isinstance(claim.rule, Vocab)
-    reduces = isinstance(claim.rule, Row | Vocab) and not alone
-    gathers = isinstance(claim.rule, Head) and not alone
+    part, ranks = plan.slice(module, "weight", rank), plan.tp_size
+    looked_up = isinstance(claim.rule, Vocab)
+    times_sent = 2 if isinstance(claim.rule, Row | Vocab) else int(isinstance(claim.rule, Head))
     width = part.shape[1 if looked_up else 0]  # of the output, summed over all ranks or gathered from them
+    sent = times_sent * (ranks - 1) / ranks * rows * width * DTYPE_BYTES[plan.dtype]
     held = sum(plan.tensor_bytes(module, suffix, rank) for suffix in claim.parameters())
     return Work(
-        linear_flop=modules * rows * 2 * math.prod(part.local_shape) if matrix and not looked_up else 0,
+        linear_flop=2 * modules * rows * math.prod(part.local_shape) if len(part.shape) > 1 and not looked_up else 0,
         weight_bytes=0 if looked_up else modules * held,
-        reduces=modules * reduces, reduced_bytes=modules * reduces * rows * width * item,
-        gathers=modules * gathers, gathered_bytes=modules * gathers * rows * width * item,
+        collectives=modules if sent else 0, sent_bytes=modules * sent,
     )
 
 
 def _phase(plan: Plan, hardware: Hardware, rank: int, work: Work) -> Phase:
     ranks, efficiency = plan.tp_size, hardware.efficiency
     devices, flop_s = hardware.devices_per_rank(ranks), hardware.tflop_s(plan.dtype) * 1e12
-    collective_s = 0.0
-    if ranks > 1:
-        model = hardware.collective(ranks)
-        moved = model.per_reduced_byte * work.reduced_bytes + model.per_gathered_byte * work.gathered_bytes
-        collective_s = model.seconds(work.reduces + work.gathers, moved)
+    flop = work.linear_flop / efficiency.matmul + work.attention_flop / efficiency.attention
     overhead_us = work.layers * hardware.per_layer_overhead_us + hardware.per_step_overhead_us
     return Phase(
         rank, work,
-        linear_s=work.linear_flop / (flop_s * efficiency.matmul * devices),
-        attention_s=work.attention_flop / (flop_s * efficiency.attention * devices),
+        compute_s=flop / (flop_s * devices),
         read_s=(work.weight_bytes + work.kv_bytes) / (hardware.read_gb_s(ranks) * 1e9),
-        collective_s=collective_s,
+        collective_s=hardware.collective_s(ranks, work.collectives, work.sent_bytes),
         overhead_s=overhead_us * 1e-6 / min(1.0, devices),
     )
 

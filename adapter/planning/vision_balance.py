@@ -111,10 +111,10 @@ def cost(plan: Plan, item: int) -> Cost:
     n, merged = plan.tp_size, plan.geometry.merge_side ** 2
     split = [_of_merged_patches(plan.divided, rank) for rank in range(n)]
     whole = _of_merged_patches(plan.alone, 0)
-    reduced = split[0].reduced_bytes / merged * item / DTYPE_BYTES[plan.dtype]
+    sent = split[0].sent_bytes / merged * item / DTYPE_BYTES[plan.dtype]
     gathered = item * plan.geometry.sizes[plan.policy.encoder.width] / merged
-    return Cost(_flops(whole, merged), tuple(_flops(work, merged) for work in split),
-                reduced * 2 * (n - 1) / n, gathered * (n - 1) / n)
+    return Cost(_flops(whole, merged), tuple(_flops(work, merged) for work in split), sent,
+                gathered * (n - 1) / n)
 
 
 def _of_merged_patches(plan: Plan, rank: int) -> Work:

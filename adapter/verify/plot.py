@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +90,9 @@ def figure_of(rows: Sequence[ResultRow], layers: Layers) -> Any:
     errors, shares = panels = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     cases = [(row.get("passed") is True, {layer["name"]: layer for layer in row["layers"]})
              for row in rows if row.get("layers")]
-    for panel, key, many, limit in ((errors, "error", statistics.median, 0), (shares, "share_of_bound", max, 1)):
-        _lines(panel, [(held, [found.get(name, {}).get(key) for name in names]) for held, found in cases], many, limit)
+    for panel, key, many in ((errors, "error", "median"), (shares, "share_of_bound", "largest")):
+        _lines(panel, [(held, [_drawn(found.get(name, {}).get(key)) for name in names]) for held, found in cases], many)
+    shares.axhline(1, color=RED, linestyle="--", linewidth=1.2, label="limit")
     errors.set_ylabel("accumulated error,\nrelative to the layer's largest output")
     shares.set_ylabel("largest local error\nas a share of its bound")
     for stack in dict.fromkeys(map(layers.stack, names)):
@@ -104,41 +105,33 @@ def figure_of(rows: Sequence[ResultRow], layers: Layers) -> Any:
                          parse_math=False)
         for panel in panels:
             panel.axvline(at_layer, color=RED, linewidth=1.5, linestyle=":", label="first divergent")
-    _label_layers(shares, names)
+    ticks = range(0, len(names), math.ceil(len(names) / 40))  # so many labels at most, else they run into each other
+    shares.set_xticks(ticks, [names[at].rsplit(".", 1)[-1] for at in ticks], rotation=60, ha="right",
+                      rotation_mode="anchor", parse_math=False)
     for panel in panels:
         panel.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
     return figure
 
 
-def _label_layers(panel: Any, names: Sequence[str]) -> None:
-    """Label the layers below the plot: each one that has a word for a name, and as many numbers as fit between."""
-    words = [name.rsplit(".", 1)[-1] for name in names]
-    apart = math.ceil(len(names) / 40)  # so many labels at most, else they run into each other
-    ticks = [at for at, word in enumerate(words) if not word.isdigit()]
-    ticks += [at for at, word in enumerate(words)
-              if word.isdigit() and int(word) % apart == 0 and all(abs(at - other) >= apart for other in ticks)]
-    panel.set_xticks(ticks, [words[at] for at in ticks], rotation=60, ha="right", rotation_mode="anchor",
-                     parse_math=False)
-    panel.set_xlim(-0.6, len(names) - 0.4)
+def _drawn(value: Any) -> float:
+    """A figure as a logarithm has a place for it: 0 is below the lower edge, what is no finite number is a gap."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return math.nan
+    return 0.0 if value < 1e-30 else min(value, 1e30)
 
 
-def _lines(panel: Any, cases: Sequence[tuple[bool, list[Any]]], many: Callable[..., float], limit: float) -> None:
-    """Draw a light line for each case, red where it did not hold, and a heavy one for all. 0 is at the lower edge."""
-    drawn = [(held, [value if isinstance(value, int | float) else math.nan for value in values])
-             for held, values in cases]
-    positive = [value for _, values in drawn for value in (*values, limit) if 1e-300 < value < 1e300] or [1.0]
-    low, high = 10.0 ** math.floor(math.log10(min(positive))), 10.0 ** (math.floor(math.log10(max(positive))) + 1)
-    panel.set_yscale("log")
-    panel.set_ylim(low / 1.3, high)  # whole decades, for two labels at least
-    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panel.yaxis.set_minor_formatter(lambda value, _: "")
-    labels, dot = {True: "a case", False: "a case that did not hold"}, "." if len(drawn[0][1]) <= 40 else ""
-    drawn = [(held, [low / 1.3 if value < low else value for value in values]) for held, values in drawn]
-    for held, values in drawn:
+def _lines(panel: Any, cases: Sequence[tuple[bool, list[float]]], many: str) -> None:
+    """Draw a light line for each case, red where it did not hold, and a heavy one for all: their median or largest."""
+    labels, dot = {True: "a case", False: "a case that did not hold"}, "." if len(cases[0][1]) <= 40 else ""
+    for held, values in cases:
         panel.plot(values, f"{dot}-", markersize=3, linewidth=0.9, color=BLUE if held else RED,
                    alpha=0.45 if held else 0.8, zorder=2 if held else 4, label=labels.pop(held, None))
-    columns = [[value for value in column if value == value] for column in zip(*(v for _, v in drawn), strict=True)]
-    panel.plot([many(column) if column else math.nan for column in columns], f"{dot}-", markersize=8, linewidth=2.6,
-               color=BLUE, zorder=3, label=f"{'largest' if many is max else 'median'} of {len(cases)} cases")
-    if limit:
-        panel.axhline(limit, color=RED, linestyle="--", linewidth=1.2, label="limit")
+    columns = [[value for value in column if value == value] for column in zip(*(v for _, v in cases), strict=True)]
+    of_all = statistics.median if many == "median" else max
+    panel.plot([of_all(column) if column else math.nan for column in columns], f"{dot}-", markersize=8, linewidth=2.6,
+               color=BLUE, zorder=3, label=f"{many} of {len(cases)} cases")
+    limit = [1.0] if many == "largest" else []
+    positive = [value for _, values in cases for value in (*values, *limit) if value > 0] or [1.0]
+    panel.set_ylim(min(positive) / 3.2, max(positive) * 3.2)  # a decade at least, for a label
+    panel.set_yscale("log")
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

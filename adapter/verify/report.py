@@ -21,6 +21,7 @@ import jinja2
 from PIL import Image
 
 from adapter.checkpoint.safetensors import read_config
+from adapter.config.files import finite
 from adapter.config.schema import Config, Processor, Request
 from adapter.requests.media import MOST_PIXELS, load_image, video_of_file
 from adapter.verify.plot import Layers, ResultRow, draw
@@ -34,7 +35,7 @@ NO_FIGURES = {"id", "requests", "passed", "error", "answer", "one_process_answer
 
 def render(config: Config, rows: Sequence[ResultRow], summary: ResultRow) -> str:
     """The page: one row a case, in the order given. Raises UserError only where matplotlib is missing."""
-    rows, summary = _plain(rows), _plain(summary)
+    rows, summary = finite(rows), finite(dict(summary))
     requests = {request.id: request for request in config.requests}
     policy = policy_for(read_config(config.model.path), "config.json")
     layers = Layers.of(rows, policy.encoder.module)
@@ -49,16 +50,6 @@ def render(config: Config, rows: Sequence[ResultRow], summary: ResultRow) -> str
     )
     page = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "\ufffd", page)  # an answer may hold any character, HTML may not
     return page.encode("utf-8", "replace").decode("utf-8")  # nor can half a surrogate pair be written to a file
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON can hold it: what JSON has no word for, such as NaN, becomes text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    known = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
-    return value if known else str(value)
 
 
 def _case(row: ResultRow, requests: Mapping[str, Request]) -> dict[str, Any]:

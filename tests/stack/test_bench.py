@@ -18,11 +18,9 @@ from adapter.kernels import linear
 BENCH = ROOT / "launch" / "bench.py"
 SMALL = ["--config", str(ROOT / "configs" / "demo_tp4.yaml"), "--new", "4", "--requests-at-once", "2",
          "tensor_parallel.tp_size=2"]
-OF_RANKS = {"peak_rss_bytes", "pss_bytes", "anonymous_bytes", "pss_per_weight_byte", "read_gb_s", "matmul_gflop_s",
-            "read_share"}
-FIGURES = {"load_s", "read_s", "bytes_read", "cold_ttft_s", "ttft_s", "decode_tok_s", "read_total_gb_s",
-           "limit_ttft_s", "limit_decode_tok_s"}
-COLLECTIVES = {"all_reduce_decode", "all_reduce_prefill", "all_gather_logits"}
+OF_RANKS = {"peak_rss_bytes", "pss_bytes", "read_gb_s", "matmul_gflop_s", "read_share"}
+FIGURES = {"load_s", "cold_ttft_s", "ttft_s", "decode_tok_s", "limit_ttft_s", "limit_decode_tok_s"}
+COLLECTIVES = {"all_reduce_decode", "all_reduce_prefill"}
 pytestmark = pytest.mark.ranks
 
 
@@ -42,12 +40,9 @@ def check_ours(found: dict, vision: str = "tensor") -> None:
     assert all(ordered(found[name]) for name in FIGURES), found
     for name in OF_RANKS:
         assert len(found[name]) == 2 and all(map(ordered, found[name])), (name, found[name])
-    assert set(found["collective_us"]) == COLLECTIVES == set(found["collective_bytes"])
+    assert set(found["collective_us"]) == COLLECTIVES
     assert all(map(ordered, found["collective_us"].values()))
-    at_once = found["at_once"]
-    assert all(ordered(at_once[name]) for name in ("ttft_s", "decode_tok_s", "times_one", "read_total_gb_s"))
-    assert found["collective_bytes"] == {"all_reduce_decode": 224 * 4, "all_reduce_prefill": 43 * 224 * 4,
-                                         "all_gather_logits": 256 * 4}
+    assert all(ordered(found["at_once"][name]) for name in ("ttft_s", "decode_tok_s"))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +60,6 @@ def test_ranks_measure_themselves(measured):
     assert [row["repeat"] for row in found] == [0, 0, 1] and all(row["engine"] == "ours" for row in found)
     check_ours(total, "auto")
     assert "command_to_first_answer_s" not in total and "peers" not in total
-    assert 2 * total["bytes_read"]["min"] == sum(total["weight_bytes"])  # the files hold bfloat16
     done = subprocess.run([sys.executable, "launch/plan.py", *SMALL[:2], SMALL[-1], "--hardware", str(file), "--json"],
                           cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0 and json.loads(done.stdout)["prediction"]["decode_tok_s"] > 0, done.stderr
@@ -105,7 +99,6 @@ def test_the_driver_times_ours_and_a_peer_and_draws_them(driven):
     peer = total["peers"]["hf"]
     assert peer["prompt_tokens"] == 43
     assert all(ordered(peer[name]) for name in ("start_s", "load_s", "cold_ttft_s", "ttft_s", "decode_tok_s"))
-    assert all(len(peer[name]) == 1 and ordered(peer[name][0]) for name in ("peak_rss_bytes", "pss_bytes"))
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
@@ -147,8 +140,10 @@ def test_a_request_that_cannot_be_prepared_is_reported_once(tmp_path):
 @pytest.mark.parametrize(("number", "code"), [
     (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long),
     pytest.param(signal.SIGKILL, -9, marks=pytest.mark.long)])
-def test_nothing_is_left_of_a_benchmark_that_is_ended(number, code):
-    """While its ranks run; they are in sessions of their own, so that Ctrl-C reaches the driver alone."""
+def test_nothing_is_left_of_a_benchmark_that_is_ended(number, code, tmp_path, monkeypatch):
+    """While its ranks run; they are in sessions of their own, so that Ctrl-C reaches the driver alone. Only where it is
+    killed, the small directory stays that holds its request."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     job = Running([sys.executable, str(BENCH), *SMALL, "--repeats", "1000", "--new", "64"])
     deadline = time.monotonic() + 120
     while "loaded in" not in job.output():
@@ -159,3 +154,4 @@ def test_nothing_is_left_of_a_benchmark_that_is_ended(number, code):
     left = job.leftovers(30)
     assert not left, left
     assert outcome.code == code and "Traceback" not in outcome.err, outcome.err[-3000:]
+    assert number == signal.SIGKILL or not list(tmp_path.glob("qwenvl-tp-bench-*"))

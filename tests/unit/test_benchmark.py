@@ -7,22 +7,18 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
 from launching import ROOT
 from published import FILES, PUBLISHED, write_sparse
 
-from adapter.benchmark import limits
-from adapter.benchmark.chart import draw
-from adapter.benchmark.driver import binding, memory_file, merged
+from adapter.benchmark.calibrate import write_hardware
+from adapter.benchmark.driver import binding, peer_record
 from adapter.benchmark.limits import decode_bytes, prefill_flop, product
-from adapter.benchmark.main import _write_hardware
-from adapter.benchmark.peers.peer import memory, speed
+from adapter.benchmark.peers.peer import speed
 from adapter.benchmark.request import PROMPT, as_line, first_request
-from adapter.benchmark.summary import spread, summary
+from adapter.benchmark.summary import draw, spread, summary
 from adapter.commands.subprocesses import Ended
 from adapter.config.load import load_config
 from adapter.planning.cost_model import Workload, predict
@@ -97,7 +93,7 @@ def test_spread_of_numbers_lists_and_mappings():
 def test_summary_has_ours_on_top_and_the_peers_below():
     rows = [{"engine": "ours", "repeat": 0, "load_s": 2.0, "case": {"tp_size": 2}},
             {"engine": "ours", "repeat": 0, "ttft_s": 1.0}, {"engine": "ours", "repeat": 1, "ttft_s": 2.0},
-            {"engine": "hf", "repeat": 0, "rank": 0, "ttft_s": 4.0, "case": {"version": "5"}},
+            {"engine": "hf", "repeat": 0, "ttft_s": 4.0, "case": {"version": "5"}},
             {"engine": "vllm", "repeat": 0, "error": "exit code 1"}]
     found = summary(rows, 2)
     assert found["summary"] is True and found["tp_size"] == 2 and found["repeats"] == 2
@@ -106,14 +102,9 @@ def test_summary_has_ours_on_top_and_the_peers_below():
                               "vllm": {"error": "exit code 1"}}
 
 
-def test_rows_of_a_peers_ranks_become_one():
-    ready = [(0.5, {"ready": True}), (0.75, {"ready": True})]
-    rows = [(1.0, {"rank": 1, "pss_bytes": 20}), (2.0, {"rank": 0, "pss_bytes": 10, "ttft_s": 1.0}), (3.0, {"a": 1})]
-    expected = {"start_s": 0.75, "rank": 0, "pss_bytes": [10, 20], "ttft_s": 1.0}
-    assert merged(Ended(0, [*ready, *rows], [], 1.0)) == [expected]
-    family = [(1.0, {"rank": 0, "pss_bytes": [10, 30], "ttft_s": 1.0})]  # vLLM's one row, of all its processes
-    assert merged(Ended(0, [*ready[:1], *family], [], 1.0)) == [
-        {"start_s": 0.5, "rank": 0, "pss_bytes": [10, 30], "ttft_s": 1.0}]
+def test_a_peers_record_is_its_last_row_and_when_it_was_ready():
+    rows = [(0.5, {"ready": True}), (2.0, {"ttft_s": 1.0})]
+    assert peer_record(Ended(0, rows, [], 1.0)) == [{"start_s": 0.5, "ttft_s": 1.0}]
 
 
 @pytest.mark.parametrize(("ranks", "cores", "expected"), [
@@ -124,12 +115,6 @@ def test_cores_of_each_rank(ranks, cores, expected):
 
 def test_speed_is_of_the_first_token_and_of_those_after_it():
     assert speed(10.0, [11.0, 11.5, 12.0]) == {"ttft_s": 1.0, "decode_tok_s": 2.0}
-
-
-def test_memory_of_this_process():
-    found = memory()
-    assert 0 < found["anonymous_bytes"] < found["pss_bytes"] <= found["peak_rss_bytes"]
-    assert memory(2**22 + 1) == dict.fromkeys(found, 0)
 
 
 def test_a_config_without_requests_gets_a_drawn_image(tmp_path):
@@ -150,9 +135,10 @@ def test_a_request_survives_being_written_down(tmp_path, request_yaml):
     (tmp_path / "c.yaml").write_text(f"model: {{path: .}}\nrequests: [{request_yaml}]\n")
     request = first_request(load_config(tmp_path / "c.yaml"))
     assert request.expected is None
-    with memory_file(as_line(request)) as file:
-        again = load_config(tmp_path / "c.yaml", [f"requests={file}"]).requests
-    assert again == (request,) and not os.path.exists(file)
+    elsewhere = tmp_path / "sub" / "requests.jsonl"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text(as_line(request))
+    assert load_config(tmp_path / "c.yaml", [f"requests={elsewhere}"]).requests == (request,)
 
 
 def test_the_chart_is_a_png_with_every_engine_that_ran(tmp_path):
@@ -184,19 +170,18 @@ def test_a_prediction_with_the_written_machine_repeats_the_measurement(plans, tp
         "read_gb_s": of_ranks(38.0 / tp), "matmul_gflop_s": of_ranks(820.0 / tp), "pss_bytes": of_ranks(5e9),
         "weight_bytes": [plan.weight_bytes(rank) for rank in range(tp)],
         "collective_us": {"all_reduce_decode": {"median": 3.0}, "all_reduce_prefill": {"median": 230.0}},
-        "collective_bytes": {"all_reduce_decode": 3072, "all_reduce_prefill": 869376},
     }
-    _write_hardware(plan, found, tmp_path / "machine.yaml")
+    write_hardware(plan, found, tmp_path / "machine.yaml")
     machine = load_hardware(tmp_path / "machine.yaml")
     foreseen = predict(plan, machine, load)
     assert foreseen.decode_tok_s == pytest.approx(9.5, rel=1e-3)
     assert foreseen.ttft_s == pytest.approx(7.9, rel=1e-3)
-    assert machine.memory_read_gb_s == 38 and machine.matmul_tflop_s.bfloat16 == 0.41
+    assert machine.memory_read_gb_s == 38 and machine.matmul_tflop_s == {"bfloat16": 0.41}
     assert 0 < machine.efficiency.matmul < 1
     if tp == 2:
         one = machine.collective(2)
         assert one.latency_us == pytest.approx(2.2, abs=0.05)
-        assert one.seconds(1, one.per_reduced_byte * 869376) == pytest.approx(230e-6, rel=1e-3)
+        assert machine.collective_s(2, 1, 869376) == pytest.approx(230e-6, rel=1e-3)
 
 
 def bench(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
@@ -236,31 +221,3 @@ def test_the_driver_imports_neither_torch_nor_deepspeed():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
                           check=True)
     assert json.loads(done.stdout) == []
-
-
-def test_a_paused_clock_leaves_out_what_it_measures(monkeypatch):
-    """Every look takes ten seconds, every token two."""
-    now = [0.0]
-    monkeypatch.setattr(limits.time, "perf_counter", lambda: now[0])
-    looks = []
-
-    class Machine:
-        world = SimpleNamespace(barrier=lambda: now.__setitem__(0, now[0] + 5))
-
-        def reads(self):
-            looks.append("read")
-            now[0] += 10
-            return 20.0
-
-        def multiplies(self):
-            looks.append("product")
-            now[0] += 10
-            return 200.0
-
-    clock = limits.Paused(Machine())
-    for _ in range(1 + limits.EVERY + 1):  # the prompt and the tokens
-        now[0] += 2
-        clock.put(torch.zeros(1))
-    clock.end()
-    assert [b - a for a, b in pairwise(clock.times)] == [2.0] * (limits.EVERY + 1)
-    assert looks == ["product", "product", "read", "read", "read"]

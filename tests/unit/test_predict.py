@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from published import PUBLISHED
 
 from adapter.planning.cost_model import Work, Workload, predict, predict_all, text_work, vision_work
-from adapter.planning.hardware import AllReduce, Hardware
+from adapter.planning.hardware import Hardware
 from adapter.planning.plan import Plan, valid_tp_sizes
 from policies.errors import UserError
 from policies.families.qwen2_vl import POLICY
@@ -68,22 +68,21 @@ def test_a_rank_of_two_by_hand():
     assert text_work(plan_of(TINY, 2), 3, 10, 0, 1) == Work(
         layers=2, linear_flop=2 * 30 * 2 * layer + 2 * 3 * 128 * 16, attention_flop=2 * 1 * 3 * 55 * 4 * 8,
         weight_bytes=2 * (2 * (layer + 8 + 2 * 8 + 2 * 16) + 16 + 128 * 16),
-        reduces=5, reduced_bytes=5 * 30 * 16 * 2, gathers=1, gathered_bytes=3 * 256 * 2)
+        collectives=6, sent_bytes=5 * 30 * 16 * 2 + 0.5 * 3 * 256 * 2)  # two ranks send each byte, or half of them
     vision = vision_work(plan_of(TINY, 2), LOAD, 0)
-    assert (vision.reduces, vision.reduced_bytes) == (7, 2 * (6 * 48 * 8 + 12 * 16))
+    assert (vision.collectives, vision.sent_bytes) == (7, 2 * (6 * 48 * 8 + 12 * 16))
 
 
 def test_seconds_and_memory_by_hand():
     found = predict(plan_of(TINY, 2), hardware(), LOAD)
     decode, work = found.decode, text_work(plan_of(TINY, 2), 3, 1, 14, 0)
     assert decode.work == work
-    assert decode.linear_s == pytest.approx(work.linear_flop / 0.5e12)
-    assert decode.attention_s == pytest.approx(work.attention_flop / 0.25e12)
+    assert decode.compute_s == pytest.approx(work.linear_flop / 0.5e12 + work.attention_flop / 0.25e12)
     assert decode.read_s == pytest.approx((work.weight_bytes + work.kv_bytes) / 80e9)
     assert decode.collective_s == pytest.approx(6 * 10e-6 + (1.0 * 5 * 3 * 16 * 2 + 0.5 * 3 * 256 * 2) / 1e9)
     assert decode.overhead_s == pytest.approx(250e-6)
     assert decode.total_s == pytest.approx(max(decode.read_s, decode.compute_s) + decode.collective_s + 250e-6)
-    assert found.ttft_s == pytest.approx(found.vision.total_s + found.prefill.total_s)
+    assert found.ttft_s == pytest.approx(found.phases["vision"].total_s + found.phases["prefill"].total_s)
     assert found.decode_tok_s == pytest.approx(1 / decode.total_s)
     memory = found.memory
     assert memory.kv == 3 * 18 * (2 * 2 * 1 * 8 * 2)
@@ -148,9 +147,9 @@ def test_weights_and_collectives_are_the_plans(case):
     found, per_token = predict(plan, hardware(), load), plan.collectives()
     assert found.memory.weights == plan.weight_bytes(found.memory.rank)
     work = found.decode.work
-    assert work.reduces + work.gathers == per_token["per_token"]
-    assert work.reduced_bytes == load.batch * per_token["per_token_all_reduce_bytes"]
-    assert work.gathered_bytes == load.batch * per_token["per_token_gathered_logits_bytes"]
+    assert work.collectives == per_token["per_token"]
+    sent = 2 * per_token["per_token_all_reduce_bytes"] + per_token["per_token_gathered_logits_bytes"]
+    assert work.sent_bytes == pytest.approx(load.batch * sent * (plan.tp_size - 1) / plan.tp_size)
 
 
 @any_case
@@ -160,12 +159,13 @@ def test_limits_and_order(case):
     at_hand = hardware()
     found = predict(plan, at_hand, load)
     alone = predict(replace(plan, tp_size=1), at_hand, load)
-    assert (alone.ttft_collectives, alone.decode_collectives, alone.decode.work.reduces) == (0, 0, 0)
+    assert all(phase.collective_s == phase.work.collectives == 0 for phase in alone.phases.values())
     for rank in range(plan.tp_size):
         decode = text_work(plan, load.batch, 1, load.context, rank)
         readers = -(-plan.tp_size // 4)
         assert found.decode.total_s >= (decode.weight_bytes + decode.kv_bytes) * readers / 100e9
-        assert found.prefill.total_s >= text_work(plan, load.batch, load.prompt_tokens, 0, rank).linear_flop / 1e12
+        prefill = text_work(plan, load.batch, load.prompt_tokens, 0, rank)
+        assert found.phases["prefill"].total_s >= prefill.linear_flop / 1e12
     for more in (replace(load, prompt_tokens=load.prompt_tokens + 9), replace(load, patches=(*load.patches, 16)),
                  replace(load, batch=load.batch + 1)):
         later = predict(plan, at_hand, more)
@@ -181,9 +181,9 @@ def test_limits_and_order(case):
 def test_the_rank_with_most_heads_sets_the_pace(name, tp, most):
     plan = plan_of(PUBLISHED[name], tp)
     found = predict(plan, hardware(), Workload(4000))  # attention matters
-    assert plan.heads["text"][found.prefill.rank].owned == most
+    assert plan.heads["text"][found.phases["prefill"].rank].owned == most
     each = [predict_rank(plan, rank) for rank in range(tp)]
-    assert found.prefill.work.linear_flop + 2 * found.prefill.work.attention_flop == max(each)
+    assert found.phases["prefill"].work.linear_flop + 2 * found.phases["prefill"].work.attention_flop == max(each)
 
 
 def predict_rank(plan: Plan, rank: int) -> int:
@@ -233,19 +233,19 @@ def test_ranks_beyond_the_devices_share_them():
     assert "4 ranks on 2 cores: a rank has 0.5 of a core" in said and "1/4 of its bandwidth" in said
     assert list(accelerators.sharing(4)) == []
     four, two = (predict(plan_of(TINY, 2), hardware(kind="cpu", devices=n), LOAD) for n in (2, 1))
-    assert two.decode.linear_s == pytest.approx(2 * four.decode.linear_s)
+    assert two.decode.compute_s == pytest.approx(2 * four.decode.compute_s)
     assert two.decode.overhead_s == pytest.approx(2 * four.decode.overhead_s)
     assert two.decode.read_s == four.decode.read_s
 
 
-def test_collectives_between_and_beyond_the_entries():
-    at_hand = hardware()
-    assert [(c.latency_us, c.bandwidth_gb_s) for c in map(at_hand.collective, (2, 3, 4, 7))] == [
-        (10, 1), (20, 2), (30, 3), (60, 3)]
-    assert "no entry for 3 ranks" in "".join(at_hand.sharing(3))
-    ring = AllReduce(ranks=4, latency_us=5, bandwidth_gb_s=2)
-    assert (ring.per_reduced_byte, ring.per_gathered_byte) == (1.5, 0.75)
-    assert ring.seconds(3, 4e9) == pytest.approx(2 + 15e-6)
+def test_collectives_of_ranks_without_an_entry():
+    """The entry of the next more ranks stands in, and the largest for all beyond it, which is said."""
+    at_hand = hardware(all_reduce=PLAIN["all_reduce"][::-1])
+    assert [at_hand.collective(n).ranks for n in (2, 3, 4, 7)] == [2, 4, 4, 4]
+    assert "no entry for 3 ranks: that for 4 stands in" in "".join(at_hand.sharing(3))
+    ring = hardware(all_reduce=[{"ranks": 4, "latency_us": 5, "bandwidth_gb_s": 2}])
+    assert ring.collective_s(4, 3, 4e9) == pytest.approx(2 + 15e-6)
+    assert hardware(all_reduce=[]).collective_s(1, 0, 0) == 0
 
 
 def test_memory_that_does_not_fit_is_said():

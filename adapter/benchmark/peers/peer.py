@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 WARM_UP_TOKENS = 2  # the request before the first that counts: buffers, kernels chosen, pages of mapped files
@@ -45,20 +44,3 @@ def speed(began: float, times: Sequence[float]) -> dict[str, float]:
     """From when generation began and when each new token came, in seconds of one clock, at least two of them."""
     return {"ttft_s": round(times[0] - began, 4),
             "decode_tok_s": round((len(times) - 1) / (times[-1] - times[0]), 4)}
-
-
-def memory(pid: int | str = "self") -> dict[str, int]:
-    """Bytes of one process, 0 where the kernel does not report them: pss_bytes (shared pages by their share),
-    anonymous_bytes (those of them that no file stands behind) and peak_rss_bytes (the most so far, shared pages
-    whole)."""
-    lines = [*_lines(f"/proc/{pid}/smaps_rollup"), *_lines(f"/proc/{pid}/status")]
-    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
-    names = {"pss_bytes": "Pss", "anonymous_bytes": "Pss_Anon", "peak_rss_bytes": "VmHWM"}
-    return {ours: found.get(theirs, 0) for ours, theirs in names.items()}
-
-
-def _lines(file: str) -> list[str]:
-    try:
-        return Path(file).read_text().splitlines()
-    except OSError:
-        return []

@@ -1,7 +1,7 @@
 """Time Transformers' own model and loop: in one process (hf), under its own tensor parallelism (hf-tp, by torchrun), or
 cut by stock DeepSpeed (deepspeed, by its launcher), where every rank loads the whole model first.
 
-A JSON line per rank: its memory and, on rank 0, what was timed.
+JSON lines of rank 0: ready, when all ranks are, then what was timed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from peer import ENDLESS, WARM_UP_TOKENS, arguments, json_lines, memory, speed
+from peer import ENDLESS, WARM_UP_TOKENS, arguments, json_lines, speed
 from safetensors.torch import load_file
 from transformers.generation.streamers import BaseStreamer
 
@@ -72,6 +72,12 @@ LOADERS: dict[str, Callable[[str, torch.dtype], Model]] = {
     "hf": one_process, "hf-tp": own_tensor_parallel, "deepspeed": stock_deepspeed}
 
 
+def wait() -> None:
+    """Wait for the other ranks."""
+    if WORLD > 1:
+        torch.distributed.barrier()
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--engine", choices=list(LOADERS), required=True)
@@ -79,26 +85,28 @@ def main() -> None:
     began = time.perf_counter()
     model = LOADERS[args.engine](args.model, getattr(torch, args.dtype)).eval()
     load_s = time.perf_counter() - began
-    write({"ready": True})
     inputs = {name: tensor.to(model.device) for name, tensor in load_file(args.inputs).items()
               if not name.startswith("image.")}
 
     def run(new: int) -> dict[str, float]:
-        if WORLD > 1:
-            torch.distributed.barrier()
+        wait()
         clock, began = Clock(), time.perf_counter()
         with torch.inference_mode():
             model.generate(**inputs, max_new_tokens=new, do_sample=False, num_beams=1, **ENDLESS,
                            streamer=clock)
         return speed(began, clock.times[1:])
 
+    wait()
+    if RANK == 0:
+        write({"ready": True})
     cold = run(WARM_UP_TOKENS)
     row = {"load_s": round(load_s, 4), "cold_ttft_s": cold["ttft_s"], **run(args.new),
            "case": {"version": transformers.__version__, "prompt_tokens": inputs["input_ids"].shape[1],
                     "threads": torch.get_num_threads()}}
-    write({"rank": RANK, **memory(), **(row if RANK == 0 else {})})
+    if RANK == 0:
+        write(row)
+    wait()
     if WORLD > 1:
-        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

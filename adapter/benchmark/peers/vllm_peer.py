@@ -1,7 +1,7 @@
 """Time vLLM: its offline LLM class, eager, with prefix and processor caches off. Needs vLLM and nothing of ours.
 
 Times are vLLM's own figures of the request: its first token counts from the request's arrival in the engine, which its
-processing of the image follows. A JSON line: what was timed, and the memory of this process and those it started.
+processing of the image follows. JSON lines: ready, then what was timed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from peer import WARM_UP_TOKENS, arguments, json_lines, memory
+from peer import WARM_UP_TOKENS, arguments, json_lines
 
 ENVIRONMENT = {  # one host, nothing fetched, nothing reported
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
@@ -49,9 +49,9 @@ def main() -> None:
 
     cold, done = run(WARM_UP_TOKENS).metrics, run(args.new)
     own = done.metrics
-    write({"rank": 0, "load_s": round(load_s, 4), "cold_ttft_s": round(cold.first_token_latency, 4),
+    write({"load_s": round(load_s, 4), "cold_ttft_s": round(cold.first_token_latency, 4),
           "ttft_s": round(own.first_token_latency, 4),
-          "decode_tok_s": round((args.new - 1) / (own.last_token_ts - own.first_token_ts), 4), **family_memory(),
+          "decode_tok_s": round((args.new - 1) / (own.last_token_ts - own.first_token_ts), 4),
           "case": {"version": vllm.__version__, "prompt_tokens": len(done.prompt_token_ids),
                    "threads": args.binding}})
 
@@ -68,15 +68,6 @@ def prompt(model: str, inputs: str) -> tuple[dict[str, Any], int]:
     images = [Image.fromarray(tensors[name]) for name in sorted(tensors) if name.startswith("image.")]
     media = {"multi_modal_data": {"image": images}} if images else {}
     return {"prompt_token_ids": short, **media}, len(whole)
-
-
-def family_memory() -> dict[str, list[int]]:
-    """peer.memory of this process and of each below it, by name."""
-    import psutil
-
-    pids = [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
-    rows = [memory(pid) for pid in pids]
-    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 if __name__ == "__main__":
