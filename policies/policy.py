@@ -63,7 +63,9 @@ class Geometry:
     sizes: every named dimension of the table, in elements.
     attention: "text" and "vision" -> heads. layers: stack ("model.layers") -> count, the text encoder's first.
     context: longest sequence in tokens. patch_values: numbers in one patch. merge_side: patches a side that make one
-    token. assumed: keys that the file should state and does not -> the default that stands in.
+    token. windowed_layers: layers of the vision encoder that attend inside windows of `window_patches` patches, the
+    others to whole frames. injected_layers: text layers, from the first, after each of which features of the vision
+    encoder are added. assumed: keys that the file should state and does not -> the default that stands in.
     """
 
     sizes: Mapping[str, int]
@@ -73,6 +75,9 @@ class Geometry:
     context: int
     patch_values: int
     merge_side: int
+    windowed_layers: int = 0
+    window_patches: int = 0
+    injected_layers: int = 0
     assumed: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -105,6 +110,7 @@ class Encoder:
 class Policy:
     """One model family: what is sharded how. Data, but for `geometry`, which reads a config.json mapping.
 
+    first_release: of Transformers that has `model_class`.
     head_axes: named dimension -> (encoder, "q" or "kv"): dimensions that are cut by heads; other cut ones go by grains.
     renames: (newer prefix, published prefix): module and tensor names of newer releases, in order of application.
     media_tokens: keys of config.json with ids of tokens that stand for media: fed back they claim an image's place.
@@ -117,6 +123,7 @@ class Policy:
 
     model_type: str
     model_class: str
+    first_release: str
     table: tuple[Claim, ...]
     head_axes: Mapping[str, tuple[str, str]]
     head_numbers: tuple[HeadNumbers, ...]
