@@ -110,19 +110,24 @@ def _config(ids: dict[str, int]) -> dict[str, Any]:
         "transformers_version": "4.45.0",
         "use_cache": True,
         "use_sliding_window": False,
-        "vision_config": {
-            "depth": 3,
-            "embed_dim": 128,
-            "mlp_ratio": 4,
-            "num_heads": 16,
-            "in_chans": 3,
-            "hidden_size": hidden,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "spatial_patch_size": 14,
-            "temporal_patch_size": 2,
-        },
+        "vision_config": _vision_config(hidden),
         "vocab_size": VOCAB_SIZE,
+    }
+
+
+def _vision_config(hidden: int) -> dict[str, Any]:
+    """The encoder's section; `hidden` is the text layers' width."""
+    return {
+        "depth": 3,
+        "embed_dim": 128,
+        "mlp_ratio": 4,
+        "num_heads": 16,
+        "in_chans": 3,
+        "hidden_size": hidden,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
     }
 
 

@@ -91,60 +91,79 @@ def other_features(model: Any) -> Iterator[None]:
     del encoder.forward
 
 
-def digests(engine_of: Callable[[int], Any], loaded: Callable[[int], Any], out: Path) -> int:
-    off, on, third = engine_of(0), loaded(1), engine_of(3)
-    tp, facts = on.mpu.tp, {}
-    here = tp.rank == PLANTED
-    inputs = inputs_for(cases()["batch"], "cpu")
-    prompt = inputs["input_ids"].shape[1]
-    fixed = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
-    free = {"max_new_tokens": NEW, "do_sample": False}
+FIXED = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+FREE = {"max_new_tokens": NEW, "do_sample": False}
+BEAMS, DRAWN = FIXED | {"num_beams": 3}, FIXED | {"do_sample": True, "temperature": 1.5}
 
-    def run(engine: Any, given: Inputs = inputs, arguments: dict[str, Any] = fixed, **planted: Any) -> Any:
+
+class Runs:
+    """Generates on engines, with and without a fault on this rank. here: whether this rank has the faults."""
+
+    def __init__(self, here: bool) -> None:
+        self.here, self.inputs = here, inputs_for(cases()["batch"], "cpu")
+        self.prompt = self.inputs["input_ids"].shape[1]
+
+    def __call__(self, engine: Any, given: Inputs | None = None, arguments: dict[str, Any] = FIXED,
+                 **planted: Any) -> Any:
         """Tokens, or the message of a Desync."""
         from adapter.health.desync import Desync
 
         try:
-            return engine.generate(**given, **arguments, **(planted if here else {})).tolist()
+            return engine.generate(**(given or self.inputs), **arguments, **(planted if self.here else {})).tolist()
         except Desync as error:
             return str(error)
 
-    def token(step: int, which: int = 50) -> dict[str, Any]:
-        return {"logits_processor": [Prefer(which, step, prompt)]}
+    def token(self, step: int, which: int = 50) -> dict[str, Any]:
+        return {"logits_processor": [Prefer(which, step, self.prompt)]}
 
-    beams, drawn = fixed | {"num_beams": 3}, fixed | {"do_sample": True, "temperature": 1.5}
-    for name, arguments in (("greedy", fixed), ("beams", beams), ("drawn", drawn)):
+
+def digests(engine_of: Callable[[int], Any], loaded: Callable[[int], Any], out: Path) -> int:
+    off, on, third = engine_of(0), loaded(1), engine_of(3)
+    tp = on.mpu.tp
+    run = Runs(tp.rank == PLANTED)
+    facts: dict[str, Any] = {}
+    for name, arguments in (("greedy", FIXED), ("beams", BEAMS), ("drawn", DRAWN)):
         for key, engine in (("off", off), ("on", on), ("third", third)):
             torch.manual_seed(11)
             facts[f"no fault, {name}, {key}"] = run(engine, arguments=arguments)
-    facts["token, off"] = run(off, **token(4))
-    facts["token, on"] = run(on, **token(4))
-    facts["token, third"] = run(third, **token(4))
-    facts["token of a beam, on"] = run(on, arguments=beams, **token(4))
-    facts["EOS, on"] = run(on, arguments=free, **token(2, EOS))
-    facts["criterion, on"] = run(on, stopping_criteria=[StopAt(prompt + 3)])
-
-    changed = inputs["input_ids"].clone()
-    changed[0, -1] += 1
-    facts["input ids, off"] = run(off, inputs | {"input_ids": changed} if here else inputs)
-    facts["input ids, on"] = run(on, inputs | {"input_ids": changed} if here else inputs)
-    long = inputs_for(cases()["text"], "cpu")
-    short = {k: v[:, :-3] for k, v in long.items()}
-    facts["length, on"] = run(on, short if here else long)
-
-    for key, engine in (("off", off), ("on", on)):
-        model = engine.module
-        with other_positions(model, 3) if here else nullcontext():
-            facts[f"position ids, {key}"] = run(engine)
-        with other_features(model) if here else nullcontext():
-            facts[f"image features, {key}"] = run(engine)
-    facts["hooks left"] = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in on.module.modules()) \
-        - sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in off.module.modules())
+    for key, engine in (("off", off), ("on", on), ("third", third)):
+        facts[f"token, {key}"] = run(engine, **run.token(4))
+    facts["token of a beam, on"] = run(on, arguments=BEAMS, **run.token(4))
+    facts["EOS, on"] = run(on, arguments=FREE, **run.token(2, EOS))
+    facts["criterion, on"] = run(on, stopping_criteria=[StopAt(run.prompt + 3)])
+    facts |= other_inputs(run, off, on) | other_values(run, off, on)
+    facts["hooks left"] = hooks(on.module) - hooks(off.module)
     facts["afterwards, on"] = run(on)
     (out / f"rank{tp.rank}.json").write_text(json.dumps(facts))
     tp.barrier()
-    on.generate(**inputs, **fixed, **(token(1) if here else {}))
+    on.generate(**run.inputs, **FIXED, **(run.token(1) if run.here else {}))
     return 0
+
+
+def other_inputs(run: Runs, off: Any, on: Any) -> dict[str, Any]:
+    """One rank has another token in its prompt, or a shorter prompt."""
+    changed = run.inputs["input_ids"].clone()
+    changed[0, -1] += 1
+    given = run.inputs | {"input_ids": changed} if run.here else run.inputs
+    facts = {"input ids, off": run(off, given), "input ids, on": run(on, given)}
+    long = inputs_for(cases()["text"], "cpu")
+    short = {k: v[:, :-3] for k, v in long.items()}
+    return facts | {"length, on": run(on, short if run.here else long)}
+
+
+def other_values(run: Runs, off: Any, on: Any) -> dict[str, Any]:
+    """One rank computes with other positions, or with other image features."""
+    facts = {}
+    for key, engine in (("off", off), ("on", on)):
+        with other_positions(engine.module, 3) if run.here else nullcontext():
+            facts[f"position ids, {key}"] = run(engine)
+        with other_features(engine.module) if run.here else nullcontext():
+            facts[f"image features, {key}"] = run(engine)
+    return facts
+
+
+def hooks(model: Any) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def early(engine_of: Callable[[int], Any]) -> int:

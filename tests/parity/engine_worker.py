@@ -39,41 +39,39 @@ def config(directory: str, **sections: Any) -> Any:
     return from_dict({"model": {"path": directory, "dtype": "float32"}, "tensor_parallel": {"tp_size": TP}, **sections})
 
 
-def main() -> None:
-    directory = next(a for a in sys.argv[1:] if not a.startswith("--"))
-    facts: dict[str, Any] = {}
-    inputs = inputs_for(cases()["batch"], "cpu")
-    load = transformers.Qwen2VLForConditionalGeneration.from_pretrained
-    plain = load(directory, torch_dtype=torch.float32).eval()
-    with torch.inference_mode():
-        expected, logits = plain.generate(**inputs, **GREEDY), plain(**inputs).logits
+def load(directory: str, dtype: torch.dtype) -> Any:
+    return transformers.Qwen2VLForConditionalGeneration.from_pretrained(directory, torch_dtype=dtype).eval()
 
-    # a DeepSpeed script that loads the model itself and keeps the call
-    model = load(directory, torch_dtype=torch.float32).eval()
+
+def kept_call(directory: str, inputs: Any, expected: torch.Tensor) -> dict[str, Any]:
+    """A DeepSpeed script that loads the model itself and keeps the call."""
+    model = load(directory, torch.float32)
     whole = sum(p.numel() for p in model.parameters())
     engine = deepspeed.init_inference(model, **adapter.deepspeed_kwargs(model, tp_size=TP))
-    facts["kept_call"] = torch.equal(engine.generate(**inputs, **GREEDY), expected)
-    facts["kept_call_share"] = sum(p.numel() for p in engine.module.parameters()) / whole
+    return {"kept_call": torch.equal(engine.generate(**inputs, **GREEDY), expected),
+            "kept_call_share": sum(p.numel() for p in engine.module.parameters()) / whole}
 
-    # the adapter makes the call, on a loaded model in bfloat16
-    model = load(directory, torch_dtype=torch.bfloat16).eval()
+
+def loaded(model: Any) -> dict[str, Any]:
+    """The adapter makes the call, on a loaded model in bfloat16."""
     engine = adapter.init_inference(model=model, tensor_parallel={"tp_size": TP}, max_out_tokens=1000)
-    facts["loaded_is_engine"] = isinstance(engine, deepspeed.InferenceEngine)
-    facts["section_reaches_deepspeed"] = engine._config.max_out_tokens
-    facts["dtype"] = str(engine.module.dtype)
-    facts["frequencies"] = sorted({str(b.dtype) for n, b in engine.module.named_buffers() if "inv_freq" in n})
     long = torch.full((1, 1001), 20)
-    facts["user_limit"] = message(engine.generate, long, max_new_tokens=1)
+    return {"loaded_is_engine": isinstance(engine, deepspeed.InferenceEngine),
+            "section_reaches_deepspeed": engine._config.max_out_tokens, "dtype": str(engine.module.dtype),
+            "frequencies": sorted({str(b.dtype) for n, b in engine.module.named_buffers() if "inv_freq" in n}),
+            "user_limit": message(engine.generate, long, max_new_tokens=1)}
 
-    # from the YAML: forward, streaming, a prompt past DeepSpeed's default limit of 1024
+
+def from_files(directory: str, inputs: Any, logits: torch.Tensor) -> dict[str, Any]:
+    """From the YAML: forward, streaming, a prompt past DeepSpeed's default limit of 1024."""
+    facts: dict[str, Any] = {}
     engine = adapter.init_inference(config(directory))
     with torch.inference_mode():
         facts["forward"] = float((engine(**inputs).logits - logits)[inputs["attention_mask"].bool()].abs().max())
     seen: list[torch.Tensor] = []
     streamer = type("Streamer", (transformers.generation.streamers.BaseStreamer,),
                     {"put": lambda self, v: seen.append(v.reshape(-1)), "end": lambda self: None})()
-    one = {k: v for k, v in inputs_for(cases()["text"], "cpu").items()}
-    tokens = engine.generate(**one, **GREEDY, streamer=streamer)
+    tokens = engine.generate(**inputs_for(cases()["text"], "cpu"), **GREEDY, streamer=streamer)
     facts["streamed"] = torch.equal(torch.cat(seen), tokens.reshape(-1))
     long = {"input_ids": torch.full((1, 1500), 20), "attention_mask": torch.ones(1, 1500, dtype=torch.int64)}
     facts["long_prompt"] = list(engine.generate(**long, max_new_tokens=2, min_new_tokens=2).shape)
@@ -82,17 +80,31 @@ def main() -> None:
         engine(input_ids=torch.tensor([[10 ** 6]]))
     except IndexError as error:
         facts["out_of_vocabulary"] = "vocabulary" in str(error)
+    return facts
 
+
+def refusals(directory: str, model: Any) -> dict[str, Any]:
+    """What init_inference refuses, in its words."""
     own = {"dtype": "bf16", "tensor_parallel": {"tp_size": 2}, "replace_with_kernel_inject": True, "checkpoint": "x"}
     call = adapter.init_inference
-    facts["own_keys"] = {k: message(call, config(directory, deepspeed={k: v})) for k, v in own.items()}
-    facts["stray"] = message(call, config(directory), max_out_tokens=7)
-    facts["odd_section"] = message(call, model=model, tensor_parallel={"size": 4})
-    facts["both"] = message(adapter.init_inference, "x.yaml", model=model)
-    facts["neither"] = message(adapter.init_inference)
-    facts["not_a_model"] = message(adapter.init_inference, model=torch.nn.Linear(2, 2))
-    facts["other_family"] = message(adapter.init_inference, model=type("M", (torch.nn.Linear,), {
-        "config": transformers.BertConfig()})(2, 2), tensor_parallel={"tp_size": TP})
+    other = type("M", (torch.nn.Linear,), {"config": transformers.BertConfig()})(2, 2)
+    return {"own_keys": {k: message(call, config(directory, deepspeed={k: v})) for k, v in own.items()},
+            "stray": message(call, config(directory), max_out_tokens=7),
+            "odd_section": message(call, model=model, tensor_parallel={"size": 4}),
+            "both": message(call, "x.yaml", model=model), "neither": message(call),
+            "not_a_model": message(call, model=torch.nn.Linear(2, 2)),
+            "other_family": message(call, model=other, tensor_parallel={"tp_size": TP})}
+
+
+def main() -> None:
+    directory = next(a for a in sys.argv[1:] if not a.startswith("--"))
+    inputs = inputs_for(cases()["batch"], "cpu")
+    plain = load(directory, torch.float32)
+    with torch.inference_mode():
+        expected, logits = plain.generate(**inputs, **GREEDY), plain(**inputs).logits
+    facts = kept_call(directory, inputs, expected)
+    model = load(directory, torch.bfloat16)
+    facts |= loaded(model) | from_files(directory, inputs, logits) | refusals(directory, model)
     if int(os.environ.get("RANK", 0)) == 0:
         os.write(1, (json.dumps(facts) + "\n").encode())
 

@@ -65,43 +65,43 @@ class OldMpu:
         self.get_data_parallel_group = new.get_data_parallel_group
 
 
+def load(directory: str) -> Any:
+    return transformers.Qwen2VLForConditionalGeneration.from_pretrained(directory, torch_dtype=torch.float32).eval()
+
+
+def check(engine: deepspeed.InferenceEngine, plain: Any) -> dict[str, Any]:
+    """Compare an engine with one process, each replica with a prompt of its own."""
+    mpu = engine.mpu
+    replica = mpu.get_data_parallel_rank()
+    inputs = inputs_for(cases()[CASES[replica]], "cpu")
+    with torch.inference_mode():
+        logits = (engine(**inputs).logits - plain(**inputs).logits).abs().max()
+        same = torch.equal(engine.generate(**inputs, **GREEDY), plain.generate(**inputs, **GREEDY))
+    torch.manual_seed(RANK)
+    sampled = engine.generate(**inputs, **SAMPLED).reshape(-1)
+    drawn = mpu.tp.all_gather_last(sampled, (sampled.numel(),) * mpu.tp.size).view(mpu.tp.size, -1)
+    return {
+        "replica": replica, "tp_rank": mpu.get_model_parallel_rank(), "logits": float(logits), "greedy": same,
+        "sampled": bool((drawn == drawn[0]).all()), "tp_size": mpu.get_model_parallel_world_size(),
+        "tp_ranks": torch.distributed.get_process_group_ranks(mpu.get_model_parallel_group()),
+        "dp_ranks": torch.distributed.get_process_group_ranks(mpu.get_data_parallel_group()),
+        "shard": sum(p.numel() for p in engine.module.parameters()), "route": mpu.tp.route.name,
+    }
+
+
 def main() -> None:
     directory = next(a for a in sys.argv[1:] if not a.startswith("--"))
-    load = transformers.Qwen2VLForConditionalGeneration.from_pretrained
-    plain = load(directory, torch_dtype=torch.float32).eval()
-
-    def check(engine: deepspeed.InferenceEngine) -> dict[str, Any]:
-        """Against one process, each replica with a prompt of its own."""
-        mpu = engine.mpu
-        replica = mpu.get_data_parallel_rank()
-        inputs = inputs_for(cases()[CASES[replica]], "cpu")
-        with torch.inference_mode():
-            logits = (engine(**inputs).logits - plain(**inputs).logits).abs().max()
-            same = torch.equal(engine.generate(**inputs, **GREEDY), plain.generate(**inputs, **GREEDY))
-        torch.manual_seed(RANK)
-        sampled = engine.generate(**inputs, **SAMPLED).reshape(-1)
-        drawn = mpu.tp.all_gather_last(sampled, (sampled.numel(),) * mpu.tp.size).view(mpu.tp.size, -1)
-        return {
-            "replica": replica, "tp_rank": mpu.get_model_parallel_rank(), "logits": float(logits), "greedy": same,
-            "sampled": bool((drawn == drawn[0]).all()), "tp_size": mpu.get_model_parallel_world_size(),
-            "tp_ranks": torch.distributed.get_process_group_ranks(mpu.get_model_parallel_group()),
-            "dp_ranks": torch.distributed.get_process_group_ranks(mpu.get_data_parallel_group()),
-            "shard": sum(p.numel() for p in engine.module.parameters()), "route": mpu.tp.route.name,
-        }
-
-    def fresh() -> Any:
-        return load(directory, torch_dtype=torch.float32).eval()
-
+    plain = load(directory)
     config = from_dict({"model": {"path": directory, "dtype": "float32"}, "tensor_parallel": {"tp_size": 2}})
-    facts = {"ours": check(adapter.init_inference(config))}
-    facts["tp1"] = check(adapter.init_inference(model=fresh(), tensor_parallel={"tp_size": 1}))
+    facts = {"ours": check(adapter.init_inference(config), plain)}
+    facts["tp1"] = check(adapter.init_inference(model=load(directory), tensor_parallel={"tp_size": 1}), plain)
     new = NewMpu()
     old = OldMpu(new)
-    facts["files"] = check(adapter.init_inference(config, mpu=new))
-    facts["loaded"] = check(adapter.init_inference(model=fresh(), mpu=old))
-    model = fresh()
-    facts["kept_call"] = check(deepspeed.init_inference(model, **adapter.deepspeed_kwargs(model, mpu=new)))
-    model = fresh()
+    facts["files"] = check(adapter.init_inference(config, mpu=new), plain)
+    facts["loaded"] = check(adapter.init_inference(model=load(directory), mpu=old), plain)
+    model = load(directory)
+    facts["kept_call"] = check(deepspeed.init_inference(model, **adapter.deepspeed_kwargs(model, mpu=new)), plain)
+    model = load(directory)
     facts["unequal"] = message(adapter.init_inference, model=model, tensor_parallel={"tp_size": 4, "mpu": new})
     facts["no_mpu"] = message(adapter.init_inference, model=model, mpu=object())
     facts["no_replicas"] = message(adapter.init_inference, model=model, tensor_parallel={"tp_size": 3})

@@ -78,8 +78,8 @@ def test_exif_orientation(tmp_path, orientation):
     assert [tuple(map(int, at)) for at in np.argwhere(seen[..., 0])] == [corner]
 
 
-def bad_pictures(home: Path) -> dict[str, tuple[str, str]]:
-    """name -> (what is given as an image, words of the reason)"""
+def bad_files(home: Path) -> dict[str, tuple[str, str]]:
+    """Name -> the path that is given as an image, and words of the reason."""
     good = Path(picture(home / "good.png", (64, 64)))
     jpeg = Path(picture(home / "good.jpg", (64, 64)))
     for name, data in {
@@ -94,7 +94,6 @@ def bad_pictures(home: Path) -> dict[str, tuple[str, str]]:
     Image.new("1", (20_000, 20_000)).save(home / "bomb2.png")
     Image.fromarray(np.zeros((8, 8), np.float32)).save(home / "float.tiff")
     picture(home / "thin.png", (6000, 28))
-    with_url = f"data:image/png;base64,{base64.b64encode(b'nothing').decode()}"
     path = {name: str(home / name) for name in [p.name for p in home.iterdir()]}
     return {
         "missing": (str(home / "gone.png"), "no such file"),
@@ -110,22 +109,26 @@ def bad_pictures(home: Path) -> dict[str, tuple[str, str]]:
         "bigger bomb": (path["bomb2.png"], "400000000 pixels"),
         "float": (path["float.tiff"], "floating-point"),
         "thin": (path["thin.png"], "6000 x 28 pixels"),
-        "http": ("https://example.com/x.png", "only local paths and data: URLs"),
-        "ftp": ("FTP://example.com/x.png", "only local paths and data: URLs"),
-        "url that is no image": (with_url, "not an image"),
-        "url of text": ("data:text/plain;base64,aGk=", "must read data:image/"),
-        "url of a video": ("data:video/mp4;base64,aGk=", "must read data:image/"),
-        "url without base64": ("data:image/png,abc", "must read data:image/"),
-        "url with bad base64": ("data:image/png;base64,aG!k=", "not valid base64"),
-        "url with short base64": ("data:image/png;base64,abcde", "not valid base64"),
-        "url that is not ascii": ("data:image/png;base64,ä", "not valid base64"),
-        "url of nothing": ("data:image/png;base64,", "not an image"),
     }  # fmt: skip
 
 
+BAD_URLS = {  # name -> what is given as an image, and words of the reason
+    "http": ("https://example.com/x.png", "only local paths and data: URLs"),
+    "ftp": ("FTP://example.com/x.png", "only local paths and data: URLs"),
+    "url that is no image": (f"data:image/png;base64,{base64.b64encode(b'nothing').decode()}", "not an image"),
+    "url of text": ("data:text/plain;base64,aGk=", "must read data:image/"),
+    "url of a video": ("data:video/mp4;base64,aGk=", "must read data:image/"),
+    "url without base64": ("data:image/png,abc", "must read data:image/"),
+    "url with bad base64": ("data:image/png;base64,aG!k=", "not valid base64"),
+    "url with short base64": ("data:image/png;base64,abcde", "not valid base64"),
+    "url that is not ascii": ("data:image/png;base64,ä", "not valid base64"),
+    "url of nothing": ("data:image/png;base64,", "not an image"),
+}  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_bad_pictures_are_named_with_a_reason(processor, tmp_path):
-    for name, (value, words) in bad_pictures(tmp_path).items():
+def test_bad_images_are_named_with_a_reason(processor, tmp_path):
+    for name, (value, words) in (bad_files(tmp_path) | BAD_URLS).items():
         reported = reason(processor, images=[value])
         assert words in reported, (name, reported)
         assert len(reported) < 600, name
