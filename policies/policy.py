@@ -29,7 +29,8 @@ class DecoderNames:
 
     It is total: a module that is not named here, and does not hold named ones, is one that a decode step would leave
     out, so that the model is decoded by Transformers' own loop.
-    attention, mlp: the modules that hold the others. unused: modules that some releases create and never call.
+    attention, mlp: the modules that hold the others. q_norm, k_norm: RMS norms of each head before it is rotated.
+    unused: modules that some releases create and never call.
     """
 
     embedding: str
@@ -39,7 +40,9 @@ class DecoderNames:
     attention_norm: str = "input_layernorm"
     attention: str = "self_attn"
     q: str = "self_attn.q_proj"
+    q_norm: str | None = None
     k: str = "self_attn.k_proj"
+    k_norm: str | None = None
     v: str = "self_attn.v_proj"
     o: str = "self_attn.o_proj"
     mlp_norm: str = "post_attention_layernorm"
@@ -52,8 +55,9 @@ class DecoderNames:
 
     def computing(self) -> tuple[str, ...]:
         """The modules of a layer that compute something."""
-        return (self.attention_norm, self.q, self.k, self.v, self.o, self.mlp_norm, self.gate, self.up, self.down,
-                self.activation)
+        norms = tuple(name for name in (self.q_norm, self.k_norm) if name)
+        return (self.attention_norm, self.q, self.k, self.v, *norms, self.o, self.mlp_norm, self.gate, self.up,
+                self.down, self.activation)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Geometry:
     """What config.json says, in one family's terms.
 
     sizes: every named dimension of the table, in elements.
-    attention: "text" and "vision" -> heads. layers: stack ("model.layers") -> count, the text encoder's first.
+    attention: "text" and "vision" -> heads. layers: stack ("model.layers") -> count, the text encoder's first. lists:
+    other numbered modules -> count.
     context: longest sequence in tokens. patch_values: numbers in one patch. merge_side: patches a side that make one
     token. windowed_layers: layers of the vision encoder that attend inside windows of `window_patches` patches, the
     others to whole frames. injected_layers: text layers, from the first, after each of which features of the vision
@@ -78,7 +83,13 @@ class Geometry:
     windowed_layers: int = 0
     window_patches: int = 0
     injected_layers: int = 0
+    lists: Mapping[str, int] = field(default_factory=dict)
     assumed: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many modules the `*` of a row stands for, by what is before it."""
+        return {**self.layers, **self.lists}
 
     @property
     def text_stack(self) -> str:
@@ -92,8 +103,8 @@ class Encoder:
     module, stack: its published name and that of its layers. heads: its key in Geometry.attention.
     patches, grid: arguments of its forward: [n, values], and int64 [media, 3], a row (t, h, w) standing for t frames of
     h x w patches, in order.
-    merged: rows of the table that run once for each token, which is `merge_side` patches a side, not for each patch.
-    features: the field that has the features, [tokens, `width`], where forward returns more than a tensor.
+    features: the field that has the features, [tokens, `width`], where forward returns more than a tensor. injected:
+    the field that has a list of more features alike, added after each of the first text layers; None where none are.
     """
 
     module: str
@@ -101,9 +112,9 @@ class Encoder:
     heads: str
     patches: str
     grid: str
-    merged: tuple[str, ...]
     features: str
     width: str
+    injected: str | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,7 @@ class Policy:
         """Module name -> its claim, every layer spelled out. Raises UserError where two rows claim one module."""
         claimed: dict[str, Claim] = {}
         for claim in self.table:
-            for module in expand(claim.module, geometry.layers):
+            for module in expand(claim.module, geometry.counts):
                 if module in claimed:
                     raise UserError(f"policy {self.model_type}: rows {claimed[module].module!r} and {claim.module!r} "
                                     f"both claim {module!r}; leave it to one of them")

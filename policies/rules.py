@@ -99,6 +99,14 @@ class Replicated(Rule):
 
 
 @dataclass(frozen=True)
+class PerHead(Replicated):
+    """A norm [head_dim] of each head: the weight is whole on every rank, and acts on the heads that the rank owns of
+    `part`, a dimension that is cut by heads. A plain Replicated would say that its input is the same on all ranks."""
+
+    part: str
+
+
+@dataclass(frozen=True)
 class Claim:
     """One row of a family's table: the parameters of the modules that match `module`, and the rule they follow.
 

@@ -150,13 +150,15 @@ def _inputs(rows: list[list[int]], images: torch.Tensor | None = None, videos: t
     return out
 
 
-def cases(vocab: int = 203) -> dict[str, dict[str, torch.Tensor]]:
-    """Model inputs by case: text, one image, two images, video, and a left-padded batch of all sorts."""
+def cases(vocab: int = 203, frames_apart: bool = False) -> dict[str, dict[str, torch.Tensor]]:
+    """Model inputs by case: text, one image, two images, video, and a left-padded batch of all sorts. frames_apart: the
+    family puts text before each frame of a video."""
     one, two, clip = _grid((1, 8, 6)), _grid((1, 4, 8), (1, 6, 4)), _grid((3, 4, 6))
     text = _row([(-1, 37)], vocab, 1)
     image = _row([(-1, 5), (IMAGE, 12), (-1, 9)], vocab, 2)
     pair = _row([(-1, 3), (IMAGE, 8), (-1, 4), (IMAGE, 6), (-1, 7)], vocab, 3)
-    video = _row([(-1, 4), (VIDEO, 18), (-1, 6)], vocab, 4)
+    frames = [(-1, 2), (VIDEO, 6)] * 3 if frames_apart else [(VIDEO, 18)]
+    video = _row([(-1, 4), *frames, (-1, 6)], vocab, 4)
     return {
         "text": _inputs([text]),
         "image": _inputs([image], one),

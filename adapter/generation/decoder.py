@@ -21,7 +21,9 @@ class Layer:
 
     attention_norm: nn.Module
     q: nn.Module
+    q_norm: nn.Module | None
     k: nn.Module
+    k_norm: nn.Module | None
     v: nn.Module
     o: nn.Module
     mlp_norm: nn.Module
@@ -44,8 +46,9 @@ class Decoder:
         modules: Mapping[str, Any] = PublishedModules(model, plan.policy)
         count = plan.geometry.layers[stack]
         try:
-            self.layers = [Layer(**{part: modules[f"{stack}.{i}.{getattr(names, part)}"]
-                                    for part in Layer.__dataclass_fields__}) for i in range(count)]
+            parts = {part: getattr(names, part) for part in Layer.__dataclass_fields__}
+            self.layers = [Layer(**{part: name and modules[f"{stack}.{i}.{name}"] for part, name in parts.items()})
+                           for i in range(count)]
             self.whole = [modules[f"{stack}.{i}"] for i in range(count)]
             self.attentions = [modules[f"{stack}.{i}.{names.attention}"] for i in range(count)]
             self.activations = [modules[f"{stack}.{i}.{names.activation}"] for i in range(count)]
@@ -56,6 +59,7 @@ class Decoder:
             raise LookupError(f"this release has no {missing} in {type(model).__name__}") from None
         self.kv_heads, self.head_dim = plan.heads["text"][rank].kv_heads, plan.geometry.attention["text"].head_dim
         self.scale = self.head_dim ** -0.5
+        self.injected_layers = plan.geometry.injected_layers
         self.ops = ops
         check_total(model, plan)
         self._check_formula(model)
@@ -68,7 +72,7 @@ class Decoder:
         """Where all that a step reads of the model lies; it changes when somebody puts other weights in."""
         parts = [self.embedding, self.norm, self.head]
         for layer in self.layers:
-            parts += vars(layer).values()
+            parts += filter(None, vars(layer).values())
         tensors = [tensor for part in parts for tensor in (part.weight, getattr(part, "bias", None))]
         return tuple(t.data_ptr() if isinstance(t, Tensor) else id(t) for t in tensors)
 
@@ -82,8 +86,8 @@ class Decoder:
         normed = ops.rms_norm(residual, self.layers[0].attention_norm.weight, self.eps)
         for i, layer in enumerate(self.layers):
             keys, values = cache.layer(i)
-            heads = ops.attend(layer.q.forward(normed), layer.k.forward(normed), layer.v.forward(normed), cos, sin,
-                               keys, values, visible, cache.place, self.scale)
+            q, k, v = self.projected(layer, normed)
+            heads = ops.attend(q, k, v, cos, sin, keys, values, visible, cache.place, self.scale)
             attended = layer.o.forward(heads)
             normed = ops.add_rms_norm(residual, attended, layer.mlp_norm.weight, self.eps)
             gated = ops.silu_mul(layer.gate.forward(normed), layer.up.forward(normed))
@@ -94,11 +98,28 @@ class Decoder:
         logits: Tensor = self.head.forward(normed)
         return logits
 
+    def projected(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [*, heads x head_dim] of x [*, hidden], not rotated, normalised where the family
+        does it."""
+        q, k, v = layer.q.forward(x), layer.k.forward(x), layer.v.forward(x)
+        return self._normalised(q, layer.q_norm), self._normalised(k, layer.k_norm), v
+
+    def _normalised(self, x: Tensor, norm: Any) -> Tensor:
+        """x [*, heads x head_dim], each head by itself."""
+        if norm is None:
+            return x
+        normed: Tensor = self.ops.rms_norm(x.unflatten(-1, (-1, self.head_dim)), norm.weight, self.eps)
+        return normed.flatten(-2)
+
     def _check_formula(self, model: nn.Module) -> None:
         """Raises LookupError where the modules are all there and one computes something else than `step`."""
         probe = torch.linspace(-3, 3, 16)
         if not all(torch.equal(act(probe), F.silu(probe)) for act in self.activations):
             raise LookupError("the MLP's activation is not SiLU")
+        norms: list[Any] = [norm for layer in self.layers
+                            for norm in (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm) if norm]
+        if any(norm.variance_epsilon != self.eps for norm in norms):
+            raise LookupError("its norms have unlike epsilons")
         config: Any = model.config
         if getattr(config.get_text_config(), "use_sliding_window", False):
             raise LookupError("the model attends to a sliding window")

@@ -130,9 +130,8 @@ class FastPrefill:
             return own(x, *args, **kwargs)
         layer, ops, eps = self.decoder.layers[i], self.decoder.ops, self.decoder.eps
         normed = ops.rms_norm(x, layer.attention_norm.weight, eps)
-        q, k, v = layer.q.forward(normed), layer.k.forward(normed), layer.v.forward(normed)
-        heads = self.attend(i, q, k, v, cos.float(), sin.float())
-        if i + 1 == len(self.decoder.layers):
+        heads = self.attend(i, *self.decoder.projected(layer, normed), cos.float(), sin.float())
+        if i + 1 == len(self.decoder.layers) and i >= self.decoder.injected_layers:
             residual = x[:, -1:].contiguous()
             heads = heads[:, -1:].contiguous()
         else:

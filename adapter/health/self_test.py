@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from adapter.kernels.linear import FEW_ROWS, Quantised
 from adapter.model.published import PublishedModules
-from adapter.model.vision_data_parallel import data_parallel_of, encoder_of
+from adapter.model.vision_data_parallel import data_parallel_of, encoder_of, features_of
 from adapter.parallel.group import Group, to_device
 from adapter.planning.plan import Plan
 from adapter.verify import bounds
@@ -30,7 +30,7 @@ from adapter.verify.precision import full_precision
 from adapter.verify.trace import Trace
 from policies.errors import CheckFailed
 from policies.formats import GROUP
-from policies.rules import Claim, Row
+from policies.rules import Claim, PerHead, Row
 
 log = logging.getLogger("adapter")
 MOST_NAMED = 5  # tensors in one message
@@ -121,7 +121,8 @@ def _agree(tp: Group, wrong: list[Comparison]) -> None:
 
 def _tested(plan: Plan) -> list[str]:
     """The modules of each stack's first layer that end in a row-parallel linear: its attention and its MLP."""
-    rows = [c.module for c in plan.policy.table if isinstance(c.rule, Row) and ".*." in c.module]
+    rows = [c.module for c in plan.policy.table
+            if isinstance(c.rule, Row) and c.module.partition(".*.")[0] in plan.geometry.layers]
     return [row.replace("*", "0", 1).rpartition(".")[0] for row in rows]
 
 
@@ -183,8 +184,7 @@ def _forward(model: nn.Module, plan: Plan, stack: str, split: bool) -> Tensor:
         output = parallel.run(split, pixels, grid, {})
     else:
         output = encoder_of(model, plan)(pixels, **{plan.policy.encoder.grid: grid})
-    features: Tensor = output if isinstance(output, Tensor) else getattr(output, plan.policy.encoder.features)
-    return features
+    return features_of(plan.policy.encoder, output)
 
 
 def _check_finite(model: nn.Module, plan: Plan, tp: Group) -> None:
@@ -196,6 +196,9 @@ def _check_finite(model: nn.Module, plan: Plan, tp: Group) -> None:
 
 def _expected(plan: Plan, tp: Group, name: str, claim: Claim, layer: Any, x: Tensor) -> Iterator[Expected]:
     """Some outputs of a layer from its gathered weights: an adapter.verify.trace.Oracle. Own columns need no gather."""
+    if isinstance(claim.rule, PerHead):
+        yield _expected_norm(tp, layer, x)
+        return
     weight, bias = _own_part(plan, tp, name, layer)
     dim = 1 if isinstance(claim.rule, Row) else 0
     widths = tuple(plan.slice(name, "weight", r).local_shape[dim] for r in range(tp.size))
@@ -218,6 +221,15 @@ def _expected(plan: Plan, tp: Group, name: str, claim: Claim, layer: Any, x: Ten
     if isinstance(layer.weight, Quantised) and len(x) <= FEW_ROWS:
         bound = bound + bounds.coded_input(x, weight, GROUP)
     yield Expected(slice(None), columns, y, bound)
+
+
+def _expected_norm(tp: Group, layer: Any, x: Tensor) -> Expected:
+    """What a norm of each head must return with rank 0's weight, in float32 [tokens x heads, head_dim]."""
+    exact, weight = _weightless(layer), tp.broadcast(layer.weight.clone()).float()
+    exact.weight = nn.Parameter(weight, False)
+    x = x.reshape(-1, x.shape[-1]).float()
+    y = exact(x)
+    return Expected(slice(None), None, y, bounds.norm(x, y, weight, None, layer.weight.dtype))
 
 
 def _own_part(plan: Plan, tp: Group, name: str, layer: Any) -> tuple[Tensor, Tensor | None]:

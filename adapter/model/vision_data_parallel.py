@@ -24,6 +24,7 @@ from adapter.planning.plan import Plan
 from adapter.planning.vision_balance import Assignment, assign, cost
 from policies.errors import UserError
 from policies.heads import HeadShard
+from policies.policy import Encoder
 from policies.rules import Claim, Range, Row, TensorSlice
 
 ALONE = Group(0, 1)  # the group of a rank that computes a module by itself
@@ -144,8 +145,8 @@ class VisionDataParallel:
         return torch.cat([frames[i] for i in share]), grid.new_tensor([[1, *assignment.frames[i]] for i in share])
 
     def gather(self, assignment: Assignment, features: Tensor) -> Tensor:
-        """[tokens of this rank, width] -> [tokens, width] in the order of the frames: the one collective of a call."""
-        width = self.plan.geometry.sizes[self.encoder.width]
+        """[tokens of this rank, n] -> [tokens, n] in the order of the frames: the one collective of a call."""
+        width = self.plan.geometry.sizes[self.encoder.width] * (1 + self.plan.geometry.injected_layers)
         tokens = [n // self.merge ** 2 for n in assignment.sizes]
         of_ranks = tuple(width * assignment.patches(r) // self.merge ** 2 for r in range(self.tp.size))
         every = self.tp.all_gather_last(features.reshape(-1), of_ranks)
@@ -154,13 +155,18 @@ class VisionDataParallel:
         return torch.cat([by_piece[i] for i in range(len(tokens))])
 
     def features(self, out: Any) -> Tensor:
-        """The features [tokens, width] in an output of the encoder of any release."""
-        found: Tensor = out if isinstance(out, Tensor) else getattr(out, self.encoder.features)
-        return found
+        """The features [tokens, n] in an output: those that stand for tokens and those that are injected, in a row."""
+        return features_of(self.encoder, out)
 
     def _like(self, out: Any, features: Tensor) -> Any:
         """An output like `out` with nothing in it but `features`: hidden states are this rank's alone."""
-        return features if isinstance(out, Tensor) else type(out)(**{self.encoder.features: features})
+        first, *injected = (t.contiguous() for t in features.chunk(1 + self.plan.geometry.injected_layers, -1))
+        if isinstance(out, Tensor):
+            return first
+        if isinstance(out, tuple):
+            return first, injected
+        more = {self.encoder.injected: injected} if self.encoder.injected else {}
+        return type(out)(**{self.encoder.features: first}, **more)
 
     def _nothing(self, patches: Tensor, grid: Tensor) -> Any:
         """An output of the encoder's own type and dtype without features, made once from an output for one token."""
@@ -169,6 +175,17 @@ class VisionDataParallel:
             out = self.run(False, token, grid.new_tensor([[1, self.merge, self.merge]]), {})
             self._empty = self._like(out, self.features(out)[:0])
         return self._empty
+
+
+def features_of(encoder: Encoder, out: Any) -> Tensor:
+    """The features [tokens, width], or [tokens, n x width] with injected ones, in an output of any release: a tensor, a
+    pair of it and the list of injected ones (before release 5), or a structure with fields for both."""
+    if isinstance(out, Tensor):
+        return out
+    if isinstance(out, tuple):
+        return torch.cat([out[0], *out[1]], -1)
+    first, injected = getattr(out, encoder.features), getattr(out, encoder.injected) if encoder.injected else ()
+    return torch.cat([first, *injected], -1)
 
 
 def _refuse_tensors(others: Mapping[str, Any], encoder: str) -> None:

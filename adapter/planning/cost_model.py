@@ -7,7 +7,8 @@ table (rule and dimensions of every row, its slice on that rank) and from heads;
   weights' format; they are read once a forward; a row-parallel one and the embedding end in an all-reduce, the output
   projection in a gather.
 * attention over p patches of one image: 4 x head_dim x p^2 FLOP a head; over a prompt of s tokens, causal: 4 x
-  head_dim x s (s + 1) / 2; for one new token over c cached ones: 4 x head_dim x c.
+  head_dim x s (s + 1) / 2; for one new token over c cached ones: 4 x head_dim x c. Where a layer attends in windows
+  of w patches, p x min(p, w) stands for p^2, as if no window were cut off at a border.
 * seconds of a forward: max(FLOP / rate, bytes read / bandwidth) + collectives + overhead, of the slowest rank.
 
 Not counted: reading and resizing images, tokenising, norms and other element-wise work over many rows, padding of a
@@ -155,13 +156,12 @@ def predict_all(plan: Plan, hardware: Hardware, load: Workload) -> list[Predicti
 
 def vision_work(plan: Plan, load: Workload, rank: int) -> Work:
     """Every image of the batch in one forward; attention stays within an image."""
-    merge = plan.geometry.merge_side ** 2
-    patches = load.batch * sum(load.patches)
-    encoder = plan.policy.encoder
-    shard, layers = plan.heads[encoder.heads][rank], plan.geometry.layers[encoder.stack]
-    scores = load.batch * sum(p * p for p in load.patches)
-    attention = Work(layers=layers, attention_flop=4 * shard.head_dim * shard.slots * layers * scores)
-    return attention + _table_work(plan, rank, {"patch": patches, "merged": patches // merge})
+    geometry, encoder, patches = plan.geometry, plan.policy.encoder, load.batch * sum(load.patches)
+    shard, layers = plan.heads[encoder.heads][rank], geometry.layers[encoder.stack]
+    whole = (layers - geometry.windowed_layers) * sum(p * p for p in load.patches)
+    windows = geometry.windowed_layers * sum(p * min(p, geometry.window_patches) for p in load.patches)
+    attention = Work(layers=layers, attention_flop=4 * shard.head_dim * shard.slots * load.batch * (whole + windows))
+    return attention + _table_work(plan, rank, {"patch": patches, "merged": patches // geometry.merge_side ** 2})
 
 
 def text_work(plan: Plan, batch: int, tokens: int, cached: int, rank: int) -> Work:
@@ -192,15 +192,15 @@ def _table_work(plan: Plan, rank: int, rows: Mapping[Rows, int]) -> Work:
     return work
 
 
-def _modules(claim: Claim, layers: Mapping[str, int]) -> tuple[str, int]:
+def _modules(claim: Claim, counts: Mapping[str, int]) -> tuple[str, int]:
     """One of the modules that an entry of the table stands for, and how many they are; all layers are alike."""
     stack = claim.module.split(".*", 1)[0]
-    return claim.module.replace("*", "0", 1), layers[stack] if "*" in claim.module else 1
+    return claim.module.replace("*", "0", 1), counts[stack] if "*" in claim.module else 1
 
 
 def _module_work(plan: Plan, claim: Claim, rank: int, rows: int) -> Work:
     """The work of all modules of one entry of the table, each over `rows` rows of input."""
-    module, modules = _modules(claim, plan.geometry.layers)
+    module, modules = _modules(claim, plan.geometry.counts)
     part, ranks = plan.slice(module, "weight", rank), plan.tp_size
     looked_up = isinstance(claim.rule, Vocab)
     times_sent = 2 if isinstance(claim.rule, Row | Vocab) else int(isinstance(claim.rule, Head))
@@ -235,7 +235,7 @@ def _memory(plan: Plan, hardware: Hardware, load: Workload, rank: int) -> Memory
     outputs: dict[Rows, int] = {}
     weights = 0
     for claim in plan.policy.table:
-        module, modules = _modules(claim, plan.geometry.layers)
+        module, modules = _modules(claim, plan.geometry.counts)
         weights += modules * sum(plan.tensor_bytes(module, suffix, rank)
                                  for suffix in claim.parameters() if not plan.is_tied_copy(module, suffix))
         if "*" in claim.module:

@@ -73,13 +73,15 @@ def assign(grid: Sequence[Sequence[int]], ranks: int) -> Assignment:
 @dataclass(frozen=True)
 class EncoderFlops:
     """FLOPs of one rank: `patch` for each patch (linear layers), `pair` for each pair of patches of a frame
-    (attention)."""
+    (attention), `window_pair` for each pair of a window of `window` patches."""
 
     patch: float
     pair: float
+    window_pair: float
+    window: int
 
     def of(self, sizes: Sequence[int]) -> float:
-        return sum(self.patch * n + self.pair * n * n for n in sizes)
+        return sum(self.patch * n + self.pair * n * n + self.window_pair * n * min(n, self.window) for n in sizes)
 
 
 @dataclass(frozen=True)
@@ -109,18 +111,20 @@ class Cost:
 def cost(plan: Plan, item: int) -> Cost:
     """The cost of the plan's encoder, with `item` bytes a value."""
     n, merged = plan.tp_size, plan.geometry.merge_side ** 2
-    split = [_of_merged_patches(plan.divided, rank) for rank in range(n)]
-    whole = _of_merged_patches(plan.alone, 0)
-    sent = split[0].sent_bytes / merged * item / DTYPE_BYTES[plan.dtype]
-    gathered = item * plan.geometry.sizes[plan.policy.encoder.width] / merged
-    return Cost(_flops(whole, merged), tuple(_flops(work, merged) for work in split), sent,
+    sent = _of_one_token(plan.divided, 0).sent_bytes / merged * item / DTYPE_BYTES[plan.dtype]
+    gathered = item * plan.geometry.sizes[plan.policy.encoder.width] * (1 + plan.geometry.injected_layers) / merged
+    return Cost(_flops(plan.alone, 0), tuple(_flops(plan.divided, rank) for rank in range(n)), sent,
                 gathered * (n - 1) / n)
 
 
-def _of_merged_patches(plan: Plan, rank: int) -> Work:
-    """Those patches that become one token."""
+def _of_one_token(plan: Plan, rank: int) -> Work:
+    """The work of those patches that become one token."""
     return vision_work(plan, Workload(prompt_tokens=1, patches=(plan.geometry.merge_side ** 2,)), rank)
 
 
-def _flops(work: Work, patches: int) -> EncoderFlops:
-    return EncoderFlops(work.linear_flop / patches, work.attention_flop / patches**2)
+def _flops(plan: Plan, rank: int) -> EncoderFlops:
+    geometry, encoder = plan.geometry, plan.policy.encoder
+    shard = plan.heads[encoder.heads][rank]
+    pair, windowed = 4 * shard.head_dim * shard.slots, geometry.windowed_layers  # FLOP of a pair in one layer
+    return EncoderFlops(_of_one_token(plan, rank).linear_flop / geometry.merge_side ** 2,
+                        pair * (geometry.layers[encoder.stack] - windowed), pair * windowed, geometry.window_patches)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adapter.planning.plan import Plan
 from adapter.verify import bounds
 from adapter.verify.comparison import Comparison, Limit, compare_trees, tensors_in, with_own_containers
-from policies.rules import Row, expand
+from policies.rules import Column, FusedQKV, PerHead, Row, expand
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,16 @@ class Replayer:
                 del child.forward
 
     def _attention_bound(self, name: str, call: Call, calls: Calls) -> Tensor:
-        """bounds.attention for the observed q, k and v, which the policies state in this order."""
+        """bounds.attention for the observed q, k and v, and norms of q and k, which policies state in this order."""
         head_dim = self.plan.geometry.attention[self.attention[name]].head_dim
-        linears = [c for c in self.children[name] if c in self.plan.claims]  # old releases keep a rotary table here
-        columns = [c for c in linears if not isinstance(self.plan.claims[c].rule, Row)]
-        seen = {c: calls[c][0].output for c in columns}
+        rules = {c: self.plan.claims[c].rule for c in self.children[name] if c in self.plan.claims}  # no rotary table
+        columns = [c for c, rule in rules.items() if isinstance(rule, Column | FusedQKV)]
+        norms = [c for c, rule in rules.items() if isinstance(rule, PerHead)]
+        seen = {c: calls[c][0].output for c in (*columns, *norms)}
         fused = len(columns) == 1
         q, k, v = seen[columns[0]].chunk(3, -1) if fused else (seen[c] for c in columns)
-        largest = [float(t.float().unflatten(-1, (-1, head_dim)).norm(dim=-1).max()) for t in (q, k)]
+        rotated = [seen[c] for c in norms] or [q, k]
+        largest = [float(t.float().reshape(-1, head_dim).norm(dim=-1).max()) for t in rotated]
         magnitudes = torch.cat([q, k, v.abs()], -1) if fused else v.abs()
         values = seen | {columns[-1]: magnitudes}
         answers: dict[str, Callable[..., Any]] = {c: lambda *_, v=v, **__: v for c, v in values.items()}
@@ -128,7 +130,7 @@ class Replayer:
             scale.append(x.float())
             return x
 
-        row = next(c for c in linears if c not in columns)
+        row = next(c for c, rule in rules.items() if isinstance(rule, Row))
         self._forward(name, answers | {row: end}, call)
         score = largest[0] * largest[1] / head_dim ** 0.5
         bound = bounds.attention(scale[0], score, head_dim, q.shape[-2], q.dtype, self.eager)

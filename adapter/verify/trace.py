@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from adapter.checkpoint.digest import digest, unlike
+from adapter.model.layers import slot_index
 from adapter.model.published import PublishedModules
 from adapter.model.vision_data_parallel import data_parallel_of
 from adapter.parallel.group import Group, exchange
@@ -34,7 +35,7 @@ from adapter.verify.comparison import Comparison, Expected, furthest, tensors_in
 from adapter.verify.encoder_trace import EncoderTrace
 from adapter.verify.replay import Call, Calls, Replayer
 from policies.errors import CheckFailed
-from policies.rules import Claim, Column, FusedQKV, Row
+from policies.rules import Claim, Column, FusedQKV, PerHead, Range, Row
 
 OUTPUT = "output"  # what a digest is of, where it is not an input
 Oracle = Callable[[Plan, Group, str, Claim, nn.Module, Tensor], Iterator[Expected]]
@@ -152,6 +153,9 @@ class Trace:
             local = y if slots is None else y.index_select(-1, slots)
             y = tp.all_gather_last(local, _widths(plan, name, 0))
             replicated = (x, None)
+        elif isinstance(claim.rule, PerHead) and tp.size > 1:
+            x, y = (_all_heads(plan, tp, claim.rule, t) for t in (x, y))
+            replicated = (None, None)
         self.record(name, (x,), {}, _assemble(plan, name, y) if by_columns else y, *replicated)
         flat = y.reshape(-1, y.shape[-1]) if len(claim.weight) < 3 else y.reshape(y.shape[0], -1)
         worst = Comparison(self.order, name, "output", 0.0)
@@ -245,12 +249,25 @@ def _widths(plan: Plan, name: str, dim: int) -> tuple[int, ...]:
 def _assemble(plan: Plan, name: str, y: Tensor) -> Tensor:
     """All ranks' outputs side by side -> the whole output; of a replicated KV head the last copy is taken."""
     parts = [plan.slice(name, "weight", r) for r in range(plan.tp_size)]
-    whole = y.new_zeros(*y.shape[:-1], parts[0].shape[0])
-    for part, values in zip(parts, y.split(_widths(plan, name, 0), -1), strict=True):
-        at = 0
-        for start, stop in part.ranges:
-            whole[..., start:stop] = values[..., at:at + stop - start]
-            at += stop - start
+    return _joined([part.ranges for part in parts], parts[0].shape[0], y)
+
+
+def _all_heads(plan: Plan, tp: Group, rule: PerHead, heads: Tensor) -> Tensor:
+    """This rank's heads [*, slots, head_dim] -> those of all ranks, [*, heads, head_dim], in their order."""
+    encoder, kind = plan.policy.head_axes[rule.part]
+    shard, split, local = plan.heads[encoder][tp.rank], plan.splits[rule.part], heads.flatten(-2)
+    if kind == "q" and shard.padded_q:
+        local = local.index_select(-1, slot_index(shard.q_slots, shard.head_dim).to(local.device))
+    every = tp.all_gather_last(local, tuple(stop - start for start, stop in split.ranges))
+    return _joined([(owned,) for owned in split.ranges], split.size, every).unflatten(-1, (-1, shard.head_dim))
+
+
+def _joined(ranges: Sequence[Sequence[Range]], size: int, y: Tensor) -> Tensor:
+    """The parts of all ranks, side by side in y, each in its place of the last dimension, `size` wide."""
+    whole, at = y.new_zeros(*y.shape[:-1], size), 0
+    for start, stop in chain.from_iterable(ranges):
+        whole[..., start:stop] = y[..., at:at + stop - start]
+        at += stop - start
     return whole
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -375,8 +376,8 @@ def _by_layer(checks: Sequence[Comparison], layers: frozenset[str]) -> dict[str,
     """Layer -> the largest share of a bound in it."""
     out = dict.fromkeys(layers, 0.0)
     for check in checks:
-        layer = ".".join(check.module.split(".")[:3])
-        if layer in out:
+        names = accumulate(check.module.split("."), "{}.{}".format)  # the module's own and those around it
+        if layer := next((name for name in names if name in out), None):
             out[layer] = max(out[layer], check.share)
     return out
 

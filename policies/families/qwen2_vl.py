@@ -65,7 +65,7 @@ ROWS: tuple[tuple[str, Rows], ...] = (
     ("visual.merger.mlp.", "merged"), ("visual.", "patch"), ("model.", "token"), ("lm_head", "last"))
 ENCODER = Encoder(
     module="visual", stack="visual.blocks", heads="vision", patches="hidden_states", grid="grid_thw",
-    merged=("visual.merger.mlp.0", "visual.merger.mlp.2"), features="pooler_output", width="hidden")
+    features="pooler_output", width="hidden")
 
 CONTEXT = 32768
 TEXT_DEFAULTS = {"max_position_embeddings": CONTEXT, "tie_word_embeddings": False}  # Transformers', of all releases

@@ -1,0 +1,46 @@
+"""Small random checkpoints of the families beside Qwen2-VL, built and written by Transformers itself: names, shapes and
+files are those of its release, and none of them come from the policies that they test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from checkpoints import EOS, IMAGE, VIDEO, VISION_END, VISION_START, random_tensor
+
+IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START,
+       "vision_end_token_id": VISION_END}
+TEXT = {"bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": 0, "intermediate_size": 200, "num_hidden_layers": 3,
+        "max_position_embeddings": 4096, "num_attention_heads": 12, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+        "vocab_size": 203}
+VISION = {"depth": 3, "hidden_size": 64, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2,
+          "temporal_patch_size": 2}
+CONFIGS = {
+    "qwen2_5_vl": IDS | {
+        "text_config": TEXT | {"hidden_size": 96, "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}},
+        "vision_config": VISION | {  # windows of 2 x 2 tokens; 172 is 4 x 43
+            "intermediate_size": 172, "out_hidden_size": 96, "window_size": 56, "fullatt_block_indexes": [1]},
+    },
+    "qwen3_vl": IDS | {  # 12 heads of 8 are not the hidden size
+        "text_config": TEXT | {"hidden_size": 80, "head_dim": 8, "rope_scaling": {
+            "rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}},
+        "vision_config": VISION | {
+            "intermediate_size": 172, "out_hidden_size": 80, "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 2]},
+    },
+}
+CLASSES = {"qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+
+
+def make_family(directory: Path, family: str, dtype: torch.dtype = torch.float32, **text: object) -> Path:
+    """Write a checkpoint of `family` with random weights. text: changes of its text_config. Returns the directory."""
+    name = CLASSES[family]
+    stated = CONFIGS[family] | {"text_config": CONFIGS[family]["text_config"] | text}
+    config = getattr(transformers, f"{name}Config")(**stated)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).to(dtype)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            parameter.copy_(random_tensor(parameter_name, tuple(parameter.shape)))
+    model.save_pretrained(directory, max_shard_size="200KB")
+    return directory

@@ -1,0 +1,77 @@
+"""fp32 parity with one process for the families beside Qwen2-VL: tp sizes that divide and that do not, both encoders.
+
+One job per tp_size runs every model and case (worker.py); the reference is plain Transformers.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from families import make_family
+from launching import launch
+from safetensors.torch import load_file
+
+WORKER = Path(__file__).with_name("worker.py")
+MODELS = {  # name -> (family, changes of its text_config)
+    "qwen2_5_vl": ("qwen2_5_vl", {}),
+    "qwen3_vl": ("qwen3_vl", {}),
+    "qwen3_vl_many_kv": ("qwen3_vl", {"num_key_value_heads": 4, "vocab_size": 199}),
+}
+CASES = ("text", "image", "two_images", "video", "batch")
+SIZES = [1, pytest.param(2, marks=pytest.mark.sweep), 3, pytest.param(4, marks=pytest.mark.sweep),
+         pytest.param(5, marks=pytest.mark.sweep), pytest.param(8, marks=pytest.mark.sweep)]
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("families")
+    models = [str(make_family(root / name, family, **changes)) for name, (family, changes) in MODELS.items()]
+    outcome = launch(1, WORKER, "--plain", "--out", str(root), *models, launcher="alone")
+    assert outcome.code == 0, outcome.err[-3000:]
+    return root
+
+
+@cache
+def job(root: Path, tp: int) -> None:
+    launcher = "fork" if tp > 1 else "alone"
+    outcome = launch(tp, WORKER, "--out", str(root), *(str(root / name) for name in MODELS), launcher=launcher)
+    assert outcome.code == 0, outcome.err[-6000:]
+    assert "Transformers' own loop" not in outcome.err, outcome.err[-3000:]
+
+
+@pytest.fixture(params=SIZES, scope="session")
+def tp(request, workplace) -> int:
+    job(workplace, request.param)
+    return request.param
+
+
+@pytest.fixture(params=MODELS)
+def pair(request, workplace, tp) -> tuple[dict, dict]:
+    """(reference, ours) of one model at one tp_size."""
+    return (load_file(workplace / f"{request.param}.plain.safetensors"),
+            load_file(workplace / f"{request.param}.tp{tp}.safetensors"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_greedy_tokens_equal_one_process(pair, tp, case):
+    plain, ours = pair
+    largest = float(plain[f"{case}.logits"].abs().max())
+    assert plain[f"{case}.logits"].std() > 0.3, "the reference itself must say something"
+    difference = float((plain[f"{case}.logits"] - ours[f"{case}.logits"]).abs().max())
+    print(f"tp {tp}, {case}: max |logit difference| {difference:.1e} of {largest:.1f}")
+    assert difference <= 1e-4 * largest
+    assert torch.equal(plain[f"{case}.tokens"], ours[f"{case}.tokens"])
+
+
+def test_beams_and_positional_inputs_equal_one_process(pair):
+    plain, ours = pair
+    assert torch.equal(plain["beams.tokens"], ours["beams.tokens"])
+    assert torch.equal(plain["positional.tokens"], ours["positional.tokens"])
+
+
+def test_every_rank_has_the_same_bits_and_draws(pair):
+    assert pair[1]["equal_on_ranks"].all()
