@@ -150,14 +150,16 @@ def _inputs(rows: list[list[int]], images: torch.Tensor | None = None, videos: t
     return out
 
 
-def cases(vocab: int = 203, frames_apart: bool = False) -> dict[str, dict[str, torch.Tensor]]:
-    """Model inputs by case: text, one image, two images, video, and a left-padded batch of all sorts. frames_apart: the
-    family puts text before each frame of a video."""
+FRAMES_IN_A_ROW = ("qwen2_vl", "qwen2_5_vl")  # families without text between the frames of a video
+
+
+def cases(vocab: int = 203, family: str = "qwen2_vl") -> dict[str, dict[str, torch.Tensor]]:
+    """Model inputs by case: text, one image, two images, video, and a left-padded batch of all sorts."""
     one, two, clip = _grid((1, 8, 6)), _grid((1, 4, 8), (1, 6, 4)), _grid((3, 4, 6))
     text = _row([(-1, 37)], vocab, 1)
     image = _row([(-1, 5), (IMAGE, 12), (-1, 9)], vocab, 2)
     pair = _row([(-1, 3), (IMAGE, 8), (-1, 4), (IMAGE, 6), (-1, 7)], vocab, 3)
-    frames = [(-1, 2), (VIDEO, 6)] * 3 if frames_apart else [(VIDEO, 18)]
+    frames = [(VIDEO, 18)] if family in FRAMES_IN_A_ROW else [(-1, 2), (VIDEO, 6)] * 3
     video = _row([(-1, 4), *frames, (-1, 6)], vocab, 4)
     return {
         "text": _inputs([text]),

@@ -3,6 +3,9 @@ files are those of its release, and none of them come from the policies that the
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -33,14 +36,44 @@ CONFIGS = {
 CLASSES = {"qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
 
 
-def make_family(directory: Path, family: str, dtype: torch.dtype = torch.float32, **text: object) -> Path:
-    """Write a checkpoint of `family` with random weights. text: changes of its text_config. Returns the directory."""
+def make_family(directory: Path, family: str, dtype: torch.dtype = torch.float32, ids: Mapping[str, int] = IDS,
+                **text: object) -> Path:
+    """Write a checkpoint of `family` with random weights. ids: of special tokens. text: changes of its text_config.
+    Returns the directory."""
     name = CLASSES[family]
-    stated = CONFIGS[family] | {"text_config": CONFIGS[family]["text_config"] | text}
+    stated = CONFIGS[family] | ids | {"text_config": CONFIGS[family]["text_config"] | text}
     config = getattr(transformers, f"{name}Config")(**stated)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config).to(dtype)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             parameter.copy_(random_tensor(parameter_name, tuple(parameter.shape)))
     model.save_pretrained(directory, max_shard_size="200KB")
+    return directory
+
+
+DEMO = Path(__file__).resolve().parents[1] / "launch" / "demo" / "checkpoint"
+TOKENIZER = ("chat_template.json", "generation_config.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+             "vocab.json")
+PROCESSORS = {  # processor, image processor, video processor
+    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
+    "qwen3_vl": ("Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor"),
+}
+CLIP = {"min_pixels": 4096, "max_pixels": 100352}  # of all frames of a video together
+
+
+def make_whole(directory: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a checkpoint of `family` with the demo's tokenizer and a processor of its own: a directory that every
+    command takes. Returns it."""
+    demo = json.loads((DEMO / "config.json").read_text())
+    ids = {key: demo[key] for key in IDS}
+    text = {key: demo[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")} | {"pad_token_id": None}
+    make_family(directory, family, dtype, ids, **text)
+    for name in TOKENIZER:
+        shutil.copy(DEMO / name, directory / name)
+    whole, image, video = PROCESSORS[family]
+    stated = json.loads((DEMO / "preprocessor_config.json").read_text()) | {"processor_class": whole}
+    (directory / "preprocessor_config.json").write_text(json.dumps(stated | {"image_processor_type": image}))
+    clip = {"size": {"shortest_edge": CLIP["min_pixels"], "longest_edge": CLIP["max_pixels"]}}
+    stated |= {"video_processor_type": video} | (clip if family == "qwen3_vl" else {})
+    (directory / "video_preprocessor_config.json").write_text(json.dumps(stated))
     return directory

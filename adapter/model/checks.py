@@ -7,9 +7,9 @@ from typing import Any
 
 import deepspeed
 import torch
-import transformers
 from torch import Tensor, nn
 
+from adapter.config.release import class_of
 from adapter.model import layers
 from adapter.parallel.group import Group, to_device
 from policies.errors import UserError, shortened
@@ -96,7 +96,7 @@ def _check_class(model: nn.Module, policy: Policy) -> None:
         raise UserError("this is an engine already; init_inference and deepspeed_kwargs take the model itself, once")
     if hasattr(model, "merge_and_unload"):
         raise UserError(f"{name}: merge its adapters into the weights first: model = model.merge_and_unload()")
-    if not isinstance(model, getattr(transformers, policy.model_class)):
+    if not isinstance(model, class_of(policy)):
         raise UserError(f"{name} is not a {policy.model_class}; pass what {policy.model_class}.from_pretrained "
                         "returned, whole, and before anything wraps it (torch.compile, DataParallel)")
 

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from adapter.config.release import class_of
 from policies.errors import UserError
 from policies.policy import Policy
 
@@ -36,10 +37,10 @@ def build_on_meta(directory: Path, policy: Policy, dtype: torch.dtype, attn_impl
 
     Raises UserError where Transformers refuses the config or the attention implementation.
     """
+    model_class = class_of(policy)
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         config.torch_dtype = dtype
-        model_class = getattr(transformers, policy.model_class)
         with _ParametersOnMeta(), _silent_initialisation():
             model = model_class._from_config(config, attn_implementation=attn_implementation)
         if (directory / "generation_config.json").exists():

@@ -214,7 +214,7 @@ def _resized(part: Any, frames: int, height: int, width: int) -> tuple[int, int]
     low, high = part.size["shortest_edge"], part.size["longest_edge"]
     resize, cell = _smart_resize(part), part.patch_size * part.merge_size
     try:
-        if "num_frames" in inspect.signature(resize).parameters:  # the limits are those of all frames together
+        if limits_whole_videos(part):
             patch = part.temporal_patch_size
             size = resize(max(frames, patch), height, width, patch, cell, low, high)
         else:
@@ -224,6 +224,11 @@ def _resized(part: Any, frames: int, height: int, width: int) -> tuple[int, int]
     if not all(size):
         raise UserError(f"nothing is left of {width} x {height} pixels under max_pixels = {high}; raise max_pixels")
     return int(size[0]), int(size[1])
+
+
+def limits_whole_videos(part: Any) -> bool:
+    """Whether the pixel limits of `part` are those of all frames of a video together, and not of each."""
+    return "num_frames" in inspect.signature(_smart_resize(part)).parameters
 
 
 def _smart_resize(part: Any) -> Callable[..., tuple[int, int]]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from adapter.checkpoint.safetensors import read_config
 from adapter.checkpoint.sharded import is_sharded
+from adapter.config.release import class_of
 from adapter.config.schema import Config, Model
 from adapter.parallel.group import to_device
 from adapter.requests.batching import Clock, Generated, Limits, Write, generate
@@ -54,7 +54,7 @@ def answer_in_one_process(config: Config, answers: Answers, write: Write) -> Tal
 def _load(directory: Path, stated: Model, policy: Policy) -> Any:
     """Load the whole model. Raises UserError where Transformers refuses the attention implementation."""
     try:
-        model = getattr(transformers, policy.model_class).from_pretrained(
+        model = class_of(policy).from_pretrained(
             directory, torch_dtype=stated.torch_dtype, attn_implementation=stated.attn_implementation,
             local_files_only=True, use_safetensors=True)
     except ImportError as error:

@@ -183,6 +183,8 @@ class RequestProcessor:
         processor = copy.copy(self._processor)
         for name in {"image_processor", "video_processor"} & vars(processor).keys():
             part = copy.copy(getattr(processor, name))
+            if media.limits_whole_videos(part):
+                continue  # a limit for an image would leave a video nearly nothing: the checkpoint's own stands
             low = request.min_pixels or self._section.min_pixels or part.size["shortest_edge"]
             high = request.max_pixels or self._section.max_pixels or part.size["longest_edge"]
             if low > high:

@@ -14,18 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import Shape, make_checkpoint
+from families import make_family
 from launching import launch
 from safetensors.torch import load_file
 
-from adapter.planning.plan import Plan
+from adapter.planning.load import make_plan
 from adapter.planning.vision_balance import assign, cost
-from policies.families.qwen2_vl import POLICY
 
 WORKER, PLAIN = Path(__file__).with_name("vision_worker.py"), Path(__file__).with_name("worker.py")
 OLD = os.environ.get("QWENVL_TP_OLD_PYTHON", "")
 MODELS = {"heads28": Shape(), "few_vision_heads": Shape(heads=6, kv_heads=2, v_heads=2, v_head_dim=8)}
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 CASES = ("text", "image", "two_images", "video", "batch")
-RUNS = [(tp, name, vision) for tp, name in ((2, "heads28"), (3, "heads28"), (3, "few_vision_heads"))
+RUNS = [(tp, name, vision) for tp, name in ((2, "heads28"), *((3, name) for name in (*MODELS, *FAMILIES)))
         for vision in ("data", "auto")]
 pytestmark = pytest.mark.ranks
 
@@ -36,7 +37,11 @@ def workplace(tmp_path_factory) -> Path:
     for name, shape in MODELS.items():
         make_checkpoint(root / name, shape)
         make_checkpoint(root / "published" / name, shape)
-    outcome = launch(1, PLAIN, "--plain", "--out", str(root), *(str(root / name) for name in MODELS), launcher="alone")
+    for name in FAMILIES:
+        make_family(root / name, name)
+        (root / "published" / name).symlink_to(root / name)
+    models = [str(root / name) for name in (*MODELS, *FAMILIES)]
+    outcome = launch(1, PLAIN, "--plain", "--out", str(root), *models, launcher="alone")
     assert outcome.code == 0, outcome.err[-3000:]
     return root
 
@@ -56,7 +61,7 @@ def ran(request, workplace):
     """(plain results, ours, facts, plan) of one run."""
     tp, name, vision = request.param
     facts = job(workplace, tp)[name, vision]
-    plan = Plan(POLICY, POLICY.geometry(MODELS[name].config()), tp, "float32", vision)
+    plan, *_ = make_plan(workplace / name, tp, "float32", vision)
     ours = load_file(workplace / f"{name}.tp{tp}.{vision}.safetensors")
     return load_file(workplace / f"{name}.plain.safetensors"), ours, facts, plan
 
@@ -94,7 +99,9 @@ def test_each_call_takes_its_mode_and_an_assigned_one_has_one_collective(ran):
     price = cost(plan, 4)
     assigned = [plan.vision == "data" or price.prefers_data(assign(grid, plan.tp_size)) for grid in grids]
     assert plan.vision == "data" or set(assigned) == {True, False}, "the cases of auto are of both kinds"
-    expected = [1 if one else 2 * plan.geometry.layers["visual.blocks"] + 1 for one in assigned]
+    geometry = plan.geometry
+    split = 2 * geometry.layers[plan.policy.encoder.stack] + 1 + geometry.injected_layers  # mergers add one each
+    expected = [1 if one else split for one in assigned]
     assert [row[:-2] for row in facts["ranks"]] == [expected] * plan.tp_size
     assert plan.tp_size == 2 or any(not share for share in assign(grids[1], plan.tp_size).shares)
 

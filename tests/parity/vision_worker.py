@@ -42,7 +42,7 @@ def watched(engine: Any) -> list[dict[str, Any]]:
         calls[-1]["collectives"] += progress.state().entered
 
     hooks = [encoder.register_forward_pre_hook(before, with_kwargs=True), encoder.register_forward_hook(after)]
-    for case in cases(engine.plan.geometry.sizes["vocab"]).values():
+    for case in cases(engine.plan.geometry.sizes["vocab"], engine.plan.policy.model_type).values():
         with torch.inference_mode():
             engine.module(**inputs_for(case, "cpu"))
     for hook in hooks:
@@ -80,11 +80,12 @@ def main() -> None:
         rows = tp.all_gather_last(counts, (len(counts),) * tp.size).view(tp.size, -1).tolist()
         refused = refusal(engine) if vision == "data" else ""
         # a model the caller loaded
-        model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
+        model = getattr(transformers, plan.policy.model_class).from_pretrained(
             directory.parent / "published" / directory.name, torch_dtype=torch.float32).eval()
         engine = adapter.init_inference(model=model, tensor_parallel=section)
         with torch.inference_mode():
-            logits = engine.module(**(inputs := inputs_for(cases(plan.geometry.sizes["vocab"])["batch"], "cpu"))).logits
+            case = cases(plan.geometry.sizes["vocab"], plan.policy.model_type)["batch"]
+            logits = engine.module(**(inputs := inputs_for(case, "cpu"))).logits
         loaded = float((logits[inputs["attention_mask"].bool()] - results["batch.logits"]).abs().max())
         if tp.rank == 0:
             save_file(results, Path(out) / f"{directory.name}.tp{TP}.{vision}.safetensors")

@@ -34,13 +34,10 @@ def inputs_for(case: dict[str, torch.Tensor], device: str) -> dict[str, torch.Te
     return keep
 
 
-FRAMES_IN_A_ROW = ("qwen2_vl", "qwen2_5_vl")  # families without text between the frames of a video
-
-
 def run(model, generate, vocab: int, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Logits of the whole prompt and greedy tokens of every case; beams and a seeded sample of one."""
     out: dict[str, torch.Tensor] = {}
-    for name, case in cases(vocab, model.config.model_type not in FRAMES_IN_A_ROW).items():
+    for name, case in cases(vocab, model.config.model_type).items():
         inputs = inputs_for(case, device)
         with torch.inference_mode():
             logits = model(**inputs).logits.float()

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from planted import FAULTS, Fault
+from planted_families import FAMILY_FAULTS
 
 import adapter.engine
 from adapter.config.load import load_config
@@ -23,9 +24,10 @@ from adapter.requests.runner import make_processor
 from adapter.verify.verifier import Verifier
 from policies.errors import CheckFailed
 
-TP = int(os.environ["WORLD_SIZE"])
+ROOT, TP = Path(__file__).resolve().parents[2], int(os.environ["WORLD_SIZE"])
 REQUEST = "requests=[{id: one, prompt: 'What colour is the shape?', images: [%s]}]"
 SOUND = Fault(lambda *_: None, None, at_start=True)
+EVERY = FAULTS | {name: fault for faults in FAMILY_FAULTS.values() for name, fault in faults.items()}
 inject = adapter.engine.inject
 
 
@@ -39,10 +41,10 @@ def planted_inject(fault: Fault) -> Any:
 
 def main() -> None:
     file, dtype, *names = (a for a in sys.argv[1:] if not a.startswith("--local"))
-    pictures = sorted((Path(file).parent / "../launch/demo/pictures").resolve().glob("*colour*"))
+    pictures = sorted((ROOT / "launch" / "demo" / "pictures").glob("*colour*"))
     base = [f"tensor_parallel.tp_size={TP}", "generation.max_new_tokens=4", f"model.dtype={dtype}"]
     for name in names:
-        fault, rows = FAULTS.get(name, SOUND), list[dict[str, Any]]()
+        fault, rows = EVERY.get(name, SOUND), list[dict[str, Any]]()
         asked = REQUEST % ", ".join(map(str, pictures[:fault.pictures]))
         tested = load_config(file, [*base, f"tensor_parallel.vision={fault.vision}", asked])
         config = load_config(file, [*base, f"tensor_parallel.vision={fault.vision}", asked,

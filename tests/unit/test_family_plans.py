@@ -1,0 +1,98 @@
+"""Plans of the published checkpoints of the families beside Qwen2-VL, and tables held against Transformers' models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from families import CLASSES, CONFIGS, make_family
+from published_families import PUBLISHED
+
+from adapter.config.release import class_of
+from adapter.planning.cost_model import Workload, vision_work
+from adapter.planning.load import make_plan
+from policies.errors import UserError
+from policies.registry import POLICIES, policy_for
+
+TOTAL_BYTES = {  # `total_size` of the index files
+    "Qwen2.5-VL-3B": 7_509_245_952, "Qwen2.5-VL-7B": 16_584_333_312, "Qwen3-VL-8B": 17_534_247_392,
+}
+
+
+def plan_of(directory: Path, config: dict, tp_size: int, vision: str = "tensor"):
+    (directory / "config.json").write_text(json.dumps(config))
+    plan, checkpoint, problems = make_plan(directory, tp_size, "bfloat16", vision)
+    assert checkpoint is None
+    return plan, problems
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_size_at_every_tp(tmp_path, name):
+    whole = plan_of(tmp_path, PUBLISHED[name], 1)[0].weight_bytes(0)
+    assert whole == TOTAL_BYTES.get(name, whole)
+    for tp_size in range(1, 17):
+        plan, problems = plan_of(tmp_path, PUBLISHED[name], tp_size)
+        assert not problems and not plan.geometry.assumed
+        held = [plan.weight_bytes(rank) for rank in range(tp_size)]
+        assert whole <= sum(held) and max(held) < 1.35 * whole / tp_size, held
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_table_claims_every_parameter_of_the_published_model_and_no_other(name):
+    """Names and shapes of the model that Transformers builds, on `meta`."""
+    config = PUBLISHED[name]
+    policy = policy_for(config)
+    stated = {key: value for key, value in config.items() if key not in ("architectures", "transformers_version")}
+    with torch.device("meta"):
+        model = class_of(policy)(getattr(transformers, policy.model_class.replace(
+            "ForConditionalGeneration", "Config"))(**stated))
+    parameters = {policy.published(n): tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
+    geometry = policy.geometry(config)
+    policy.check_claims(parameters, geometry)
+    assert {n: s for n, s in policy.inventory(geometry).items() if n in parameters} == parameters
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_files_that_transformers_writes_are_sound(tmp_path, family):
+    directory = make_family(tmp_path / family, family)
+    for tp_size in (1, 5, 12):
+        assert not make_plan(directory, tp_size, "float32")[2]
+    assert any("13" in problem for problem in make_plan(directory, 13, "float32")[2])
+
+
+@pytest.mark.parametrize(("family", "section", "change", "words"), [
+    ("qwen2_5_vl", "vision_config", {"out_hidden_size": 64}, ["out_hidden_size 64", "hidden_size 96"]),
+    ("qwen2_5_vl", "vision_config", {"fullatt_block_indexes": 1}, ["fullatt_block_indexes"]),
+    ("qwen2_5_vl", "vision_config", {"window_size": 7}, ["window_size", "7"]),
+    ("qwen3_vl", "vision_config", {"deepstack_visual_indexes": [1, 1]}, ["deepstack_visual_indexes", "each once"]),
+    ("qwen3_vl", "text_config", {"head_dim": 7}, ["head_dim 7"]),
+    ("qwen3_vl", "text_config", {"head_dim": "x"}, ["head_dim"]),
+])  # fmt: skip
+def test_a_geometry_that_cannot_be_is_refused(tmp_path, family, section, change, words):
+    config = CONFIGS[family] | {"model_type": family}
+    config |= {section: config[section] | change}
+    try:
+        found = " ".join(plan_of(tmp_path, config, 2)[1])
+    except UserError as error:
+        found = str(error)
+    assert all(word in found for word in words), found
+
+
+def test_windows_make_attention_cheaper(tmp_path):
+    """What `vision: auto` weighs: of three layers two attend in windows of 16 patches."""
+    config = CONFIGS["qwen2_5_vl"] | {"model_type": "qwen2_5_vl"}
+    plan, _ = plan_of(tmp_path, config, 1)
+    windowed = vision_work(plan, Workload(40, (64,)), 0).attention_flop
+    config |= {"vision_config": config["vision_config"] | {"fullatt_block_indexes": [0, 1, 2]}}
+    plan, _ = plan_of(tmp_path, config, 1)
+    whole = vision_work(plan, Workload(40, (64,)), 0).attention_flop
+    assert windowed * 3 == whole * (1 + 2 * 16 / 64)
+
+
+def test_a_release_without_the_family_is_named(monkeypatch):
+    monkeypatch.delattr(transformers, "Qwen3VLForConditionalGeneration")
+    with pytest.raises(UserError, match=r"qwen3_vl needs Transformers 4\.57 or later"):
+        class_of(POLICIES["qwen3_vl"])
