@@ -15,7 +15,8 @@ from typing import ClassVar
 
 HERE = Path(__file__).resolve().parent
 PRELOAD = HERE / "preload.py"
-OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK",
+             "MASTER_ADDR", "MASTER_PORT")
 
 
 class Server:

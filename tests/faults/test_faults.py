@@ -133,7 +133,8 @@ def end(job: Job, within_s: float) -> tuple[int, str]:
     return outcome.code, outcome.err
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.sweep), "mpirun"])
+@pytest.mark.parametrize("launcher", [
+    "deepspeed", *(pytest.param(other, marks=pytest.mark.sweep) for other in ("torchrun", "mpirun"))])
 def test_killed_rank_is_named_and_ends_the_job(tmp_path, model, launcher):
     job = endless(tmp_path, model, launcher=launcher)
     pid = job.rank_pid(1) if launcher != "mpirun" else _mpi_rank(job, 1)

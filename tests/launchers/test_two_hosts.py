@@ -10,7 +10,7 @@ from hosts import Host, hosts, need_hosts
 from launching import Running
 from scripts import one_host, start, tokens
 
-pytestmark = [pytest.mark.ranks, need_hosts]
+pytestmark = [pytest.mark.ranks, pytest.mark.long, need_hosts]
 PORT = 29511
 
 
@@ -47,7 +47,6 @@ def wait_until_generating(job: Running, timeout_s: float = 180) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.long
 def test_four_ranks_on_two_hosts(tmp_path):
     """Odd names, a bridge of containers, and nothing set but what the script is given."""
     with hosts("hA", "hB") as (a, b):
@@ -84,7 +83,7 @@ def test_master_addr_that_is_loopback_on_its_own_host(tmp_path):
     assert "MASTER_ADDR hA is loopback on host hA" in outcome.err and "docker0, eth0" in outcome.err
 
 
-@pytest.mark.parametrize("how", ["cut", pytest.param("kill", marks=pytest.mark.long)])
+@pytest.mark.parametrize("how", ["cut", "kill"])
 def test_host_that_goes_is_named_by_the_other(tmp_path, how):
     """Cable cut: both sides end and name the other. All processes killed: the other side does."""
     with hosts("hA", "hB") as (a, b):

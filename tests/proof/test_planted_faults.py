@@ -23,7 +23,7 @@ JOBS = {  # ranks and dtype -> the faults of one job; "" is a sound engine
 
 
 @cache
-def outcomes(ranks: int = 2, dtype: str = "float32") -> dict[str, dict]:
+def outcomes(ranks: int, dtype: str) -> dict[str, dict]:
     outcome = launch(ranks, WORKER, CONFIG, dtype, *JOBS[ranks, dtype], timeout=400)
     assert outcome.code == 0, outcome.err[-5000:]
     rows = [json.loads(line) for line in outcome.out.splitlines() if line.startswith('{"fault"')]
@@ -31,11 +31,11 @@ def outcomes(ranks: int = 2, dtype: str = "float32") -> dict[str, dict]:
 
 
 def outcome_of(name: str) -> dict:
-    return outcomes(3 if name in STRADDLING else 2)[name]
+    return outcomes(3 if name in STRADDLING else 2, "float32")[name]
 
 
 def test_a_sound_engine_passes():
-    row = outcomes()[""]
+    row = outcomes(2, "float32")[""]
     assert row["passed"] and row["at_start"] == "held"
     assert row["case"]["first_divergent_module"] is None and row["summary"]["reassembly"]["equal"]
     assert row["case"]["greedy_match"] == {"equal": 4, "of": 4} and row["case"]["largest_share_of_bound"] < 0.5

@@ -68,6 +68,7 @@ def test_bad_input_is_reported_once_and_starts_nothing(config, args, words):
 
 
 @pytest.mark.ranks
+@pytest.mark.long
 def test_it_starts_replicas_and_passes_on_the_exit_code(config):
     outcome = run("generate", "--config", config, "tensor_parallel.tp_size=1", "--ranks", "2")
     assert outcome.code == 1, outcome.err[-3000:]  # the answer differs from `expected`

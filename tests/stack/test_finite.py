@@ -4,6 +4,7 @@ becomes a rank."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import transformers
 from checkpoints import EOS, cases, make_checkpoint
 from decoding import SHAPE, TWELVE, lean
+from forking import OF_A_RANK
 from safetensors.torch import load_file, save_file
 
 import adapter
@@ -182,9 +184,10 @@ def test_a_request_that_is_not_finite_is_a_failed_row(tmp_path):
         "generation": {"max_new_tokens": 3, "do_sample": False},
         "requests": [{"id": "sound", "prompt": "What"}, {"id": "spoiled", "prompt": "What?"}]}))
     argv = [sys.executable, "launch/generate.py", "--config", str(config)]
-    outcome = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+    alone = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}  # the engines above set them
+    outcome = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=alone)
     rows = [json.loads(line) for line in outcome.stdout.splitlines() if line.startswith("{")]
-    assert outcome.returncode == 2, outcome.stderr[-3000:]
+    assert outcome.returncode == 2 and len(rows) == 3, outcome.stderr[-3000:]
     assert rows[0]["id"] == "sound" and rows[0]["new_tokens"] > 0
     assert rows[1]["id"] == "spoiled" and "token 1 of the answer are not finite in float32" in rows[1]["error"]
     assert (rows[2]["answered"], rows[2]["failed"]) == (1, 1)
