@@ -185,6 +185,9 @@ HEADS: Mapping[str, Callable[[Attention, int], list[str]]] = MappingProxyType({
 
 def _require(dialect: str, policy: Policy, geometry: Geometry, tp_size: int) -> None:
     """Raises UserError with everything that keeps this dialect's consumer from running it, and the nearest sizes."""
+    if dialect not in policy.dialects:
+        raise UserError(f"{policy.model_type} as {dialect}: the tool that takes it has not run this family's table, so "
+                        f"nobody knows whether it computes the right numbers. {ADAPTER}.")
     problems = _problems(dialect, policy, geometry, tp_size)
     if problems:
         known = [n for n in range(1, geometry.attention["text"].q_heads + 1)

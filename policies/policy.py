@@ -128,6 +128,7 @@ class Policy:
     ignored: tensors old releases saved that are computed, not loaded (name endings).
     tied: (parameter, the parameter it is tied to) where the config ties them.
     decoder: the text decoder's modules, for the decode loop.
+    dialects: words of other tools (policies.export) in which the table has been run by them.
     rows: (start of a module's name, what one row of its input is), the first that fits: "patch", "merged" (the patches
         that make one token), "token", or "last" (a sequence's last position). The first two are the vision encoder.
     """
@@ -147,6 +148,7 @@ class Policy:
     encoder: Encoder
     geometry: Callable[[Mapping[str, Any]], Geometry]
     problems: Callable[[Geometry, int], list[str]]
+    dialects: tuple[str, ...] = ()
 
     def published(self, name: str) -> str:
         """The published name of a module or tensor that may carry a newer release's name."""

@@ -228,7 +228,7 @@ def _expected_norm(tp: Group, layer: Any, x: Tensor) -> Expected:
     exact, weight = _weightless(layer), tp.broadcast(layer.weight.clone()).float()
     exact.weight = nn.Parameter(weight, False)
     x = x.reshape(-1, x.shape[-1]).float()
-    y = exact(x)
+    y = type(layer).forward(exact, x)  # the class's own, whatever this layer's is
     return Expected(slice(None), None, y, bounds.norm(x, y, weight, None, layer.weight.dtype))
 
 

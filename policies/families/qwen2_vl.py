@@ -120,4 +120,5 @@ POLICY = Policy(
     encoder=ENCODER,
     geometry=geometry,
     problems=problems,
+    dialects=("injection_policy", "partition_config", "tp_plan"),
 )

@@ -14,6 +14,9 @@ from families import make_family
 from launching import launch
 from safetensors.torch import load_file
 
+from adapter.commands.shard import write_shards
+from adapter.planning.load import checked_plan
+
 WORKER = Path(__file__).with_name("worker.py")
 MODELS = {  # name -> (family, changes of its text_config)
     "qwen2_5_vl": ("qwen2_5_vl", {}),
@@ -71,6 +74,17 @@ def test_beams_and_positional_inputs_equal_one_process(pair):
     plain, ours = pair
     assert torch.equal(plain["beams.tokens"], ours["beams.tokens"])
     assert torch.equal(plain["positional.tokens"], ours["positional.tokens"])
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_shards_on_disk_give_the_same_bits(workplace, tmp_path, family):
+    """Written before, three ranks' files, and then read alone."""
+    job(workplace, 3)
+    write_shards(*checked_plan(workplace / family, 3, "float32"), tmp_path / family)
+    outcome = launch(3, WORKER, "--out", str(tmp_path), str(tmp_path / family))
+    assert outcome.code == 0, outcome.err[-3000:]
+    before, ours = (load_file(where / f"{family}.tp3.safetensors") for where in (workplace, tmp_path))
+    assert all(torch.equal(before[key], ours[key]) for key in before)
 
 
 def test_every_rank_has_the_same_bits_and_draws(pair):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from published_families import PUBLISHED
 from adapter.config.release import class_of
 from adapter.planning.cost_model import Workload, vision_work
 from adapter.planning.load import make_plan
+from policies import export
 from policies.errors import UserError
 from policies.registry import POLICIES, policy_for
 
@@ -92,7 +94,15 @@ def test_windows_make_attention_cheaper(tmp_path):
     assert windowed * 3 == whole * (1 + 2 * 16 / 64)
 
 
-def test_a_release_without_the_family_is_named(monkeypatch):
-    monkeypatch.delattr(transformers, "Qwen3VLForConditionalGeneration")
+def test_a_release_without_the_family_is_named():
+    unknown = replace(POLICIES["qwen3_vl"], model_class="Qwen3VLOfALaterRelease")
     with pytest.raises(UserError, match=r"qwen3_vl needs Transformers 4\.57 or later"):
-        class_of(POLICIES["qwen3_vl"])
+        class_of(unknown)
+
+
+@pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize("dialect", export.DIALECTS)
+def test_words_of_tools_that_have_not_run_the_family_are_refused(family, dialect):
+    policy = POLICIES[family]
+    with pytest.raises(UserError, match=f"{family} as {dialect}: .*has not run.*adapter.init_inference"):
+        export.DIALECTS[dialect](policy, policy.geometry(CONFIGS[family]), 2)

@@ -425,7 +425,7 @@ def test_known_model_type():
     assert policy_for({"model_type": "qwen2_vl"}) is POLICY
 
 
-@pytest.mark.parametrize("model_type", ["qwen2-vl", "qwen_vl", "Qwen2_VL"])
+@pytest.mark.parametrize("model_type", ["qwen2-vl", "qwn2_vl", "Qwen2_VL"])
 def test_unknown_model_type_names_the_nearest(model_type):
     with pytest.raises(UserError) as caught:
         policy_for({"model_type": model_type}, "there/config.json")
@@ -433,7 +433,15 @@ def test_unknown_model_type_names_the_nearest(model_type):
     assert all(w in message for w in (repr(model_type), "there/config.json", "nearest known one is 'qwen2_vl'"))
 
 
+@pytest.mark.parametrize(("model_type", "why"), [
+    ("qwen3_vl_moe", "experts"), ("qwen3_5", "delta-net"), ("qwen3_5_moe", "experts"), ("qwen4_exp", "hyper"),
+    ("qwen2_5_omni", "audio")])  # fmt: skip
+def test_a_relative_without_a_page_is_refused_with_the_reason(model_type, why):
+    with pytest.raises(UserError, match=rf"model_type '{model_type}' cannot be split yet: .*{why}"):
+        policy_for({"model_type": model_type, "vision_config": {}})
+
+
 @pytest.mark.parametrize("config", [{}, {"model_type": None}, {"model_type": ["qwen2_vl"]}, {"model_type": "bert"}])
 def test_any_other_model_type_is_a_user_error_with_the_known_ones(config):
-    with pytest.raises(UserError, match="known: qwen2_vl"):
+    with pytest.raises(UserError, match="known: qwen2_5_vl, qwen2_vl, qwen3_vl"):
         policy_for(config)

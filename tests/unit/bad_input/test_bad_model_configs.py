@@ -27,7 +27,7 @@ FIELDS: dict[str, list[str]] = {  # field=JSON -> words
     "num_attention_heads=100000": ["num_attention_heads", "100000"],
     "model_type=null": ["model_type", "qwen2_vl"],
     'model_type="llama"': ["'llama'", "qwen2_vl"],
-    'model_type="qwen2_5_vl"': ["'qwen2_5_vl'", "nearest"],
+    'model_type="qwen2_6_vl"': ["'qwen2_6_vl'", "nearest"],
     'model_type="' + "q" * 100_000 + '"': ["model_type", "qqq"],
     "model_type=[]": ["model_type"],
     "vision_config=[1]": ["vision_config", "mapping"], "vision_config=null": ["'visual.", "1280", "more"],
