@@ -52,7 +52,7 @@ def test_the_demo_holds(demo):
         assert row["answer"] == row["one_process_answer"]
 
 
-@pytest.mark.parametrize("vision", [pytest.param("data", marks=pytest.mark.sweep), "auto"])
+@pytest.mark.parametrize("vision", [pytest.param(vision, marks=pytest.mark.sweep) for vision in ("data", "auto")])
 def test_whole_encoders_hold(vision):
     """Three ranks: two of them without a picture, one of them, and each with a frame of a clip or two."""
     named = sorted(PICTURES.iterdir())

@@ -138,8 +138,8 @@ def test_a_request_that_cannot_be_prepared_is_reported_once(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [
-    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long),
-    pytest.param(signal.SIGKILL, -9, marks=pytest.mark.long)])
+    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.long
 def test_nothing_is_left_of_a_benchmark_that_is_ended(number, code, tmp_path, monkeypatch):
     """While its ranks run; they are in sessions of their own, so that Ctrl-C reaches the driver alone. Only where it is
     killed, the small directory stays that holds its request."""

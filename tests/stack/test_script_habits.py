@@ -215,7 +215,7 @@ def without_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     (lambda model: model.model, "Qwen2VLModel is not a Qwen2VLForConditionalGeneration"),
     (lambda model: model.model.language_model, "no policy for model_type 'qwen2_vl_text'"),
     (edited_config, r"gate_proj.weight has \[96, 48\], its config says \[64, 48\]"),
-    (flash_in_float32, "flash_attention_2 computes in bfloat16"), (family, "bert.*known: qwen2_vl"),
+    (flash_in_float32, "flash_attention_2 computes in bfloat16"), (family, "bert.*known: qwen2_5_vl, qwen2_vl"),
     (lambda model: model.half(), "torch.float16: DeepSpeed on cpu"),
     (lambda model: model.double(), "torch.float64: DeepSpeed on cpu"),
 ], ids=lambda value: getattr(value, "__name__", "").strip("<>") or None)

@@ -159,7 +159,7 @@ CONFIG = {
     "config.json with a number too long": (text("config.json", "9" * 5000), ["config.json", "cannot be read"]),
     "config.json a list": (text("config.json", "[]"), ["config.json", "holds a list, a mapping is needed"]),
     "unknown model_type": (alter(lambda c: c.update(model_type="qwen2_vx")), ["'qwen2_vx'", "nearest", "'qwen2_vl'"]),
-    "no model_type": (alter(lambda c: c.pop("model_type")), ["model_type", "known: qwen2_vl"]),
+    "no model_type": (alter(lambda c: c.pop("model_type")), ["model_type", "known: qwen2_5_vl, qwen2_vl"]),
     "no heads": (alter(lambda c: c.pop(HEADS)), ["config.json", HEADS, "missing"]),
     "negative layers": (alter(lambda c: c.update(num_hidden_layers=-1)), ["num_hidden_layers", "-1", "positive"]),
     "no layers": (alter(lambda c: c.update(num_hidden_layers=0)), ["num_hidden_layers", "is 0", "positive"]),

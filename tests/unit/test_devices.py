@@ -30,21 +30,23 @@ def decoder(device):
     def linear(inputs, outputs):
         return torch.nn.Linear(inputs, outputs, device=device)
 
-    def norm():
-        return SimpleNamespace(weight=torch.ones(HIDDEN, device=device))
+    def norm(width=HIDDEN):
+        return SimpleNamespace(weight=torch.ones(width, device=device))
 
     def rotary(x, positions):
         angles = positions[..., None].float() * torch.ones(DIM, device=x.device)
         return angles.cos(), angles.sin()
 
     layer = SimpleNamespace(
-        attention_norm=norm(), q=linear(HIDDEN, HEADS * DIM), k=linear(HIDDEN, KV_HEADS * DIM),
-        v=linear(HIDDEN, KV_HEADS * DIM), o=linear(HEADS * DIM, HIDDEN), mlp_norm=norm(), gate=linear(HIDDEN, MLP),
+        attention_norm=norm(), q_norm=norm(DIM), k_norm=norm(DIM), q=linear(HIDDEN, HEADS * DIM),
+        k=linear(HIDDEN, KV_HEADS * DIM), v=linear(HIDDEN, KV_HEADS * DIM), o=linear(HEADS * DIM, HIDDEN), mlp_norm=norm(), gate=linear(HIDDEN, MLP),
         up=linear(HIDDEN, MLP), down=linear(MLP, HIDDEN))
     words = torch.nn.Embedding(VOCAB, HIDDEN, device=device)
-    return SimpleNamespace(ops=TorchOps, layers=[layer] * 2, embedding=SimpleNamespace(look_up=words), norm=norm(),
-                           head=linear(HIDDEN, VOCAB), rotary=rotary, eps=1e-6, scale=DIM ** -0.5, head_dim=DIM,
-                           kv_heads=KV_HEADS)
+    made = Decoder.__new__(Decoder)
+    vars(made).update(ops=TorchOps, layers=[layer] * 2, embedding=SimpleNamespace(look_up=words), norm=norm(),
+                      head=linear(HIDDEN, VOCAB), rotary=rotary, eps=1e-6, scale=DIM ** -0.5, head_dim=DIM,
+                      kv_heads=KV_HEADS)
+    return made
 
 
 def test_fake_tensors_refuse_two_devices(gpu):
@@ -63,7 +65,7 @@ def test_a_prompts_cache_and_the_steps_after_it_are_on_the_models_device(gpu, ro
     fill_rotary_tables(parts, cache, torch.ones(3, 2, 5, dtype=torch.int64, device=gpu), mask)
     for filled in (6, 7):
         cache.attended = filled
-        logits = Decoder.step(parts, torch.ones(room.rows, dtype=torch.int64, device=gpu), cache)
+        logits = parts.step(torch.ones(room.rows, dtype=torch.int64, device=gpu), cache)
         assert logits.device == gpu and logits.shape == (room.rows, VOCAB)
     held = (*cache.keys, *cache.values, cache.cos, cache.sin, cache.first, cache.prompt, cache.place)
     assert {tensor.device for tensor in held} == {gpu}
