@@ -39,8 +39,8 @@ def decoder(device):
 
     layer = SimpleNamespace(
         attention_norm=norm(), q_norm=norm(DIM), k_norm=norm(DIM), q=linear(HIDDEN, HEADS * DIM),
-        k=linear(HIDDEN, KV_HEADS * DIM), v=linear(HIDDEN, KV_HEADS * DIM), o=linear(HEADS * DIM, HIDDEN), mlp_norm=norm(), gate=linear(HIDDEN, MLP),
-        up=linear(HIDDEN, MLP), down=linear(MLP, HIDDEN))
+        k=linear(HIDDEN, KV_HEADS * DIM), v=linear(HIDDEN, KV_HEADS * DIM), o=linear(HEADS * DIM, HIDDEN),
+        mlp_norm=norm(), gate=linear(HIDDEN, MLP), up=linear(HIDDEN, MLP), down=linear(MLP, HIDDEN))
     words = torch.nn.Embedding(VOCAB, HIDDEN, device=device)
     made = Decoder.__new__(Decoder)
     vars(made).update(ops=TorchOps, layers=[layer] * 2, embedding=SimpleNamespace(look_up=words), norm=norm(),
