@@ -25,7 +25,7 @@ MODELS = {  # name -> (shape, newer names, files, tp sizes)
 }
 CASES = ("text", "image", "two_images", "video", "batch")
 RUNS = sorted({(tp, name) for name, (*_, sizes) in MODELS.items() for tp in sizes})
-SWEEP = {2, 4, 5, 7}  # tp sizes that only `-m sweep` runs; the others are the ends of each range and a straddling one
+SWEEP = {2, 4, 5, 6, 7}  # tp sizes that only `-m sweep` runs; the others are the ends and a straddling one
 
 
 def marked(tp: int, *values, id: str | None = None):

@@ -28,6 +28,7 @@ FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 CASES = ("text", "image", "two_images", "video", "batch")
 RUNS = [(tp, name, vision) for tp, name in ((2, "heads28"), *((3, name) for name in (*MODELS, *FAMILIES)))
         for vision in ("data", "auto")]
+SWEPT = {run for run in RUNS if run[0] == 2 or (run[1] in FAMILIES and run[2] == "auto")}
 pytestmark = pytest.mark.ranks
 
 
@@ -47,20 +48,22 @@ def workplace(tmp_path_factory) -> Path:
 
 
 @cache
-def job(root: Path, tp: int) -> dict[tuple[str, str], dict]:
-    pairs = [word for n, name, vision in RUNS if n == tp for word in (str(root / name), vision)]
+def job(root: Path, tp: int, swept: bool) -> dict[tuple[str, str], dict]:
+    """Every run of this tp size that is swept, or every other one."""
+    pairs = [word for run in RUNS if run[0] == tp and (run in SWEPT) == swept
+             for word in (str(root / run[1]), run[2])]
     outcome = launch(tp, WORKER, str(root), *pairs, timeout=600)
     assert outcome.code == 0, outcome.err[-6000:]
     rows = [json.loads(line) for line in outcome.out.splitlines() if line.startswith('{"model"')]
     return {(row["model"], row["vision"]): row for row in rows}
 
 
-@pytest.fixture(params=[pytest.param(run, id="-".join(map(str, run)), marks=[pytest.mark.sweep] if run[0] == 2 else [])
+@pytest.fixture(params=[pytest.param(run, id="-".join(map(str, run)), marks=[pytest.mark.sweep] if run in SWEPT else [])
                         for run in RUNS], scope="module")
 def ran(request, workplace):
     """(plain results, ours, facts, plan) of one run."""
     tp, name, vision = request.param
-    facts = job(workplace, tp)[name, vision]
+    facts = job(workplace, tp, request.param in SWEPT)[name, vision]
     plan, *_ = make_plan(workplace / name, tp, "float32", vision)
     ours = load_file(workplace / f"{name}.tp{tp}.{vision}.safetensors")
     return load_file(workplace / f"{name}.plain.safetensors"), ours, facts, plan

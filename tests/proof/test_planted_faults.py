@@ -51,6 +51,7 @@ def test_verify_reports_the_fault_and_names_its_module(name):
     assert any((fault.says or fault.module) in problem for problem in row["summary"]["problems"])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", IN_BFLOAT16)
 def test_bfloat16_hides_none_of_them(name):
     row = outcomes(2, "bfloat16")[name]
@@ -58,6 +59,7 @@ def test_bfloat16_hides_none_of_them(name):
     assert not row["passed"] and first and first["module"] == FAULTS[name].module, row["summary"]["problems"]
 
 
+@pytest.mark.sweep
 def test_a_sound_engine_passes_in_bfloat16():
     assert outcomes(2, "bfloat16")[""]["passed"] and outcomes(2, "bfloat16")[""]["at_start"] == "held"
 

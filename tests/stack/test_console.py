@@ -85,8 +85,8 @@ def test_under_a_launcher_it_is_a_rank(config):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("number", "foreground"), [
-    pytest.param(signal.SIGINT, True, marks=pytest.mark.long), (signal.SIGTERM, False)])
+@pytest.mark.long
+@pytest.mark.parametrize(("number", "foreground"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_signal_ends_all_of_it(config, tmp_path, number, foreground):
     """Ctrl-C reaches the whole foreground group; SIGTERM, as of `timeout`, only the command itself."""
     output, requests = tmp_path / "answers.jsonl", tmp_path / "r.jsonl"

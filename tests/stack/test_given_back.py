@@ -19,6 +19,7 @@ SLACK = 24 << 20  # modules' objects, what the allocator keeps for itself, buffe
 
 
 @pytest.mark.ranks
+@pytest.mark.long
 def test_full_weights_are_given_back(tmp_path):
     """float32 of a bfloat16 checkpoint is memory of the process; bfloat16 is the file, mapped by Transformers 5."""
     small = make_checkpoint(tmp_path / "small")

@@ -64,8 +64,9 @@ def one_process() -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize(("ranks", "call", "attention", "launcher"), [
-    (4, "kept", "eager", "fork"), (2, "adapters", "sdpa", "deepspeed"), (4, "kept", "sdpa", "fork"),
-    (4, "adapters", "eager", "fork"),
+    (4, "kept", "eager", "fork"), (2, "adapters", "sdpa", "deepspeed"),
+    pytest.param(4, "kept", "sdpa", "fork", marks=pytest.mark.sweep),
+    pytest.param(4, "adapters", "eager", "fork", marks=pytest.mark.sweep),
 ])
 def test_changed_script_prints_what_one_process_prints(tmp_path, one_process, ranks, call, attention, launcher):
     script = changed(tmp_path, call)

@@ -31,6 +31,7 @@ def peaks(tmp_path_factory):
     return json.loads(outcome.stdout)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("codec", ["libx264", "ffv1"])
 def test_a_video_of_frames_that_are_too_large_is_refused_before_they_are_decoded(peaks, codec):
     peak, _, reason = peaks[codec]
@@ -38,15 +39,18 @@ def test_a_video_of_frames_that_are_too_large_is_refused_before_they_are_decoded
     assert peak < 100 * MB, peak / MB
 
 
+@pytest.mark.long
 def test_images_that_leave_no_room_are_refused_before_they_are_decoded(peaks):
     peak, _, reason = peaks["no room"]
     assert "at most 40 fit" in reason and peak < 30 * MB, (reason, peak / MB)
 
 
+@pytest.mark.long
 def test_one_image_is_held_without_needless_copies_while_it_is_shrunk(peaks):
     assert peaks["one"][0] < 3.7 * 75_000_000, peaks["one"][0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["eight times one", "six different", "frames"])
 def test_only_one_image_is_held_at_its_full_size(peaks, case):
     peak, tokens, reason = peaks[case]
@@ -54,6 +58,7 @@ def test_only_one_image_is_held_at_its_full_size(peaks, case):
     assert peak < peaks["one"][0] + 50 * MB, (peak / MB, peaks["one"][0] / MB)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["not shrunk", "unshrunk frames"])
 def test_what_cannot_be_shrunk_as_it_is_read_has_a_limit_of_its_own(peaks, case):
     peak, _, reason = peaks[case]
