@@ -17,9 +17,17 @@ if [ "${1:-}" = --all ]; then
 fi
 
 "$PYTHON" -m ruff check .
-"$PYTHON" -m mypy
 "$PYTHON" -c "from importlinter.cli import lint_imports_command as c; c()" --no-cache  # pyproject.toml has the rooms
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 tests/unit tests/launchers tests/stack \
-    tests/proof tests/parity tests/faults "${selected[@]}" "$@"  # unit tests first: they want no process group; small files last, so that
-    # neither worker waits for the other
+types=$(mktemp)
+trap 'rm -f "$types"' EXIT
+"$PYTHON" -m mypy >"$types" 2>&1 &  # beside the tests, some of which wait
+checking=$!
+
+# Unit tests first: they want no process group. Small files last, so that neither worker waits long for the other.
+failed=0
+"$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 tests/unit tests/launchers tests/stack \
+    tests/proof tests/parity tests/faults "${selected[@]}" "$@" || failed=$?
+wait $checking || failed=1
+cat "$types"
+exit $failed

@@ -59,7 +59,7 @@ class Generated:
         if not config.return_dict_in_generate:
             return self.ids
         more: dict[str, Any] = {"scores": tuple(self.scores) or None, "logits": tuple(self.logits) or None}
-        return GenerateDecoderOnlyOutput(sequences=self.ids, **more)  # type: ignore[arg-type]
+        return GenerateDecoderOnlyOutput(sequences=self.ids, **more)
 
 
 class DecodeLoop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,8 +57,8 @@ def build_on_meta(directory: Path, policy: Policy, dtype: torch.dtype, attn_impl
 @contextmanager
 def _silent_initialisation() -> Iterator[None]:
     """Transformers' own switch against initialising weights (its home moved in release 5)."""
-    home = transformers.modeling_utils if hasattr(transformers.modeling_utils, "no_init_weights") else None
-    if home is None:
-        from transformers import initialization as home
-    with home.no_init_weights():  # type: ignore[union-attr]
+    home: Any = transformers.modeling_utils
+    if not hasattr(home, "no_init_weights"):
+        home = importlib.import_module("transformers.initialization")
+    with home.no_init_weights():
         yield
