@@ -87,7 +87,7 @@ Text = Annotated[str, Field(min_length=1)]
 Listed = Field(strict=False)  # a YAML list fills a tuple; its items stay strict
 Media = Annotated[str, BeforeValidator(_media), Field(min_length=1)]
 Frames = Annotated[tuple[Media, ...], Listed, AfterValidator(_not_empty)]
-Film = Annotated[
+Clip = Annotated[
     Annotated[Media, Tag("<file>")] | Annotated[Frames, Tag("<frames>")],
     Discriminator(lambda value: "<frames>" if isinstance(value, list | tuple) else "<file>"),
 ]
@@ -126,7 +126,7 @@ class Part(Section):
 
     text: str | None = None
     image: Media | None = Field(default=None, description="A path, file://, or data: with base64.")
-    video: Film | None = Field(default=None, description="A video file, or a list of images as its frames.")
+    video: Clip | None = Field(default=None, description="A video file, or a list of images as its frames.")
     image_url: ImageUrl | None = None
     type: Literal["text", "image", "video", "image_url"] = Field(description="Which of the keys the part has.")
 
@@ -163,7 +163,7 @@ class Request(Pixels):
     id: Text = Field(description="What its answer is named by; default: its position, from 1.")
     prompt: str | None = Field(default=None, description="The question; either this or messages.")
     images: Annotated[tuple[Media, ...], Listed] = Field(default=(), description="Image files, put before the text.")
-    videos: Annotated[tuple[Film, ...], Listed] = Field(default=(), description="Video files, or lists of frames.")
+    videos: Annotated[tuple[Clip, ...], Listed] = Field(default=(), description="Video files, or lists of frames.")
     system: str | None = Field(default=None, description="The system turn of a prompt.")
     expected: str | None = Field(default=None, description="The right answer; with another one the exit code is 1.")
     messages: Chat | None = Field(default=None, validate_default=True, description="A chat; either this or prompt.")
