@@ -81,14 +81,14 @@ def read_text(config: Mapping[str, Any], context: int, head_dim: int | None = No
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     if not isinstance(tied, bool):
         raise UserError(f"config.json: 'tie_word_embeddings' is {reprlib.repr(tied)}; true or false is needed")
-    _check_what_only_forward_reads(text, width if head_dim or hidden == heads * width else None)
+    _check_what_only_forward_reads(text, width if head_dim or hidden == heads * width else None, head_dim is not None)
     sizes = {"vocab": integer(text, "vocab_size"), "hidden": hidden, "q": heads * width, "kv": kv_heads * width,
              "mlp": integer(text, "intermediate_size")}
     return TextNumbers(sizes, Attention(heads, kv_heads, width), integer(text, "num_hidden_layers", most=MOST_LAYERS),
                        tied, integer(text, "max_position_embeddings", context))
 
 
-def _check_what_only_forward_reads(text: Mapping[str, Any], head_dim: int | None) -> None:
+def _check_what_only_forward_reads(text: Mapping[str, Any], head_dim: int | None, stated_head_dim: bool) -> None:
     """Fields that shard nothing, but that stop a model in its first forward, when every rank has long been loaded."""
     name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"  # the former since Transformers 5
     rope = section(text, name)
@@ -104,8 +104,9 @@ def _check_what_only_forward_reads(text: Mapping[str, Any], head_dim: int | None
     if not whole or len(parts) != 3:
         raise UserError(f"config.json: {name}.mrope_section is {reprlib.repr(parts)}; three whole numbers are needed")
     if head_dim and head_dim % 2 == 0 and 2 * sum(parts) != head_dim:
-        raise UserError(f"config.json: {name}.mrope_section {parts} has a sum of {sum(parts)}; head_dim {head_dim} "
-                        f"(hidden_size / num_attention_heads) needs {head_dim // 2}")
+        origin = "" if stated_head_dim else " (hidden_size / num_attention_heads)"
+        raise UserError(f"config.json: {name}.mrope_section {parts} has a sum of {sum(parts)}; head_dim {head_dim}"
+                        f"{origin} needs {head_dim // 2}")
 
 
 def unstated(config: Mapping[str, Any], text_defaults: Mapping[str, Any], vision_defaults: Mapping[str, Any],

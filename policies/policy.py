@@ -66,8 +66,7 @@ class Geometry:
 
     sizes: every named dimension of the table, in elements.
     attention: "text" and "vision" -> heads. layers: stack ("model.layers") -> count, the text encoder's first. lists:
-    other numbered modules -> count.
-    context: longest sequence in tokens. patch_values: numbers in one patch. merge_side: patches a side that make one
+    other numbered modules -> count. context: longest sequence in tokens. merge_side: patches a side that make one
     token. windowed_layers: layers of the vision encoder that attend inside windows of `window_patches` patches, the
     others to whole frames. injected_layers: text layers, from the first, after each of which features of the vision
     encoder are added. assumed: keys that the file should state and does not -> the default that stands in.
@@ -78,7 +77,6 @@ class Geometry:
     layers: Mapping[str, int]
     tied: bool
     context: int
-    patch_values: int
     merge_side: int
     windowed_layers: int = 0
     window_patches: int = 0
@@ -90,6 +88,11 @@ class Geometry:
     def counts(self) -> Mapping[str, int]:
         """How many modules the `*` of a row stands for, by what is before it."""
         return {**self.layers, **self.lists}
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in one patch: those of all channels, of as many frames and pixels as it covers."""
+        return self.sizes["channels"] * self.sizes["frames"] * self.sizes["patch"] ** 2
 
     @property
     def text_stack(self) -> str:

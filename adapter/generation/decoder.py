@@ -118,7 +118,7 @@ class Decoder:
             raise LookupError("the MLP's activation is not SiLU")
         norms: list[Any] = [norm for layer in self.layers
                             for norm in (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm) if norm]
-        if any(norm.variance_epsilon != self.eps for norm in norms):
+        if any(getattr(norm, "variance_epsilon", None) != self.eps for norm in norms):
             raise LookupError("its norms have unlike epsilons")
         config: Any = model.config
         if getattr(config.get_text_config(), "use_sliding_window", False):

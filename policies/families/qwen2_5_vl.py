@@ -6,6 +6,7 @@ Transformers has it since 4.49. Its windows lie inside a frame, and some layers 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from policies.config import (
@@ -20,7 +21,7 @@ from policies.config import (
 )
 from policies.families import qwen2_vl
 from policies.families.qwen2_vl import NORM
-from policies.policy import Attention, DecoderNames, Geometry, Policy
+from policies.policy import Attention, Geometry
 from policies.rules import Claim, Column, FusedQKV, Replicated, Row
 
 TABLE = (
@@ -69,7 +70,6 @@ def geometry(config: Mapping[str, Any]) -> Geometry:
         layers={"model.layers": text.layers, "visual.blocks": depth},
         tied=text.tied,
         context=text.context,
-        patch_values=sizes["channels"] * sizes["frames"] * patch**2,
         merge_side=side,
         windowed_layers=depth - len(whole),
         window_patches=window**2,
@@ -85,21 +85,13 @@ def problems(g: Geometry, tp_size: int) -> list[str]:
     return found
 
 
-POLICY = Policy(
+POLICY = replace(
+    qwen2_vl.POLICY,
     model_type="qwen2_5_vl",
     model_class="Qwen2_5_VLForConditionalGeneration",
     first_release="4.49",
     table=TABLE,
-    head_axes=qwen2_vl.POLICY.head_axes,
-    head_numbers=qwen2_vl.HEAD_NUMBERS,
-    renames=qwen2_vl.RENAMES,
-    media_tokens=qwen2_vl.POLICY.media_tokens,
-    ignored=qwen2_vl.POLICY.ignored,
-    tied=qwen2_vl.POLICY.tied,
-    decoder=DecoderNames("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head",
-                         unused=("self_attn.rotary_emb",)),  # of releases before 4.57
-    rows=qwen2_vl.ROWS,
-    encoder=qwen2_vl.ENCODER,
     geometry=geometry,
     problems=problems,
+    dialects=(),
 )

@@ -92,7 +92,6 @@ def geometry(config: Mapping[str, Any]) -> Geometry:
         layers={"model.layers": text.layers, "visual.blocks": integer(vision, "depth", most=MOST_LAYERS)},
         tied=text.tied,
         context=text.context,
-        patch_values=sizes["channels"] * sizes["frames"] * sizes["patch"] ** 2,
         merge_side=side,
         assumed=unstated(config, TEXT_DEFAULTS, VISION_DEFAULTS, {"in_chans": "in_channels"}),
     )

@@ -89,7 +89,6 @@ def geometry(config: Mapping[str, Any]) -> Geometry:
         layers={"model.language_model.layers": text.layers, f"{VISION}.blocks": depth},
         tied=text.tied,
         context=text.context,
-        patch_values=sizes["channels"] * sizes["frames"] * sizes["patch"] ** 2,
         merge_side=side,
         injected_layers=injected,
         lists={DEEPSTACK: injected},

@@ -189,3 +189,14 @@ def test_another_scale_of_attention_is_seen(engine, monkeypatch):
     monkeypatch.setattr(engine.module.model.language_model.layers[1].self_attn, "scaling", 1.0)
     with pytest.raises(LookupError, match="scale"):
         Decoder(engine.module, engine.plan, fused.operators(False))
+
+
+@pytest.mark.parametrize("change", [lambda norm: setattr(norm, "variance_epsilon", 1e-3),
+                                    lambda norm: vars(norm).pop("variance_epsilon")])
+def test_a_norm_of_another_epsilon_is_seen(engine, monkeypatch, change):
+    """A step takes one epsilon for all norms."""
+    norm = engine.module.model.language_model.layers[1].post_attention_layernorm
+    monkeypatch.setitem(vars(norm), "variance_epsilon", norm.variance_epsilon)  # put back in any case
+    change(norm)
+    with pytest.raises(LookupError, match="unlike epsilons"):
+        Decoder(engine.module, engine.plan, fused.operators(False))
