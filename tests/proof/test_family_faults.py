@@ -50,7 +50,6 @@ def test_sound_shards_hold(home, family):
 def test_sound_shards_hold_in_bfloat16(home, family, ranks):
     row = outcomes(home, family, ranks, "bfloat16")[""]
     assert row["passed"] and row["at_start"] == "held", row["summary"]["problems"]
-    assert row["case"]["largest_share_of_bound"] < 0.5
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
