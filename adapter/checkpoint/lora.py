@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every tensor that PEFT saves
 A, B = ".lora_A.weight", ".lora_B.weight"
+BASE = ".base_layer.weight"  # the weight itself, which PEFT saves with an update of the head and loads in its place
 DTYPES = ("F32", "F16", "BF16")
 STRAY = {  # part of a tensor's name -> what it is
     "lora_embedding_": "updates an embedding", ".lora_B.bias": "is a bias of B",
@@ -48,11 +49,17 @@ CHUNK = 1 << 17  # elements that are merged at a time, in float64
 
 @dataclass(frozen=True)
 class Update:
-    """One weight's: `a` [r, in], `b` [out, r] and the factor of their product."""
+    """One weight's: `a` [r, in], `b` [out, r] and the factor of their product. base: the weight [out, in] that it is
+    for, where the adapter has it."""
 
     a: TensorInfo
     b: TensorInfo
     scale: float
+    base: TensorInfo | None = None
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        return (self.a, self.b, *([self.base] if self.base else []))
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class Adapter:
         """What `plan` says of it."""
         ranks = sorted({update.a.shape[0] for update in self.updates.values()})
         return {"path": shown(self.directory), "weights": len(self.updates), "r": ranks,
-                "bytes": sum(u.a.nbytes + u.b.nbytes for u in self.updates.values())}
+                "bytes": sum(info.nbytes for update in self.updates.values() for info in update.tensors)}
 
 
 @dataclass
@@ -92,25 +99,32 @@ class MergedCheckpoint(Checkpoint):
 
     @classmethod
     def of(cls, base: Checkpoint, adapters: Sequence[Adapter], dtype: str) -> MergedCheckpoint:
-        infos = {f"{n}:{info.name}": info for n, adapter in enumerate(adapters) for update in adapter.updates.values()
-                 for info in (update.a, update.b)}
+        infos = {_key(info): info for a in adapters for update in a.updates.values() for info in update.tensors}
         return cls(**vars(base), adapters=tuple(adapters), dtype=dtype, files=Checkpoint(base.directory, infos, []))
+
+    def updates(self, name: str) -> list[Update]:
+        """Those of tensor `name` (published name), in order."""
+        return [adapter.updates[name] for adapter in self.adapters if name in adapter.updates]
 
     def read(self, name: str, part: TensorSlice) -> Tensor:
         """This slice of tensor `name` (published name): merged and in `dtype` where an adapter updates it, else in the
         file's. Raises UserError as `Checkpoint.read` does."""
         import torch
 
-        base = super().read(name, part)
-        before, updates = self.files.bytes_read, []
-        for n, adapter in enumerate(self.adapters):
-            if update := adapter.updates.get(name):
-                rows, columns = (part.ranges if part.dim == dim else None for dim in (0, 1))
-                updates.append((self.files.read(f"{n}:{update.b.name}", _cut(update.b.shape, 0, rows)),
-                                self.files.read(f"{n}:{update.a.name}", _cut(update.a.shape, 1, columns)),
-                                update.scale))
+        updates, before = self.updates(name), self.files.bytes_read
+        stored = [update.base for update in updates if update.base]
+        base = self.files.read(_key(stored[-1]), part) if stored else super().read(name, part)
+        if not updates:
+            return base
+        rows, columns = (part.ranges if part.dim == dim else None for dim in (0, 1))
+        pairs = [(self.files.read(_key(u.b), _cut(u.b.shape, 0, rows)),
+                  self.files.read(_key(u.a), _cut(u.a.shape, 1, columns)), u.scale) for u in updates]
         self.bytes_read += self.files.bytes_read - before
-        return merge(base, updates, getattr(torch, self.dtype)) if updates else base
+        return merge(base, pairs, getattr(torch, self.dtype))
+
+
+def _key(info: TensorInfo) -> str:
+    return f"{info.file}:{info.name}"
 
 
 def _cut(shape: tuple[int, ...], dim: int, ranges: tuple[tuple[int, int], ...] | None) -> TensorSlice:
@@ -195,7 +209,7 @@ class _Pairs:
         """Parameter -> its update; what does not fit the model or the config goes to `found`."""
         halves: dict[str, dict[str, TensorInfo]] = {}
         for info in sorted(infos, key=lambda info: info.name):
-            end = next((end for end in (A, B) if info.name.endswith(end)), None)
+            end = next((end for end in (A, B, BASE) if info.name.endswith(end)), None)
             if end is None or not info.name.startswith(PREFIX):
                 found.append(f"{WEIGHTS}: {self._stray(info)}")
             else:
@@ -210,7 +224,7 @@ class _Pairs:
             name = f"{self.policy.published(module)}.weight"
             if name in updates:
                 found.append(f"{WEIGHTS}: {updates[name].a.name!r} and {pair[A].name!r} are the same module's")
-            updates[name] = Update(pair[A], pair[B], self.config.scale(module))
+            updates[name] = Update(pair[A], pair[B], self.config.scale(module), pair.get(BASE))
         return updates
 
     def _stray(self, info: TensorInfo) -> str:
@@ -232,7 +246,9 @@ class _Pairs:
         if missing := [end for end in (A, B) if end not in pair]:
             return f"tensor {info.name!r} is there and {PREFIX}{module}{missing[0]} is not; save the adapter again"
         r, (rows, columns) = self.config.rank(module), (self.geometry.sizes[d] for d in claim.weight)
-        for end, shape in ((A, (r, columns)), (B, (rows, r))):
+        for end, shape in ((A, (r, columns)), (B, (rows, r)), (BASE, (rows, columns))):
+            if end not in pair:
+                continue
             info = pair[end]
             if info.shape != shape:
                 return (f"tensor {info.name!r} has shape {list(info.shape)}; r = {r} of {CONFIG} and the weight "

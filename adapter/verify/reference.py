@@ -39,12 +39,12 @@ def read_tensor(checkpoint: Checkpoint | Shards, name: str, part: TensorSlice | 
         assert part is None, "shards are slices"
         return read_whole(checkpoint, name)
     dim, ranges = (None, ()) if part is None else (part.dim, part.ranges)
-    tensor = _read(checkpoint.tensors[name], dim, ranges)
-    updates = []
-    if isinstance(checkpoint, MergedCheckpoint):
-        updates = [(_read(u.b, 0 if dim == 0 else None, ranges), _read(u.a, 1 if dim == 1 else None, ranges), u.scale)
-                   for u in (adapter.updates.get(name) for adapter in checkpoint.adapters) if u]
-    return merge(tensor, updates, getattr(torch, checkpoint.dtype)) if updates else tensor
+    if not isinstance(checkpoint, MergedCheckpoint) or not (found := checkpoint.updates(name)):
+        return _read(checkpoint.tensors[name], dim, ranges)
+    base = [update.base for update in found if update.base] or [checkpoint.tensors[name]]
+    updates = [(_read(u.b, 0 if dim == 0 else None, ranges), _read(u.a, 1 if dim == 1 else None, ranges), u.scale)
+               for u in found]
+    return merge(_read(base[-1], dim, ranges), updates, getattr(torch, checkpoint.dtype))
 
 
 def _read(info: TensorInfo, dim: int | None, ranges: tuple[Range, ...]) -> Tensor:
