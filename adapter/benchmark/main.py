@@ -48,11 +48,8 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
         if ranked and names:
             raise UserError(f"{option} starts jobs of its own, which need the cores that this job's ranks would hold: "
                             f"start `python launch/bench.py {option} {','.join(names)} ...`, without a launcher")
-    if args.against and config.model.adapters:
-        raise UserError("--against starts programs that load model.path alone: leave model.adapters out, which cost "
-                        "no time once they are merged")
     if rank == 0:
-        check(args, plan)
+        check(args, plan, config)
         if args.png:
             require_matplotlib()
     if ranked:

@@ -132,36 +132,36 @@ def _cut(shape: tuple[int, ...], dim: int, ranges: tuple[tuple[int, int], ...] |
 
 
 def merge(weight: Tensor, updates: Sequence[tuple[Tensor, Tensor, float]], dtype: torch.dtype) -> Tensor:
-    """Return weight [N, K] + the sum of scale * B [N, r] @ A [r, K] over (B, A, scale), added in float64 in that order
-    and rounded to `dtype` at the end.
+    """Return weight [N, K] + the sum of (scale * B [N, r]) @ A [r, K] over (B, A, scale), added in float64 in that
+    order and rounded to `dtype` at the end.
 
     An element depends on its own row of B and column of A alone, and on no order of summation: see above.
     """
     import torch
 
     out = torch.empty(weight.shape, dtype=dtype)
-    short = [(*_shortened(b, a), scale) for b, a, scale in updates]
+    short = [_shortened(b.double() * scale, a.double()) for b, a, scale in updates]
     step = max(1, CHUNK // max(1, weight.shape[1]))
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         total = weight[rows].double()
-        for b, a, scale in short:
-            total += (b[rows] @ a).mul_(scale)
-        out[rows] = total.float()  # to float16 and bfloat16 torch rounds by way of float32 in any case
+        for b, a in short:
+            total += b[rows] @ a
+        out[rows] = total.float()  # and to float16 or bfloat16 from there
     return out
 
 
 def _shortened(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """B and A in float64, rounded so that a sum of their r products has at most 53 bits."""
+    """B [N, r] and A [r, K], float64, rounded so that a sum of their r products has at most 53 bits."""
     bits = (MANTISSA - (len(a) - 1).bit_length()) // 2
-    return _rounded(b.double(), 1, bits), _rounded(a.double(), 0, bits)
+    return _rounded(b, 1, bits), _rounded(a, 0, bits)
 
 
 def _rounded(x: Tensor, dim: int, bits: int) -> Tensor:
     """Round to multiples of 2^(e - bits), 2^e being the power of two above the largest magnitude along `dim`."""
     import torch
 
-    exponent = torch.frexp(x.abs().amax(dim, keepdim=True)).exponent.long() - bits
+    exponent = (torch.frexp(x.abs().amax(dim, keepdim=True)).exponent.long() - bits).clamp_min(-1000)
     unit = ((exponent + 1023) << 52).view(torch.float64)  # 2^exponent, by its bits: pow may be off by one
     return (x / unit).round_().mul_(unit)
 

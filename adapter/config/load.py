@@ -30,9 +30,9 @@ from policies.errors import UserError, shortened
 T = TypeVar("T", bound=Section)
 Bases = dict[str, Path]  # what relative paths are relative to, under these keys
 BASED = ("model", "adapters", "weights", "requests", "output")
-OVERRIDDEN = {"model": ("model", "adapters"), "model.path": ("model",), "model.adapters": ("adapters",),  # key -> bases
-              "weights": ("weights",), "weights.original": ("weights",), "requests": ("requests",),
-              "output": ("output",)}
+OVERRIDDEN = {  # key -> the bases of what it states
+    "model": ("model", "adapters"), "model.path": ("model",), "model.adapters": ("adapters",), "weights": ("weights",),
+    "weights.original": ("weights",), "requests": ("requests",), "output": ("output",)}
 ALLOWED = {  # pydantic's type of an error -> what is allowed, with the numbers of the error's context
     "bool_type": "a boolean", "int_type": "an integer", "float_type": "a number", "finite_number": "a finite number",
     "string_type": "a string", "list_type": "a list", "tuple_type": "a list", "dict_type": "a mapping",
@@ -106,7 +106,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), download: bool 
     """Read a YAML file, put `key.sub=value` overrides over it, check it. Raises UserError with every problem.
 
     download: models that are named by hub ids are downloaded, and model.path is their directory; otherwise it stays
-    the id, a relative path. Adapters, which are small, are downloaded in any case.
+    the id, a relative path. Adapters are downloaded in any case.
     """
     path, problems = Path(path), []
     home = path.absolute().parent
@@ -128,7 +128,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), download: bool 
 
 def on_disk(config: Config) -> Config:
     """The same config with the directories of models that it names by hub ids, downloaded. Raises UserError."""
-    config = _adapters_on_disk(config)
     model, weights = config.model, config.weights
     if not model.path.is_absolute():
         path = hub.download(str(model.path), model.revision, "model.path")
@@ -136,7 +135,7 @@ def on_disk(config: Config) -> Config:
     if weights.original is not None and not weights.original.is_absolute():
         path = hub.download(str(weights.original), weights.original_revision, "weights.original")
         config = config.model_copy(update={"weights": weights.model_copy(update={"original": path})})
-    return config
+    return _adapters_on_disk(config)
 
 
 def _adapters_on_disk(config: Config) -> Config:

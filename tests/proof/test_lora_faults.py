@@ -36,6 +36,7 @@ def outcomes(tmp_path_factory) -> dict[str, dict]:
 def test_sound_shards_hold(outcomes):
     row = outcomes[""]
     assert row["passed"] and row["summary"]["reassembly"]["equal"], row["summary"]["problems"]
+    assert row["summary"]["adapters"] == ["a"]
     assert row["case"]["greedy_match"] == {"equal": 4, "of": 4} and row["case"]["max_abs_logit_diff"] < 1e-4
 
 
