@@ -163,6 +163,8 @@ def test_one_process_has_the_weights_of_the_ranks(tmp_path, dtype):
         part = plan.slice(module, suffix, 1)
         mine = checkpoint.read(f"{module}.{suffix}", part).to(config.model.torch_dtype)
         assert torch.equal(mine, cut(held[f"{module}.{suffix}"], part)), module
+        rounded = torch.equal(mine, mine.bfloat16().to(mine.dtype))
+        assert rounded == (dtype == "bfloat16" or module not in MODULES or suffix == "bias"), module
 
 
 # What is refused
