@@ -120,12 +120,12 @@ class Verifier:
         passed = bool(self.tp.agreed(not problems))
         if self.tp.rank == 0:
             self.write({
-                "summary": True, "model": _shown(self.config.model.path), "tp_size": self.tp.size,
-                "dtype": self.config.model.dtype, "format": self.plan.form.name, "cases": len(rows), "passed": passed,
-                "problems": problems,
+                "summary": True, "model": _shown(self.config.model.path),
+                "adapters": list(map(_shown, self.config.model.adapters)), "tp_size": self.tp.size,
+                "dtype": self.config.model.dtype, "format": self.plan.form.name,
+                "cases": len(rows), "passed": passed, "problems": problems,
                 **_worst(rows), "reassembly": shards.row(), **({"shards": files.row()} if self.shards else {}),
-                "not_checked": unproven, "unchecked": unchecked, "bound": bounds.STATEMENT,
-                "ranks": ranks,
+                "not_checked": unproven, "unchecked": unchecked, "bound": bounds.STATEMENT, "ranks": ranks,
                 "versions": {p: version(p) for p in ("torch", "deepspeed", "transformers")},
                 "seconds": round(time.perf_counter() - began, 3),
             })
