@@ -53,6 +53,7 @@ class Checkpoint:
     """The tensors of a model directory by published name, what is wrong with them, and a count of bytes read.
 
     explained: names whose absence `problems` already accounts for; None where that may be any (an unreadable index).
+    swapped: tensors that the files hold with their last two dimensions swapped; `check` finds them.
     """
 
     directory: Path
@@ -60,6 +61,7 @@ class Checkpoint:
     problems: list[str]
     bytes_read: int = field(default=0)
     explained: frozenset[str] | None = frozenset()
+    swapped: frozenset[str] = frozenset()
 
     def check(self, policy: Policy, geometry: Geometry) -> list[str]:
         """Every way in which the tensors differ from what the policy and config.json promise, in words."""
@@ -72,6 +74,8 @@ class Checkpoint:
             if not name.endswith(policy.ignored):
                 found.append(f"{self.tensors[name].file.name}: tensor {self.tensors[name].name!r} is not part of a "
                              f"{policy.model_type} of this config.json")
+        self.swapped = self._swapped(policy, geometry)
+        expected |= {name: _swapped_shape(expected[name]) for name in self.swapped}
         for name in sorted(self.tensors.keys() & expected.keys()):
             info = self.tensors[name]
             if info.shape != expected[name]:
@@ -82,26 +86,68 @@ class Checkpoint:
                              f"known: {', '.join(ITEM_BYTES)}")
         return found
 
+    def _swapped(self, policy: Policy, geometry: Geometry) -> frozenset[str]:
+        """All tensors that may be held with swapped dimensions, where one of them is, by its shape: a square one has
+        the same shape either way, and follows the others."""
+        shapes = {f"{module}.{suffix}": tuple(geometry.sizes[d] for d in dims)
+                  for module, claim in policy.claims(geometry).items() if claim.transposed
+                  for suffix, dims in claim.parameters().items()}
+        found = any(shape != _swapped_shape(shape) == self.tensors[name].shape
+                    for name, shape in shapes.items() if name in self.tensors)
+        return frozenset(shapes) if found else frozenset()
+
     def read(self, name: str, part: TensorSlice) -> torch.Tensor:
         """This slice of tensor `name` (published name), in the file's dtype, in new memory.
 
         Raises UserError where the file ends early or cannot be read.
         """
+        info = self.tensors[name]
+        if name in self.swapped:
+            return self._read(info, swapped(part)).transpose(1, 2).contiguous()
+        return self._read(info, part)
+
+    def _read(self, info: TensorInfo, part: TensorSlice) -> torch.Tensor:
         import torch
 
         from adapter.kernels import build
 
-        info = self.tensors[name]
-        assert info.shape == part.shape, (name, info.shape, part.shape)
+        assert info.shape == part.shape, (info.name, info.shape, part.shape)
         out = torch.empty(part.local_shape, dtype=getattr(torch, TORCH_NAMES[info.dtype]))
+        if part.dim == 2 and len(part.shape) == 3:
+            self._read_matrices(info, part, out)
+            return out
         raw = out.reshape(-1).view(torch.uint8)
         with opened(info) as fd:
-            if part.dim == 1 and len(part.ranges) == 1 and out.numel() and build.unavailable() is None:
+            columns = part.dim == 1 == len(part.ranges) and len(part.shape) == 2
+            if columns and out.numel() and build.unavailable() is None:
                 _read_columns(fd, raw.view(len(out), -1), info, part)
             else:
                 _read_runs(fd, raw, info, part)
         self.bytes_read += len(raw)
         return out
+
+    def _read_matrices(self, info: TensorInfo, part: TensorSlice, out: torch.Tensor) -> None:
+        """Fill out [E, M, n] with columns of a tensor [E, M, N], a matrix [M, N] at a time: of an expert's rows a rank
+        has so few bytes each that reading them one by one takes longer than reading them all."""
+        import torch
+
+        matrix = torch.empty(part.shape[1:], dtype=out.dtype)
+        raw = matrix.view(torch.uint8).reshape(-1)
+        with opened(info) as fd:
+            for i in range(len(out)):
+                _pread_full(fd, raw.numpy().data, info, info.offset + i * raw.numel())
+                torch.cat([matrix[:, a:b] for a, b in part.ranges], dim=1, out=out[i])
+                self.bytes_read += raw.numel()
+
+
+def _swapped_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def swapped(part: TensorSlice) -> TensorSlice:
+    """The same slice of the tensor [E, M, N] held as [E, N, M]."""
+    dim = part.dim if not part.dim else 3 - part.dim
+    return TensorSlice(_swapped_shape(part.shape), dim, part.ranges)
 
 
 def open_checkpoint(directory: Path, policy: Policy) -> Checkpoint | None:
@@ -234,15 +280,10 @@ def _byte_runs(part: TensorSlice, item: int) -> Iterator[tuple[int, int]]:
             total *= n
         yield 0, total
         return
-    assert part.dim <= 1 and (part.dim == 0 or len(shape) == 2), part
-    row = item
-    for n in shape[1:]:
-        row *= n
-    if part.dim == 0:
-        yield from ((start * row, (stop - start) * row) for start, stop in part.ranges if stop > start)
-        return
-    for r in range(shape[0]):
-        yield from ((r * row + start * item, (stop - start) * item) for start, stop in part.ranges if stop > start)
+    step = item * math.prod(shape[part.dim + 1:])  # between two neighbours along the dimension that is cut
+    block = step * shape[part.dim]
+    for at in range(0, block * math.prod(shape[:part.dim]), block or 1):
+        yield from ((at + start * step, (stop - start) * step) for start, stop in part.ranges if stop > start)
 
 
 def _read_runs(fd: int, raw: torch.Tensor, info: TensorInfo, part: TensorSlice) -> None:

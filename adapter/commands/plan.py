@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from adapter.checkpoint.lora import MergedCheckpoint
 from adapter.commands import common
 from adapter.config.hub import described, shown
-from adapter.planning.load import make_plan, note_of_defaults, require_sound
+from adapter.planning.load import make_plan, note_of_defaults, require_sound, stated
 from adapter.planning.plan import DTYPE_BYTES, Plan
 from adapter.planning.vision_balance import EXAMPLES, FLOPS_PER_BYTE, assign, cost
 from policies.rules import Replicated
@@ -31,9 +31,7 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
     config = load_config(args.config, args.overrides, download=False)
     common.clean_up_on_signals()
     with described(config.model.path, config.model.revision) as directory:
-        plan, checkpoint, problems = make_plan(directory, config.tensor_parallel.tp_size, config.model.dtype,
-                                               config.tensor_parallel.vision, config.weights.format,
-                                               config.model.adapters)
+        plan, checkpoint, problems = make_plan(directory, **stated(config))
         name = shown(directory)
     facts = report(plan, problems)
     if isinstance(checkpoint, MergedCheckpoint):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from adapter.checkpoint.lora import Adapter, MergedCheckpoint, open_adapters
 from adapter.checkpoint.other_formats import other_format
@@ -15,16 +16,27 @@ from policies.errors import UserError, shortened
 from policies.formats import FORMATS
 from policies.registry import policy_for
 
+if TYPE_CHECKING:
+    from adapter.config.schema import Config
+
+
+def stated(config: Config) -> dict[str, Any]:
+    """What a config says of the plan: arguments of make_plan and checked_plan."""
+    model, parallel = config.model, config.tensor_parallel
+    return {"tp_size": parallel.tp_size, "dtype": model.dtype, "vision": parallel.vision,
+            "form": config.weights.format, "adapters": model.adapters, "experts": parallel.experts}
+
 
 def make_plan(directory: Path, tp_size: int, dtype: str, vision: str = "tensor", form: str = "dense",
-              adapters: Sequence[Path] = ()) -> tuple[Plan, Checkpoint | Shards | None, list[str]]:
+              adapters: Sequence[Path] = (), experts: Literal["tensor", "expert"] = "tensor",
+              ) -> tuple[Plan, Checkpoint | Shards | None, list[str]]:
     """The plan for a model directory, its weights (None where it holds none) and every problem found.
 
-    adapters: LoRA directories, which the weights are read with.
+    adapters: LoRA directories, which the weights are read with. experts: what of a mixture of experts is divided.
     Raises UserError only where there is nothing to plan (no config.json, unknown model type, impossible numbers in it).
     """
     config = read_config(directory)
-    policy = policy_for(config, f"{shown(directory)}/config.json")
+    policy = policy_for(config, f"{shown(directory)}/config.json").experts_by(experts)
     geometry = policy.geometry(config)
     problems = policy.problems(geometry, tp_size)
     plan = Plan(policy, geometry, tp_size, dtype, vision, FORMATS[form])
@@ -47,10 +59,11 @@ def merged_adapters(adapters: Sequence[Adapter]) -> tuple[MergedAdapter, ...]:
     return tuple(MergedAdapter(name=adapter.directory.name, digest=adapter.digest) for adapter in adapters)
 
 
-def checked_plan(directory: Path, tp_size: int, dtype: str, vision: str = "tensor", form: str = "dense",
-                 adapters: Sequence[Path] = ()) -> tuple[Plan, Checkpoint | Shards]:
-    """The plan and the weights, both sound. Raises one UserError with every problem and the tp sizes that work."""
-    plan, checkpoint, problems = make_plan(directory, tp_size, dtype, vision, form, adapters)
+def checked_plan(directory: Path, tp_size: int, dtype: str, *more: Any,
+                 **others: Any) -> tuple[Plan, Checkpoint | Shards]:
+    """The plan and the weights, both sound, for the arguments of make_plan. Raises one UserError with every problem
+    and the tp sizes that work."""
+    plan, checkpoint, problems = make_plan(directory, tp_size, dtype, *more, **others)
     if checkpoint is None:
         problems.append("no safetensors file here (model.safetensors or model.safetensors.index.json)"
                         + (f"; {found}" if (found := other_format(directory)) else ""))

@@ -72,6 +72,7 @@ def main() -> None:
     p.add_argument("--local_rank", type=int)
     p.add_argument("--format", default="dense", help="of the weights")
     p.add_argument("--adapters", default="", help="of the models: directories with commas between them")
+    p.add_argument("--experts", default="tensor", help="tensor_parallel.experts")
     p.add_argument("models", nargs="+", type=Path)
     args = p.parse_args()
     for directory in args.models:
@@ -90,7 +91,7 @@ def main() -> None:
         engine = adapter.init_inference(from_dict({
             "model": {"path": str(directory), "dtype": "float32",
                       "adapters": [name for name in args.adapters.split(",") if name]},
-            "tensor_parallel": {"tp_size": int(os.environ.get("WORLD_SIZE", 1))},
+            "tensor_parallel": {"tp_size": int(os.environ.get("WORLD_SIZE", 1)), "experts": args.experts},
             "weights": {"format": args.format}}, Path(".")))
         tp = engine.mpu.tp
         device = str(next(engine.module.parameters()).device)
