@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from adapter.checkpoint.other_formats import other_format
+from adapter.checkpoint.quantised import form_of
 from adapter.checkpoint.safetensors import Checkpoint, open_checkpoint, read_config
 from adapter.checkpoint.sharded import Shards, is_sharded, open_shards
 from adapter.config.hub import shown
@@ -28,7 +29,10 @@ def make_plan(directory: Path, tp_size: int, dtype: str,
     if is_sharded(directory):
         shards = open_shards(directory, plan)
         return plan, shards, problems + shards.problems
-    checkpoint = open_checkpoint(directory, policy)
+    try:
+        checkpoint = open_checkpoint(directory, policy, form_of(config))
+    except UserError as error:  # a form that is not read: then its tensors mean nothing
+        return plan, open_checkpoint(directory, policy), [*problems, str(error)]
     if checkpoint is not None:
         problems += checkpoint.check(policy, geometry)
     if not problems:
@@ -68,3 +72,12 @@ def note_of_defaults(plan: Plan, name: str) -> str | None:
         return None
     keys = ", ".join(f"{key} ({default})" for key, default in plan.geometry.assumed.items())
     return f"note: {name}/config.json does not state {keys}; Transformers' defaults, in brackets, are used"
+
+
+def note_of_form(plan: Plan, checkpoint: Checkpoint | Shards | None) -> str | None:
+    """Say how the files hold the weights, and the ranks; None where the files are not quantised."""
+    if not isinstance(checkpoint, Checkpoint) or checkpoint.form is None:
+        return None
+    held = plan.dtype if plan.form.bits == 0 else f"{plan.dtype} and {plan.form.name}"
+    return (f"note: the files are quantised ({checkpoint.form}); ranks decode them as they read, and hold the weights "
+            f"in {held}: that is the memory a rank needs")

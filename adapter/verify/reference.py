@@ -9,12 +9,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from adapter.checkpoint.plain import read_plain
 from adapter.checkpoint.safetensors import Checkpoint
 from adapter.checkpoint.sharded import Shards, read_whole
 from adapter.kernels.linear import FEW_ROWS, Quantised, make_weight
@@ -32,16 +34,24 @@ Tick = Callable[[], None]
 
 
 def read_tensor(checkpoint: Checkpoint | Shards, name: str, part: TensorSlice | None = None) -> Tensor:
-    """A tensor by published name (of a tied pair the one that is stored), or a slice of it, through safetensors."""
+    """A tensor by published name (of a tied pair the one that is stored), or a slice of it, through safetensors; where
+    it is stored quantised, decoded whole and by other code than ranks use, in float32."""
     if isinstance(checkpoint, Shards):
         assert part is None, "shards are slices"
         return read_whole(checkpoint, name)
+    if checkpoint.is_quantised(name):
+        tensor = read_plain(checkpoint, name)
+        return tensor if part is None else _cut(tensor, part)
     info = checkpoint.tensors[name]
     with safe_open(info.file, framework="pt") as file:
-        if part is None or part.dim is None:
-            return file.get_tensor(info.name)
-        whole = file.get_slice(info.name)
-        return torch.cat([whole[a:b] if part.dim == 0 else whole[:, a:b] for a, b in part.ranges], part.dim)
+        return file.get_tensor(info.name) if part is None else _cut(file.get_slice(info.name), part)
+
+
+def _cut(whole: Any, part: TensorSlice) -> Tensor:
+    """The ranges of a slice, of a tensor or of what safetensors gives for one."""
+    if part.dim is None:
+        return torch.as_tensor(whole[:])
+    return torch.cat([whole[a:b] if part.dim == 0 else whole[:, a:b] for a, b in part.ranges], part.dim)
 
 
 def stored_name(plan: Plan, name: str) -> str:
