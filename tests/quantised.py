@@ -1,4 +1,4 @@
-"""Writers of quantised checkpoints: a small dense one, quantised and packed in the layouts that AutoAWQ, AutoGPTQ and FP8
+"""Writers of quantised checkpoints: a small dense one, packed in the layouts that AutoAWQ, AutoGPTQ and FP8
 releases have, and the dense model that it stands for. Nothing here is shared with the reader."""
 
 from __future__ import annotations
