@@ -40,7 +40,7 @@ def reread(wrong: Callable[[Any], Form], shifted: str = "") -> Callable[..., Non
 
 
 QUANTISED_FAULTS = {
-    "awq": ("AWQ words in natural order", Fault(reread(lambda form: NaturalOrder(form.group)), NAME, tensors=True)),
+    "awq": ("AWQ words in natural order", Fault(reread(lambda form: NaturalOrder(4, form.group)), NAME, tensors=True)),
     "gptq4": ("GPTQ zeros one too small",
               Fault(reread(lambda form: replace(form, less_one=False)), NAME, tensors=True)),
     "fp8": ("FP8 scales of the neighbour's block",

@@ -82,15 +82,17 @@ def test_every_slice_is_that_of_what_the_file_stands_for(written, family, name):
 
 
 def test_a_width_of_231_groups():
-    """29,568 inputs, of the 72Bs, divide into no two equal parts of whole groups of 128."""
-    weight, shape = torch.randn(8, 29568, generator=torch.Generator().manual_seed(0)), (8, 29568)
-    for form, (stored, meant) in ((Awq(128), awq(weight, 128)), (Gptq(4, 128, True), gptq(weight, 128)),
-                                  (Fp8(128, 128), fp8(weight, (128, 128)))):
+    """29,568 inputs, of the 72Bs, divide into no two equal parts of whole groups of 128; decoded in several parts."""
+    weight, shape = torch.randn(48, 29568, generator=torch.Generator().manual_seed(0)), (48, 29568)
+    for form, (stored, meant) in ((Awq(4, 128), awq(weight, 128)), (Gptq(4, 128, True), gptq(weight, 128)),
+                                  (Fp8(8, 128, 128), fp8(weight, (128, 128)))):
         for tp in (2, 4, 8):
             bounds = [29568 * r // tp for r in range(tp + 1)]
             read = [form.read(TensorSlice(shape, 1, (pair,)), lambda ending, part, s=stored: cut(s[ending], part))
                     for pair in pairwise(bounds)]
             assert torch.equal(torch.cat(read, 1), meant), (form, tp)
+        some = form.read(TensorSlice(shape, 0, ((5, 43),)), lambda ending, part, s=stored: cut(s[ending], part))
+        assert torch.equal(some, meant[5:43]), form
 
 
 def test_only_the_enclosing_groups_are_read():
@@ -100,10 +102,10 @@ def test_only_the_enclosing_groups_are_read():
         asked[ending] = part
         return cut(stored[ending], part)
     stored, _ = awq(torch.randn(64, 512), 128)
-    Awq(128).read(TensorSlice((64, 512), 1, ((130, 200),)), fetch)
+    Awq(4, 128).read(TensorSlice((64, 512), 1, ((130, 200),)), fetch)
     ranges = {ending: part.ranges[0] for ending, part in asked.items()}
     assert ranges == {"qweight": (130, 200), "qzeros": (1, 2), "scales": (1, 2)}
-    Awq(128).read(TensorSlice((64, 512), 0, ((12, 20),)), fetch)
+    Awq(4, 128).read(TensorSlice((64, 512), 0, ((12, 20),)), fetch)
     ranges = {ending: part.ranges[0] for ending, part in asked.items()}
     assert ranges == {"qweight": (1, 3), "qzeros": (1, 3), "scales": (12, 20)}
 
@@ -267,7 +269,15 @@ def test_plans_are_those_of_the_dense_model(dense, written):
     assert coded.sizes_that_work() == plan.sizes_that_work()
 
 
+@pytest.mark.parametrize(("name", "form", "refused"), [
+    ("awq", "int4", True), ("gptq4", "int4", True), ("awq", "int8", False), ("gptq8", "int4", False),
+    ("fp8", "int4", False), ("fp8", "int8", False)])
+def test_four_bits_are_not_rounded_to_four_bits_again(written, name, form, refused):
+    _, _, problems = make_plan(written("qwen2_5_vl", name)[0], 1, "bfloat16", form=form)
+    assert bool(problems) == refused and all("weights.format=int8" in p for p in problems), problems
+
+
 def test_forms_are_words_of_the_config():
     assert form_of({}) is None
-    assert form_of({"quantization_config": KINDS["awq"].section}) == Awq(16)
+    assert form_of({"quantization_config": KINDS["awq"].section}) == Awq(4, 16)
     assert str(form_of({"quantization_config": kind("fp8", 128).section})) == "FP8, blocks of 128 x 128"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from adapter.checkpoint.quantised.awq import Awq
-from adapter.checkpoint.quantised.form import Form, words
+from adapter.checkpoint.quantised.form import Form, stated
 from adapter.checkpoint.quantised.fp8 import Fp8
 from adapter.checkpoint.quantised.gptq import Gptq
 from policies.errors import UserError
@@ -39,7 +39,7 @@ def form_of(config: Mapping[str, Any]) -> Form | None:
         return None
     if not isinstance(section, Mapping):
         raise UserError(f"config.json: quantization_config is a {type(section).__name__}, a mapping is needed")
-    method = words(section, ("quant_method",), "")
+    method = stated(section, ("quant_method",), "")
     if method in FORMS:
         try:
             return FORMS[method](section)

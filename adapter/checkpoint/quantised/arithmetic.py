@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-PART = 1 << 22  # elements decoded at a time, so that temporaries in float32 stay small
+PART = 1 << 18  # elements decoded at a time: temporaries in float32 that stay in a core's cache
 
 
 def unpacked(words: Tensor, bits: int, dim: int, fields: Sequence[int]) -> Tensor:
@@ -19,17 +19,18 @@ def unpacked(words: Tensor, bits: int, dim: int, fields: Sequence[int]) -> Tenso
     return torch.stack(codes, dim + 1).flatten(dim, dim + 1)
 
 
-def scaled(codes: Tensor, zeros: Tensor, scales: Tensor, group: Tensor) -> Tensor:
+def scaled(codes: Callable[[int, int], Tensor], zeros: Tensor, scales: Tensor, group: Tensor) -> Tensor:
     """(code - zero) * scale in float32, which is exact: at most 8 bits times the 11 of a float16.
 
-    codes uint8 [outputs, inputs]; zeros uint8 and scales [outputs, groups]; group int64 [inputs]: that of each input.
+    codes: (start, stop) -> uint8 [stop - start, inputs], those of some outputs; zeros uint8 and scales [outputs,
+    groups]; group int64 [inputs]: that of each input. Returns [outputs, inputs].
     """
-    out = torch.empty(codes.shape, dtype=torch.float32)
-    step = max(1, PART // max(1, codes.shape[1]))
-    for start in range(0, len(codes), step):
-        rows = slice(start, start + step)
-        torch.sub(codes[rows].float(), zeros[rows].float()[:, group], out=out[rows])
-        out[rows].mul_(scales[rows].float()[:, group])
+    out = torch.empty(len(scales), len(group), dtype=torch.float32)
+    step, zeros, scales = max(1, PART // max(1, len(group))), zeros.float(), scales.float()
+    for start in range(0, len(out), step):
+        rows, stop = slice(start, start + step), min(start + step, len(out))
+        torch.sub(codes(start, stop), zeros[rows].index_select(1, group), out=out[rows])
+        out[rows].mul_(scales[rows].index_select(1, group))
     return out
 
 
@@ -39,5 +40,6 @@ def scaled_blocks(weight: Tensor, scales: Tensor, row_block: Tensor, column_bloc
     step, scales = max(1, PART // max(1, weight.shape[1])), scales.float()
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
-        torch.mul(weight[rows].float(), scales[row_block[rows]][:, column_block], out=out[rows])
+        beside = scales.index_select(0, row_block[rows]).index_select(1, column_block)
+        torch.mul(weight[rows].float(), beside, out=out[rows])
     return out

@@ -14,8 +14,8 @@ from adapter.checkpoint.quantised.form import (
     group_size,
     inside,
     number,
+    stated,
     window,
-    words,
 )
 from policies.errors import UserError
 from policies.rules import Range
@@ -40,7 +40,7 @@ class Awq(Form):
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> Awq:
         """The form that a quantization_config states. Raises UserError where it is another kind of AWQ."""
-        version, bits = words(section, ("version", "format"), "gemm"), number(section, "bits", BITS)
+        version, bits = stated(section, ("version", "format"), "gemm"), number(section, "bits", BITS)
         if version != "gemm":
             raise UserError(f"AWQ of version {version!r} packs its codes in another order; use a release of version "
                             "gemm, which most are")
@@ -48,7 +48,7 @@ class Awq(Form):
             raise UserError(f"AWQ with {bits} bits is not read; use a release with {BITS}")
         if section.get("zero_point", True) is not True:
             raise UserError("AWQ without zero points is not read; use a release with zero_point: true")
-        return cls(group_size(section))
+        return cls(bits, group_size(section))
 
     def __str__(self) -> str:
         return f"AWQ, {BITS} bits, groups of {self.group if self.group > 0 else 'whole rows'}"
@@ -65,12 +65,18 @@ class Awq(Form):
 
         stored, group = self.shapes(shape), self._group(shape[1])
         packed, groups = covering(outputs, PER_WORD), covering(inputs, group)
-        codes = fetch("qweight", window(stored["qweight"], inputs, packed))
-        zeros = fetch("qzeros", window(stored["qzeros"], groups, packed))
-        scales = fetch("scales", window(stored["scales"], groups, outputs))
-        own = inside(outputs, packed, PER_WORD)
-        return scaled(unpacked(codes.t(), BITS, 0, FIELDS)[own], unpacked(zeros.t(), BITS, 0, FIELDS)[own],
-                      scales.t(), torch.arange(*inputs) // group - groups[0])
+        words = fetch("qweight", window(stored["qweight"], inputs, packed)).t().contiguous()
+        zeros = fetch("qzeros", window(stored["qzeros"], groups, packed)).t()
+        scales = fetch("scales", window(stored["scales"], groups, outputs)).t()
+
+        def codes(start: int, stop: int) -> Tensor:
+            some = outputs[0] + start, outputs[0] + stop
+            around = covering(some, PER_WORD)
+            return unpacked(words[around[0] - packed[0]:around[1] - packed[0]], BITS, 0, FIELDS)[
+                inside(some, around, PER_WORD)]
+
+        return scaled(codes, unpacked(zeros, BITS, 0, FIELDS)[inside(outputs, packed, PER_WORD)], scales,
+                      torch.arange(*inputs) // group - groups[0])
 
     def _group(self, inputs: int) -> int:
         return self.group if self.group > 0 else inputs

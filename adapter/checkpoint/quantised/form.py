@@ -26,12 +26,13 @@ MOST = 1 << 20  # of a group or block: beyond is a broken config.json
 class Form(ABC):
     """How the weights [outputs, inputs] of linear layers are stored: `M.weight` in tensors `M.qweight` and so on.
 
-    dtypes: ending of a stored tensor's name -> safetensors' names of the dtypes that it may have. spare: endings of
-    tensors that some writers add to layers that have no such parameter, and that must be zero.
+    bits: of a code. dtypes: ending of a stored tensor's name -> safetensors' names of the dtypes that it may have.
+    spare: endings of tensors that some writers add to layers that have no such parameter, and that must be zero.
     """
 
     dtypes: ClassVar[Mapping[str, tuple[str, ...]]]
     spare: ClassVar[tuple[str, ...]] = ()
+    bits: int
 
     @abstractmethod
     def __str__(self) -> str:
@@ -94,7 +95,7 @@ def group_size(section: Mapping[str, Any]) -> int:
     return group
 
 
-def words(section: Mapping[str, Any], keys: tuple[str, ...], default: str) -> str:
+def stated(section: Mapping[str, Any], keys: tuple[str, ...], default: str) -> str:
     """The first of these keys that is stated, in small letters."""
-    stated = next((section[key] for key in keys if section.get(key) is not None), default)
-    return str(stated)[:60].lower()
+    value = next((section[key] for key in keys if section.get(key) is not None), default)
+    return str(value)[:60].lower()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapter.checkpoint.quantised.form import FLOATS, MOST, Fetch, Form, covering, window, words
+from adapter.checkpoint.quantised.form import FLOATS, MOST, Fetch, Form, covering, stated, window
 from policies.errors import UserError
 from policies.rules import Range
 
@@ -30,12 +30,12 @@ class Fp8(Form):
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> Fp8:
         """The form that a quantization_config states. Raises UserError where it is another kind of FP8."""
-        if (fmt := words(section, ("fmt",), "e4m3")) not in ("e4m3", "float8_e4m3fn"):
+        if (fmt := stated(section, ("fmt",), "e4m3")) not in ("e4m3", "float8_e4m3fn"):
             raise UserError(f"FP8 of the format {fmt!r} is not read; e4m3 is")
-        if (scheme := words(section, ("activation_scheme",), "dynamic")) != "dynamic":
+        if (scheme := stated(section, ("activation_scheme",), "dynamic")) != "dynamic":
             raise UserError(f"FP8 with activation_scheme {scheme!r} has stored scales of activations, which are not "
                             "read; use a release with activation_scheme: dynamic, or the one in bfloat16")
-        if (scales := words(section, ("scale_fmt",), "float")) != "float":
+        if (scales := stated(section, ("scale_fmt",), "float")) != "float":
             raise UserError(f"FP8 with scales as {scales!r} is not read; {ADVICE} and scales in floats")
         block = section.get("weight_block_size")
         if block is None:
@@ -43,7 +43,7 @@ class Fp8(Form):
         if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n <= MOST for n in block)):
             raise UserError(f"quantization_config.weight_block_size = {str(block)[:60]}: two positive numbers "
                             "are needed")
-        return cls(*block)
+        return cls(8, *block)
 
     def __str__(self) -> str:
         return f"FP8, blocks of {self.rows} x {self.columns}"

@@ -14,8 +14,8 @@ from adapter.checkpoint.quantised.form import (
     group_size,
     inside,
     number,
+    stated,
     window,
-    words,
 )
 from policies.errors import UserError
 from policies.rules import Range, TensorSlice
@@ -38,7 +38,6 @@ class Gptq(Form):
     carries into the next one.
     """
 
-    bits: int
     group: int
     less_one: bool
     dtypes: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -48,7 +47,7 @@ class Gptq(Form):
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> Gptq:
         """The form that a quantization_config states. Raises UserError where it is another kind of GPTQ."""
-        version, bits = words(section, ("checkpoint_format", "format"), "gptq"), number(section, "bits", 4)
+        version, bits = stated(section, ("checkpoint_format", "format"), "gptq"), number(section, "bits", 4)
         if version not in VERSIONS or section.get("is_marlin_format"):
             version = "marlin" if section.get("is_marlin_format") else version
             raise UserError(f"GPTQ in the format {version!r} is laid out for one kernel; use a release in the format "
@@ -82,9 +81,12 @@ class Gptq(Form):
         if outputs != (0, shape[0]):
             groups = (0, stored["scales"][0])
         packed, rows = covering(outputs, self.per_word), covering(inputs, self.per_word)
-        codes = fetch("qweight", window(stored["qweight"], rows, outputs))
-        zeros = fetch("qzeros", window(stored["qzeros"], groups, packed)).long() + ONES[self.bits] * self.less_one
-        scales = fetch("scales", window(stored["scales"], groups, outputs))
-        return scaled(unpacked(codes.t(), self.bits, 1, natural)[:, inside(inputs, rows, self.per_word)],
-                      unpacked(zeros.t(), self.bits, 0, natural)[inside(outputs, packed, self.per_word)],
-                      scales.t(), group - groups[0])
+        words = fetch("qweight", window(stored["qweight"], rows, outputs)).t().contiguous()
+        zeros = fetch("qzeros", window(stored["qzeros"], groups, packed)).t().long() + ONES[self.bits] * self.less_one
+        scales = fetch("scales", window(stored["scales"], groups, outputs)).t()
+
+        def codes(start: int, stop: int) -> Tensor:
+            return unpacked(words[start:stop], self.bits, 1, natural)[:, inside(inputs, rows, self.per_word)]
+
+        return scaled(codes, unpacked(zeros, self.bits, 0, natural)[inside(outputs, packed, self.per_word)], scales,
+                      group - groups[0])
