@@ -92,7 +92,7 @@ def _checked(args: argparse.Namespace) -> Plan:
     common.clean_up_on_signals()
     with described(config.model.path, config.model.revision) as directory:
         return checked_plan(directory, config.tensor_parallel.tp_size, config.model.dtype,
-                            config.tensor_parallel.vision, config.weights.format)[0]
+                            config.tensor_parallel.vision, config.weights.format, config.model.adapters)[0]
 
 
 def _end_children() -> int:

@@ -179,7 +179,7 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     _check_section(config.deepspeed)
     parallel = _sized(config.tensor_parallel, megatron)
     plan, checkpoint = checked_plan(directory, parallel.tp_size, config.model.dtype, parallel.vision,
-                                    config.weights.format)
+                                    config.weights.format, config.model.adapters)
     if megatron is None:
         parallel_state.check_world(read_environment().world_size, plan.tp_size)
     _check_dtype(dtype)

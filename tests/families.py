@@ -42,12 +42,17 @@ def make_family(directory: Path, family: str, dtype: torch.dtype = torch.float32
     Returns the directory."""
     name = CLASSES[family]
     stated = CONFIGS[family] | ids | {"text_config": CONFIGS[family]["text_config"] | text}
-    config = getattr(transformers, f"{name}Config")(**stated)
+    config_class = getattr(transformers, f"{name}Config")
+    if "text_config" not in config_class.sub_configs:  # releases before 4.52 have its fields beside the others
+        stated |= stated.pop("text_config")
+    config = config_class(**stated)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config).to(dtype)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             parameter.copy_(random_tensor(parameter_name, tuple(parameter.shape)))
     model.save_pretrained(directory, max_shard_size="200KB")
+    file = directory / "config.json"  # to which 4.57 does not write what published files state
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": [type(model).__name__]}))
     return directory
 
 

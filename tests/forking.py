@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -103,17 +103,24 @@ class Forked:
         return found if self.returncode is None else found - {self.pid}
 
 
+def of_every_process(name: str) -> Iterator[tuple[int, bytes]]:
+    """(process id, the content of its /proc/PID/`name`) of all that can be read. Jobs are looked through thousands of
+    times: pathlib would take three times as long."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/{name}", "rb", buffering=0) as file:
+                yield int(pid), file.read()
+        except OSError:
+            pass
+
+
 def processes() -> dict[int, tuple[int, int]]:
     """Parent and session of every process that has not ended."""
     found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                state, parent, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-            except OSError:
-                continue
-            if state not in "ZX":
-                found[int(entry.name)] = int(parent), int(session)
+    for pid, line in of_every_process("stat"):
+        state, parent, _, session = line.rpartition(b")")[2].split()[:4]
+        if state not in b"ZX":
+            found[pid] = int(parent), int(session)
     return found
 
 

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from forking import PRELOAD, Forked, forked
+from forking import PRELOAD, Forked, forked, of_every_process
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "QWENVL_TP_TEST"
@@ -100,15 +100,9 @@ class Running:
 
     def descendants(self) -> list[int]:
         """Process ids of this job, the launcher included."""
-        found = sorted(self.process.members()) if isinstance(self.process, Forked) else []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    if f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                        found.append(int(entry.name))
-                except OSError:
-                    pass
-        return sorted(set(found))
+        found = self.process.members() if isinstance(self.process, Forked) else set()
+        mark = f"{MARK}={self.mark}".encode()
+        return sorted(found | {pid for pid, environment in of_every_process("environ") if mark in environment})
 
     def rank_pid(self, rank: int) -> int:
         """Process id of one rank, found by RANK in its environment; a forked job has reported it."""
@@ -144,11 +138,7 @@ def unheld(names: set[str]) -> list[str]:
     """Those of the names in /dev/shm that no living process has mapped: one that has is another job's."""
     if not names:
         return []
-    held = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                held |= set(SHM_NAME.findall((entry / "maps").read_text()))
+    held = {name for _, maps in of_every_process("maps") for name in SHM_NAME.findall(os.fsdecode(maps))}
     return sorted(names - held)
 
 

@@ -47,7 +47,7 @@ for name in "${rows[@]}"; do
 print(*map(version, ("transformers", "deepspeed", "torch")), sep=" | ")')
     began=$SECONDS code=0
     "$python" -m pytest -p no:cacheprovider -rPfEs "${options[@]}" tests/parity/test_parity.py \
-        tests/parity/test_engine.py 2>&1 | tee "$log" \
+        tests/parity/test_parity_of_families.py tests/parity/test_engine.py 2>&1 | tee "$log" \
         | grep --line-buffered -E '^(tests/|FAILED|ERROR|SKIPPED|=+ .* in )' >&2 || code=${PIPESTATUS[0]}
     exit=
     [ "$code" -eq 0 ] || { failed=1; exit=" (pytest exit $code)"; }

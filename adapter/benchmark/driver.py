@@ -84,8 +84,11 @@ def _tasks(config: Config, plan: Plan, args: argparse.Namespace, home: Path) -> 
             *(_peer(name, config, plan, args, inputs) for name in args.against)]
 
 
-def check(args: argparse.Namespace, plan: Plan) -> None:
+def check(args: argparse.Namespace, plan: Plan, config: Config) -> None:
     """Before anything is started: can the peers that are asked for run? Raises UserError."""
+    if args.against and config.model.adapters:
+        raise UserError("--against starts programs that load model.path alone: leave model.adapters out, which cost "
+                        "no time once they are merged")
     if "vllm" in args.against and not args.vllm_python:
         raise UserError("--against vllm needs --vllm-python PATH, the interpreter of an environment that has vLLM")
     if args.vllm_python and not os.access(args.vllm_python, os.X_OK):

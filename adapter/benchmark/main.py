@@ -36,7 +36,8 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
     greedy = f"generation={{max_new_tokens: {args.new}, do_sample: false, num_beams: 1}}"
     config = load_config(args.config, [*args.overrides, greedy])
     plan, *_ = [checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
-                             config.tensor_parallel.vision, form)[0] for form in (config.weights.format, *args.formats)]
+                             config.tensor_parallel.vision, form, config.model.adapters)[0]
+                for form in (config.weights.format, *args.formats)]
     rank, ranked, rows = common.environment_rank("RANK"), bool(launcher_of().mark), list[dict[str, Any]]()
 
     def write(row: dict[str, Any]) -> None:
@@ -48,7 +49,7 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
             raise UserError(f"{option} starts jobs of its own, which need the cores that this job's ranks would hold: "
                             f"start `python launch/bench.py {option} {','.join(names)} ...`, without a launcher")
     if rank == 0:
-        check(args, plan)
+        check(args, plan, config)
         if args.png:
             require_matplotlib()
     if ranked:

@@ -50,5 +50,6 @@ def _adapter(directory: Path) -> str:
         kind, base = str(stated["peft_type"])[:40], str(stated["base_model_name_or_path"])[:200]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         kind, base = "PEFT", "its base model"
-    return (f"it holds a {kind} adapter of {base}, not a model: merge it once with peft, PeftModel.from_pretrained("
-            "...).merge_and_unload().save_pretrained(OUT), save the base's processor to OUT, and set model.path=OUT")
+    return (f"it holds a {kind} adapter of {base}, not a model: set model.path to that model and model.adapters to a "
+            "list with this directory; or merge it once with peft, PeftModel.from_pretrained(...).merge_and_unload()."
+            "save_pretrained(OUT), save the base's processor to OUT, and set model.path=OUT")

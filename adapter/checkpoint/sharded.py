@@ -58,6 +58,13 @@ class RankFile(Section):
     sha256: Digest
 
 
+class MergedAdapter(Section):
+    """One of model.adapters: its directory's name, for messages, and its digest (adapter.checkpoint.lora)."""
+
+    name: Annotated[str, Field(max_length=1000)]
+    digest: Digest
+
+
 class Manifest(Section):
     """shards.json. `slicing` is a digest of what decides which slice a rank has: see `slicing`."""
 
@@ -69,6 +76,7 @@ class Manifest(Section):
     format: Literal["dense", "int8", "int4"]
     group: Annotated[int, Field(ge=1)] = GROUP
     slicing: Digest
+    adapters: Annotated[tuple[MergedAdapter, ...], Field(max_length=1024)] = ()  # in the order of their application
     files: Annotated[tuple[RankFile, ...], Field(max_length=1024)]
 
 
@@ -196,15 +204,16 @@ def read_manifest(directory: Path) -> Manifest:
         raise UserError(f"{MANIFEST}: cannot be read: {error}") from None
 
 
-def open_shards(directory: Path, wanted: Plan) -> Shards:
-    """The manifest and the header of every file, held against `wanted`; what is wrong is in `problems`."""
+def open_shards(directory: Path, wanted: Plan, adapters: tuple[MergedAdapter, ...] = ()) -> Shards:
+    """The manifest and the header of every file, held against `wanted` and the adapters of the config; what is wrong is
+    in `problems`."""
     try:
         manifest = read_manifest(directory)
     except UserError as error:
         return Shards(directory, wanted, problems=[str(error)])
     plan = replace(wanted, tp_size=manifest.tp_size, dtype=manifest.dtype, vision=_vision(manifest, wanted),
                    form=FORMATS[manifest.format])
-    problems = list(_misfits(manifest, plan, wanted))
+    problems = [*_misfits(manifest, plan, wanted), *_other_adapters(manifest.adapters, adapters)]
     impossible = plan.policy.problems(plan.geometry, plan.tp_size) or plan.off_group()
     if impossible:
         return Shards(directory, plan, manifest, problems=problems + [f"{MANIFEST}: {p}" for p in impossible])
@@ -246,6 +255,16 @@ def _misfits(manifest: Manifest, plan: Plan, wanted: Plan) -> Iterator[str]:
         yield f"{MANIFEST}: model_type {manifest.model_type!r}, config.json says {wanted.policy.model_type!r}"
     if manifest.group != GROUP:
         yield f"{MANIFEST}: a scale for {manifest.group} weights, this release has one for {GROUP}"
+
+
+def _other_adapters(have: tuple[MergedAdapter, ...], wanted: tuple[MergedAdapter, ...]) -> Iterator[str]:
+    """That the shards have other adapters merged than the config names, in words."""
+    if [a.digest for a in have] != [a.digest for a in wanted]:
+        merged, named = ([a.name for a in adapters] for adapters in (have, wanted))
+        same = ", whose contents are others" if merged == named else ""
+        yield (f"{MANIFEST}: these shards have the adapters {merged} merged, the config's model.adapters are {named}"
+               f"{same}; name the same in the same order, or run launch/shard.py with the config's on the model they "
+               "were made from")
 
 
 def _file(file: Path, size: int, expected: list[Entry], problems: list[str]) -> Mapping[str, TensorInfo]:

@@ -20,7 +20,8 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
 
     config = load_config(args.config, args.overrides)
     plan, _ = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
-                           config.tensor_parallel.vision, config.weights.format)  # before slow imports
+                           config.tensor_parallel.vision, config.weights.format,
+                           config.model.adapters)  # before slow imports
     rank, answers = common.environment_rank("RANK"), None
     if rank == 0:
         from adapter.requests.results import open_answers

@@ -15,6 +15,7 @@ import math
 import sys
 from typing import Any, NoReturn
 
+from adapter.checkpoint.lora import MergedCheckpoint
 from adapter.commands import common
 from adapter.config.hub import described, shown
 from adapter.planning.load import make_plan, note_of_defaults, note_of_form, require_sound
@@ -31,9 +32,12 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
     common.clean_up_on_signals()
     with described(config.model.path, config.model.revision) as directory:
         plan, checkpoint, problems = make_plan(directory, config.tensor_parallel.tp_size, config.model.dtype,
-                                               config.tensor_parallel.vision, config.weights.format)
+                                               config.tensor_parallel.vision, config.weights.format,
+                                               config.model.adapters)
         name = shown(directory)
     facts = report(plan, problems)
+    if isinstance(checkpoint, MergedCheckpoint):
+        facts["adapters"] = [adapter.facts for adapter in checkpoint.adapters]
     if checkpoint is None:
         print(f"note: {config.model.path} holds no safetensors file; planned from config.json alone", file=sys.stderr)
     for note in filter(None, (note_of_defaults(plan, name), note_of_form(plan, checkpoint))):
@@ -117,6 +121,8 @@ def _table(facts: dict[str, Any]) -> str:
 
     lines = [f"{facts['model_type']}, tp_size {facts['tp_size']}, {facts['dtype']}"
              + (f", weights {facts['format']}" if facts["format"] != "dense" else "")]
+    lines += [f"adapter {a['path']}: merged into {a['weights']} weights, r {', '.join(map(str, a['r']))}"
+              for a in facts.get("adapters", ())]
     lines += [f"tp sizes that work: {facts['valid_tp_sizes']}"]
     lines += [f"rank {r['rank']}: query heads {span(r['q_heads'])}, KV heads {span(r['kv_heads'])}, vision heads "
               f"{span(r['vision_heads'])}, weights {r['weight_bytes'] / 1e9:.3f} GB, KV cache "

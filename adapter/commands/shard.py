@@ -25,6 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from adapter.checkpoint.lora import MergedCheckpoint
 from adapter.checkpoint.safetensors import Checkpoint
 from adapter.checkpoint.sharded import (
     ALIGN,
@@ -39,7 +40,7 @@ from adapter.checkpoint.sharded import (
 )
 from adapter.commands import common
 from adapter.config.files import open_regular
-from adapter.planning.load import checked_plan
+from adapter.planning.load import checked_plan, merged_adapters
 from adapter.planning.plan import Plan
 from policies.errors import UserError
 
@@ -65,7 +66,7 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
         raise UserError(f"{source}: holds shards already; shards are made from the model's own files: set model.path "
                         "or weights.original to their directory")
     plan, checkpoint = checked_plan(source, config.tensor_parallel.tp_size, config.model.dtype,
-                                    config.tensor_parallel.vision, config.weights.format)
+                                    config.tensor_parallel.vision, config.weights.format, config.model.adapters)
     assert isinstance(checkpoint, Checkpoint)
     common.clean_up_on_signals()
     manifest = write_shards(plan, checkpoint, Path(args.out))
@@ -83,7 +84,7 @@ def write_shards(plan: Plan, checkpoint: Checkpoint, out: Path) -> Manifest:
             for name in CARRIED:
                 if os.path.lexists(checkpoint.directory / name):
                     _copy(checkpoint.directory / name, work / name)
-            files = []
+            files, adapters = [], checkpoint.adapters if isinstance(checkpoint, MergedCheckpoint) else ()
             for rank in range(plan.tp_size):
                 log.info("writing the shard of rank %d of %d, %.3f GB", rank, plan.tp_size,
                          plan.weight_bytes(rank) / 1e9)
@@ -91,7 +92,8 @@ def write_shards(plan: Plan, checkpoint: Checkpoint, out: Path) -> Manifest:
             manifest = Manifest.model_validate({
                 "model_type": plan.policy.model_type, "tp_size": plan.tp_size,
                 "whole_encoder": plan.whole_encoder, "dtype": plan.dtype,
-                "format": plan.form.name, "slicing": slicing(plan), "files": tuple(files)})
+                "format": plan.form.name, "slicing": slicing(plan), "files": tuple(files),
+                "adapters": merged_adapters(adapters)})
             with open(work / MANIFEST, "w", encoding="utf-8") as stream:
                 stream.write(manifest.model_dump_json(indent=1) + "\n")
                 _to_disk(stream)

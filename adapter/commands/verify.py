@@ -29,7 +29,7 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
 
     config = _config(args)
     plan, checkpoint = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
-                                    config.tensor_parallel.vision, config.weights.format)
+                                    config.tensor_parallel.vision, config.weights.format, config.model.adapters)
     original = _original(config, plan)
     first = common.environment_rank("RANK") == 0
     if args.report and first:
@@ -97,7 +97,8 @@ def _original(config: Config, plan: Plan) -> Checkpoint | None:
 
     if (directory := config.weights.original) is None:
         return None
-    whole, checkpoint = checked_plan(directory, plan.tp_size, plan.dtype, plan.vision, plan.form.name)
+    whole, checkpoint = checked_plan(directory, plan.tp_size, plan.dtype, plan.vision, plan.form.name,
+                                     config.model.adapters)
     if not isinstance(checkpoint, Checkpoint):
         raise UserError(f"weights.original = {directory}: holds shards; the model that they were made from is needed")
     if whole.geometry != plan.geometry:

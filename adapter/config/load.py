@@ -29,7 +29,10 @@ from policies.errors import UserError, shortened
 
 T = TypeVar("T", bound=Section)
 Bases = dict[str, Path]  # what relative paths are relative to, under these keys
-BASED = ("model", "weights", "requests", "output")
+BASED = ("model", "adapters", "weights", "requests", "output")
+OVERRIDDEN = {  # key -> the bases of what it states
+    "model": ("model", "adapters"), "model.path": ("model",), "model.adapters": ("adapters",), "weights": ("weights",),
+    "weights.original": ("weights",), "requests": ("requests",), "output": ("output",)}
 ALLOWED = {  # pydantic's type of an error -> what is allowed, with the numbers of the error's context
     "bool_type": "a boolean", "int_type": "an integer", "float_type": "a number", "finite_number": "a finite number",
     "string_type": "a string", "list_type": "a list", "tuple_type": "a list", "dict_type": "a mapping",
@@ -103,7 +106,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), download: bool 
     """Read a YAML file, put `key.sub=value` overrides over it, check it. Raises UserError with every problem.
 
     download: models that are named by hub ids are downloaded, and model.path is their directory; otherwise it stays
-    the id, a relative path.
+    the id, a relative path. Adapters are downloaded in any case.
     """
     path, problems = Path(path), []
     home = path.absolute().parent
@@ -118,10 +121,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), download: bool 
             keys.append(key)
         except UserError as error:
             problems.append(f"override {override!r}: {error}")
-        if key in (*BASED, "model.path", "weights.original"):
-            bases[key.split(".")[0]] = Path.cwd()
+        bases |= dict.fromkeys(OVERRIDDEN.get(key, ()), Path.cwd())
     config = _build(tree, bases, Source(str(path), stated, tuple(keys)), problems)
-    return on_disk(config) if download else config
+    return on_disk(config) if download else _adapters_on_disk(config)
 
 
 def on_disk(config: Config) -> Config:
@@ -133,7 +135,13 @@ def on_disk(config: Config) -> Config:
     if weights.original is not None and not weights.original.is_absolute():
         path = hub.download(str(weights.original), weights.original_revision, "weights.original")
         config = config.model_copy(update={"weights": weights.model_copy(update={"original": path})})
-    return config
+    return _adapters_on_disk(config)
+
+
+def _adapters_on_disk(config: Config) -> Config:
+    paths = tuple(path if path.is_absolute() else hub.download(str(path), None, "model.adapters")
+                  for path in config.model.adapters)
+    return config.model_copy(update={"model": config.model.model_copy(update={"adapters": paths})})
 
 
 def load_section(kind: type[T], path: str | Path, least: str) -> T:

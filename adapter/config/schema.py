@@ -1,7 +1,7 @@
 """The YAML schema: strict, typed, frozen. Nothing is coerced ("4" is not 4, 1 is not true), nothing unknown dropped.
 
 `adapter.config.load` reads files into it and words what does not fit; `json_schema` prints it for editors. Validation
-context: what relative paths are relative to, under "model", "weights", "requests" and "output".
+context: what relative paths are relative to, under "model", "adapters", "weights", "requests" and "output".
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def _media(value: Any, info: ValidationInfo) -> Any:
     return str(absolute(value, _base(info, "requests"))) if is_path else value
 
 
-def _directory(value: Any, info: ValidationInfo, *, key: str = "model") -> Any:
+def _directory(value: Any, info: ValidationInfo, *, key: str = "model", what: str = "a checkpoint") -> Any:
     """Make a directory's path absolute. A hub id stays relative, unless there is a directory of that name."""
     if not isinstance(value, str) or not value.strip():
-        raise ValueError("the directory of a checkpoint is needed, or a hub id")
+        raise ValueError(f"the directory of {what} is needed, or a hub id")
     path = absolute(value, _base(info, key))
     if os.path.isdir(path):  # unlike Path.is_dir it has an answer to every path, one that is too long included
         return path
@@ -59,11 +59,22 @@ def _directory(value: Any, info: ValidationInfo, *, key: str = "model") -> Any:
         raise ValueError(f"not a directory: {path}; name the directory that it is in")
     if HUB_ID.fullmatch(value):
         return Path(value)
-    raise ValueError(f"no such directory: {path}; the directory of a checkpoint is needed, or a hub id")
+    raise ValueError(f"no such directory: {path}; the directory of {what} is needed, or a hub id")
 
 
 def _original(value: Any, info: ValidationInfo) -> Any:
     return None if value is None else _directory(value, info, key="weights")
+
+
+def _adapter(value: Any, info: ValidationInfo) -> Any:
+    return _directory(value, info, key="adapters", what="a LoRA adapter")
+
+
+def _different(adapters: tuple[Path, ...]) -> tuple[Path, ...]:
+    places = [os.path.realpath(path) if path.is_absolute() else str(path) for path in adapters]
+    if twice := [str(path) for path, place in zip(adapters, places, strict=True) if places.count(place) > 1]:
+        raise ValueError(f"the same adapter twice: {' and '.join(twice)}; each is applied once")
+    return adapters
 
 
 def _output(value: Any, info: ValidationInfo) -> Any:
@@ -196,6 +207,8 @@ class Model(Section):
     path: Annotated[Path, BeforeValidator(_directory)] = Field(
         description="A directory (relative to this file), or a hub id such as Qwen/Qwen2-VL-7B-Instruct.")
     revision: Text | None = Field(default=None, description="Branch, tag or commit of a hub id; default: main.")
+    adapters: Annotated[tuple[Annotated[Path, BeforeValidator(_adapter)], ...], Listed, AfterValidator(_different)] = \
+        Field(default=(), description="LoRA adapters of PEFT to merge, in order: directories, or hub ids.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="Of weights, activations.")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         default="sdpa", description="As in Transformers; flash_attention_2 needs a GPU, flash-attn, half precision.")

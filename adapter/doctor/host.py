@@ -169,7 +169,7 @@ def plan(case: Case) -> Finding | None:
     try:
         with described(config.model.path, config.model.revision) as directory:
             plan, _ = checked_plan(directory, parallel.tp_size, config.model.dtype, parallel.vision,
-                                   config.weights.format)
+                                   config.weights.format, config.model.adapters)
     except UserError as error:
         return Finding(FAILED, str(error), "see each line; `launch/plan.py --config C` has the whole plan")
     found = f"{config.model.path} over {plan.tp_size} ranks"

@@ -11,6 +11,7 @@ from torch import nn
 from adapter.config.hub import shown
 from adapter.config.schema import Config, TensorParallelSection
 from adapter.planning.plan import Plan
+from adapter.requests import identity
 
 
 def facts_of_model(model: nn.Module, plan: Plan, parallel: TensorParallelSection,
@@ -36,6 +37,7 @@ def facts_of_config(config: Config) -> dict[str, str]:
     """
     path = config.model.path
     return {
+        "model.adapters": _json([identity.checkpoint(adapter) for adapter in config.model.adapters]),
         "commit of the model": path.name if shown(path) != str(path) else "none, a directory",
         "generation": _json(config.generation),
         "processor": config.processor.model_dump_json(),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from adapter.checkpoint.lora import Adapter, MergedCheckpoint, open_adapters
 from adapter.checkpoint.other_formats import other_format
 from adapter.checkpoint.quantised import form_of
 from adapter.checkpoint.safetensors import Checkpoint, open_checkpoint, read_config
-from adapter.checkpoint.sharded import Shards, is_sharded, open_shards
+from adapter.checkpoint.sharded import MergedAdapter, Shards, is_sharded, open_shards
 from adapter.config.hub import shown
 from adapter.planning.plan import Plan
 from policies.errors import UserError, shortened
@@ -15,10 +17,11 @@ from policies.formats import FORMATS
 from policies.registry import policy_for
 
 
-def make_plan(directory: Path, tp_size: int, dtype: str,
-              vision: str = "tensor", form: str = "dense") -> tuple[Plan, Checkpoint | Shards | None, list[str]]:
+def make_plan(directory: Path, tp_size: int, dtype: str, vision: str = "tensor", form: str = "dense",
+              adapters: Sequence[Path] = ()) -> tuple[Plan, Checkpoint | Shards | None, list[str]]:
     """The plan for a model directory, its weights (None where it holds none) and every problem found.
 
+    adapters: LoRA directories, which the weights are read with.
     Raises UserError only where there is nothing to plan (no config.json, unknown model type, impossible numbers in it).
     """
     config = read_config(directory)
@@ -26,8 +29,10 @@ def make_plan(directory: Path, tp_size: int, dtype: str,
     geometry = policy.geometry(config)
     problems = policy.problems(geometry, tp_size)
     plan = Plan(policy, geometry, tp_size, dtype, vision, FORMATS[form])
+    before = len(problems)
+    opened = open_adapters(adapters, policy, geometry, config, problems)
     if is_sharded(directory):
-        shards = open_shards(directory, plan)
+        shards = open_shards(directory, plan, merged_adapters(opened if len(problems) == before else ()))
         return plan, shards, problems + shards.problems
     try:
         checkpoint = open_checkpoint(directory, policy, form_of(config))
@@ -35,6 +40,7 @@ def make_plan(directory: Path, tp_size: int, dtype: str,
         return plan, open_checkpoint(directory, policy), [*problems, str(error)]
     if checkpoint is not None:
         problems += [*_rounded_twice(plan, checkpoint), *checkpoint.check(policy, geometry)]
+        checkpoint = MergedCheckpoint.of(checkpoint, opened, dtype) if opened else checkpoint
     if not problems:
         problems += plan.off_group()
     return plan, checkpoint, problems
@@ -51,10 +57,15 @@ def _rounded_twice(plan: Plan, checkpoint: Checkpoint) -> list[str]:
             "the bfloat16 release"]
 
 
-def checked_plan(directory: Path, tp_size: int, dtype: str, vision: str = "tensor",
-                 form: str = "dense") -> tuple[Plan, Checkpoint | Shards]:
+def merged_adapters(adapters: Sequence[Adapter]) -> tuple[MergedAdapter, ...]:
+    """Adapters as shards.json knows them."""
+    return tuple(MergedAdapter(name=adapter.directory.name, digest=adapter.digest) for adapter in adapters)
+
+
+def checked_plan(directory: Path, tp_size: int, dtype: str, vision: str = "tensor", form: str = "dense",
+                 adapters: Sequence[Path] = ()) -> tuple[Plan, Checkpoint | Shards]:
     """The plan and the weights, both sound. Raises one UserError with every problem and the tp sizes that work."""
-    plan, checkpoint, problems = make_plan(directory, tp_size, dtype, vision, form)
+    plan, checkpoint, problems = make_plan(directory, tp_size, dtype, vision, form, adapters)
     if checkpoint is None:
         problems.append("no safetensors file here (model.safetensors or model.safetensors.index.json)"
                         + (f"; {found}" if (found := other_format(directory)) else ""))

@@ -1,9 +1,9 @@
 """What an answer depends on, as a digest beside it in the output file; a resumed job takes a row only if it is equal.
 
 Everything that can change a token is in it: the request and its media files, the generation section, the checkpoint
-with its processor files, dtype, weights.format, the attention and the context limit. What only changes how the work is
-done is not: tp_size, tensor_parallel.vision, batch_size, replicas. Those leave float32 answers equal and may flip a
-near-tie in bfloat16, as they may within one job.
+with its processor files, the adapters in their order, dtype, weights.format, the attention and the context limit. What
+only changes how the work is done is not: tp_size, tensor_parallel.vision, batch_size, replicas. Those leave float32
+answers equal and may flip a near-tie in bfloat16, as they may within one job.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SAME_ANSWERS = ("enable_cuda_graph",)  # keys of the deepspeed section that chan
 
 def digests(config: Config) -> dict[str, str]:
     """Return request id -> "VERSION-digest" for every request of the config."""
-    settings = [VERSION, _settings(config), _checkpoint(config.model.path)]
+    settings = [VERSION, _settings(config), checkpoint(config.model.path), *map(checkpoint, config.model.adapters)]
     return {r.id: f"{VERSION}-{_hash([*settings, _request(r)])}" for r in config.requests}
 
 
@@ -78,7 +78,7 @@ def _file_facts(path: str) -> list[int] | None:
     return facts and [facts.st_size, facts.st_mtime_ns]
 
 
-def _checkpoint(directory: Path) -> str:
+def checkpoint(directory: Path) -> str:
     """Digest of a model directory: its small files whole, its weights by header, size and samples of every tensor.
 
     The directory's own name and place are not in it, so a copy is the same checkpoint. Shards of ranks are known by

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from adapter.checkpoint.lora import MergedCheckpoint
 from adapter.checkpoint.plain import read_plain
 from adapter.checkpoint.quantised import form_of
 from adapter.checkpoint.safetensors import Checkpoint, read_config
@@ -29,6 +30,7 @@ from adapter.requests.runner import Tally, answer, make_processor
 from policies.errors import UserError
 from policies.policy import Policy
 from policies.registry import policy_for
+from policies.rules import TensorSlice
 
 
 def answer_in_one_process(config: Config, answers: Answers, write: Write) -> Tally:
@@ -43,6 +45,7 @@ def answer_in_one_process(config: Config, answers: Answers, write: Write) -> Tal
     context = policy.geometry(mapping).context
     processor = make_processor(config, context)
     model = _load(directory, config.model, policy)
+    _merge_adapters(model, directory, config.model, policy)
     limits = Limits.of(config, context, model.generation_config)
 
     own = finite_generate(model)
@@ -54,6 +57,21 @@ def answer_in_one_process(config: Config, answers: Answers, write: Write) -> Tal
     tally = answer(config, processor, limits, run, answers)
     write(tally.summary(config, 1, began))
     return tally
+
+
+def _merge_adapters(model: Any, directory: Path, stated: Model, policy: Policy) -> None:
+    """Put the weights that adapters update into `model`, as the ranks read them. Raises UserError."""
+    if not stated.adapters:
+        return
+    _, checkpoint = checked_plan(directory, 1, stated.dtype, adapters=stated.adapters)
+    assert isinstance(checkpoint, MergedCheckpoint)
+    updated = {name for adapter in checkpoint.adapters for name in adapter.updates}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if (published := policy.published(name)) in updated:
+                parameter.copy_(checkpoint.read(published, TensorSlice(tuple(parameter.shape))))
+                updated.remove(published)
+    assert not updated, f"the model has no {updated}"
 
 
 def _load(directory: Path, stated: Model, policy: Policy) -> Any:

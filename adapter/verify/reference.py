@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from adapter.checkpoint.lora import MergedCheckpoint, merge
 from adapter.checkpoint.plain import read_plain
-from adapter.checkpoint.safetensors import Checkpoint
+from adapter.checkpoint.safetensors import Checkpoint, TensorInfo
 from adapter.checkpoint.sharded import Shards, read_whole
 from adapter.kernels.linear import FEW_ROWS, Quantised, make_weight
 from adapter.model.meta_init import build_on_meta
@@ -27,31 +28,41 @@ from adapter.planning.plan import Plan
 from adapter.verify import bounds
 from adapter.verify.comparison import Expected, take
 from policies.formats import GROUP
-from policies.rules import Claim, Column, FusedQKV, Row, TensorSlice
+from policies.rules import Claim, Column, FusedQKV, Range, Row, TensorSlice
 
 CHUNK = 1 << 24  # elements of an output that are looked at together: 64 MB in float32
 Tick = Callable[[], None]
 
 
 def read_tensor(checkpoint: Checkpoint | Shards, name: str, part: TensorSlice | None = None) -> Tensor:
-    """A tensor by published name (of a tied pair the one that is stored), or a slice of it, through safetensors; where
-    it is stored quantised, decoded whole and by other code than ranks use, in float32."""
+    """A tensor by published name (of a tied pair the one that is stored), or a slice of it, through safetensors, with
+    the updates of its adapters; one that is stored quantised whole, by other code than ranks use, in float32."""
     if isinstance(checkpoint, Shards):
         assert part is None, "shards are slices"
         return read_whole(checkpoint, name)
+    dim, ranges = (None, ()) if part is None else (part.dim, part.ranges)
     if checkpoint.is_quantised(name):
-        tensor = read_plain(checkpoint, name)
-        return tensor if part is None else _cut(tensor, part)
-    info = checkpoint.tensors[name]
+        return _cut(read_plain(checkpoint, name), dim, ranges)
+    if not isinstance(checkpoint, MergedCheckpoint) or not (found := checkpoint.updates(name)):
+        return _read(checkpoint.tensors[name], dim, ranges)
+    base = [update.base for update in found if update.base] or [checkpoint.tensors[name]]
+    updates = [(_read(u.b, 0 if dim == 0 else None, ranges), _read(u.a, 1 if dim == 1 else None, ranges), u.scale)
+               for u in found]
+    return merge(_read(base[-1], dim, ranges), updates, getattr(torch, checkpoint.dtype))
+
+
+def _read(info: TensorInfo, dim: int | None, ranges: tuple[Range, ...]) -> Tensor:
     with safe_open(info.file, framework="pt") as file:
-        return file.get_tensor(info.name) if part is None else _cut(file.get_slice(info.name), part)
+        if dim is None:
+            return file.get_tensor(info.name)
+        return _cut(file.get_slice(info.name), dim, ranges)
 
 
-def _cut(whole: Any, part: TensorSlice) -> Tensor:
-    """The ranges of a slice, of a tensor or of what safetensors gives for one."""
-    if part.dim is None:
-        return torch.as_tensor(whole[:])
-    return torch.cat([whole[a:b] if part.dim == 0 else whole[:, a:b] for a, b in part.ranges], part.dim)
+def _cut(whole: Any, dim: int | None, ranges: tuple[Range, ...]) -> Tensor:
+    """The ranges along `dim` of a tensor, or of what safetensors gives for one."""
+    if dim is None:
+        return torch.as_tensor(whole)
+    return torch.cat([whole[a:b] if dim == 0 else whole[:, a:b] for a, b in ranges], dim)
 
 
 def stored_name(plan: Plan, name: str) -> str:

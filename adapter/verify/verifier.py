@@ -78,6 +78,7 @@ class Verifier:
         self.plan, self.dtype = engine.plan, config.model.torch_dtype
         self.layers = frozenset(f"{stack}.{i}" for stack, n in self.plan.geometry.layers.items() for i in range(n))
         self.checked: set[str] = set()  # modules that some case ran
+        self.cores = usable_cores()  # several files, not to be read for each comparison
         self.reference: Reference | None = None
         if processor is not None:
             device = str(to_device(torch.empty(0)).device)
@@ -119,12 +120,12 @@ class Verifier:
         passed = bool(self.tp.agreed(not problems))
         if self.tp.rank == 0:
             self.write({
-                "summary": True, "model": _shown(self.config.model.path), "tp_size": self.tp.size,
-                "dtype": self.config.model.dtype, "format": self.plan.form.name, "cases": len(rows), "passed": passed,
-                "problems": problems,
+                "summary": True, "model": _shown(self.config.model.path),
+                "adapters": list(map(_shown, self.config.model.adapters)), "tp_size": self.tp.size,
+                "dtype": self.config.model.dtype, "format": self.plan.form.name,
+                "cases": len(rows), "passed": passed, "problems": problems,
                 **_worst(rows), "reassembly": shards.row(), **({"shards": files.row()} if self.shards else {}),
-                "not_checked": unproven, "unchecked": unchecked, "bound": bounds.STATEMENT,
-                "ranks": ranks,
+                "not_checked": unproven, "unchecked": unchecked, "bound": bounds.STATEMENT, "ranks": ranks,
                 "versions": {p: version(p) for p in ("torch", "deepspeed", "transformers")},
                 "seconds": round(time.perf_counter() - began, 3),
             })
@@ -240,7 +241,7 @@ class Verifier:
                 one, mine = one[mask], mine[mask]
             errors.append((name, float((one - mine).abs().max() / one.abs().max())))
 
-        with self._alone() as tick, _all_cores(), self.reference.streaming(tick) as model, torch.inference_mode():
+        with self._alone() as tick, _cores(self.cores), self.reference.streaming(tick) as model, torch.inference_mode():
             modules = PublishedModules(model, self.plan.policy)
             hooks = [modules[n].register_forward_hook(lambda _m, _a, out, n=n: look(n, out)) for n in self.layers]
             floats = {k: v.float() if v.is_floating_point() else v for k, v in ours.inputs.items()}
@@ -266,7 +267,7 @@ class Verifier:
     @contextmanager
     def _judging(self) -> Iterator[None]:
         """Rank 0 compares with all cores, while the others sleep and do not busy-wait in the next all-reduce."""
-        with _all_cores() if self.tp.rank == 0 else nullcontext():
+        with _cores(self.cores) if self.tp.rank == 0 else nullcontext():
             yield
         if self.tp.route.busy_waits:
             self.tp.agreed(0)
@@ -277,10 +278,10 @@ class Verifier:
 
 
 @contextmanager
-def _all_cores() -> Iterator[None]:
-    """Ranks share the cores of a host, one thread each as a rule; what runs alone may have them all."""
+def _cores(cores: int) -> Iterator[None]:
+    """Ranks share the cores of a host, one thread each as a rule; what runs alone may have all `cores`."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(threads, usable_cores()))
+    torch.set_num_threads(max(threads, cores))
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from hosts import Host
-from launching import ROOT, Outcome, Running, free_port
+from launching import ROOT, Job, Outcome, Running, free_port
 
 SCRIPTS = ROOT / "launch" / "launchers"
 CONFIG = ROOT / "configs" / "demo_tp4.yaml"
@@ -43,7 +43,7 @@ def finished(job: Running, timeout: float = 600) -> Outcome:
 
 
 @cache
-def one_host() -> tuple[Outcome, dict[str, list[int]]]:
-    """What two ranks of one host under the deepspeed launcher say: what every other launcher's must equal."""
-    outcome = finished(start("one_host.sh", 2))
-    return outcome, tokens(outcome.out)
+def one_host() -> dict[str, list[int]]:
+    """The tokens of two forked ranks of one host: what those of every launcher must equal."""
+    return tokens(finished(Job(2, ROOT / "launch" / "generate.py", "--config", str(CONFIG),
+                               "tensor_parallel.tp_size=2")).out)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import Shape, make_checkpoint
-from launching import launch
+from launching import ROOT, launch
 from safetensors.torch import load_file
 
 OLD = os.environ.get("QWENVL_TP_OLD_PYTHON", "")
@@ -77,3 +78,11 @@ def test_engine_on_the_old_releases(tmp_path):
     assert facts["frequencies"] == ["torch.float32"]
     assert facts["forward"] <= 1e-4
     assert facts["streamed"] and facts["long_prompt"] == [1, 1502]
+
+
+def test_parity_of_the_families_that_the_old_release_has():
+    """Qwen2.5-VL, which came with 4.49."""
+    done = subprocess.run([OLD, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider",
+                           "tests/parity/test_parity_of_families.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert re.search(r"^(\d\d) passed", done.stdout, re.MULTILINE), done.stdout[-3000:]

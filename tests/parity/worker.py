@@ -76,6 +76,7 @@ def main() -> None:
     p.add_argument("--local_rank", type=int)
     p.add_argument("--format", default="dense", help="of the weights")
     p.add_argument("--only", default="", help="case")
+    p.add_argument("--adapters", default="", help="of the models: directories with commas between them")
     p.add_argument("models", nargs="+", type=Path)
     args = p.parse_args()
     for directory in args.models:
@@ -93,7 +94,8 @@ def main() -> None:
         from adapter.config.load import from_dict
 
         engine = adapter.init_inference(from_dict({
-            "model": {"path": str(directory), "dtype": "float32"},
+            "model": {"path": str(directory), "dtype": "float32",
+                      "adapters": [name for name in args.adapters.split(",") if name]},
             "tensor_parallel": {"tp_size": int(os.environ.get("WORLD_SIZE", 1))},
             "weights": {"format": args.format}}, Path(".")))
         tp = engine.mpu.tp

@@ -44,7 +44,8 @@ def planted_inject(fault: Fault) -> Any:
 def main() -> None:
     file, dtype, *names = (a for a in sys.argv[1:] if not a.startswith("--local"))
     pictures = sorted((ROOT / "launch" / "demo" / "pictures").glob("*colour*"))
-    base = [f"tensor_parallel.tp_size={TP}", "generation.max_new_tokens=4", f"model.dtype={dtype}"]
+    base = [f"tensor_parallel.tp_size={TP}", "generation.max_new_tokens=2", f"model.dtype={dtype}"]
+    processor = None
     for name in names:
         fault, rows = EVERY.get(name, SOUND), list[dict[str, Any]]()
         asked = REQUEST % ", ".join(map(str, pictures[:fault.pictures]))
@@ -52,7 +53,8 @@ def main() -> None:
         config = load_config(file, [*base, f"tensor_parallel.vision={fault.vision}", asked,
                                     "tensor_parallel.self_test=false"])
         plan, checkpoint = checked_plan(config.model.path, TP, dtype, fault.vision)
-        processor = make_processor(config, plan.geometry.context) if os.environ["RANK"] == "0" else None
+        if os.environ["RANK"] == "0":
+            processor = processor or make_processor(config, plan.geometry.context)
         adapter.engine.inject = planted_inject(fault)
         started = "held"
         if fault.at_start:

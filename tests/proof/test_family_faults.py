@@ -27,9 +27,9 @@ def home(tmp_path_factory) -> Path:
 
 
 @cache
-def outcomes(root: Path, family: str) -> dict[str, dict]:
-    names = ("", *FAMILY_FAULTS[family])
-    outcome = launch(2, WORKER, str(root / f"{family}.yaml"), "float32", *names, timeout=400)
+def outcomes(root: Path, family: str, ranks: int = 2, dtype: str = "float32") -> dict[str, dict]:
+    names = ("", *(FAMILY_FAULTS[family] if dtype == "float32" else ()))
+    outcome = launch(ranks, WORKER, str(root / f"{family}.yaml"), dtype, *names, timeout=400)
     assert outcome.code == 0, outcome.err[-5000:]
     rows = [json.loads(line) for line in outcome.out.splitlines() if line.startswith('{"fault"')]
     return {row["fault"]: row for row in rows}
@@ -40,8 +40,16 @@ def test_sound_shards_hold(home, family):
     row = outcomes(home, family)[""]
     assert row["passed"] and row["at_start"] == "held", row["summary"]["problems"]
     assert row["case"]["first_divergent_module"] is None and row["summary"]["reassembly"]["equal"]
-    assert row["case"]["greedy_match"] == {"equal": 4, "of": 4} and row["case"]["largest_share_of_bound"] < 0.5
+    assert row["case"]["greedy_match"] == {"equal": 2, "of": 2} and row["case"]["largest_share_of_bound"] < 0.5
     assert all(layer["share_of_bound"] for layer in row["case"]["layers"]), "every layer was checked"
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("family", FAMILY_FAULTS)
+def test_sound_shards_hold_in_bfloat16(home, family, ranks):
+    row = outcomes(home, family, ranks, "bfloat16")[""]
+    assert row["passed"] and row["at_start"] == "held", row["summary"]["problems"]
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launching import ROOT
+from launching import ROOT, launch
 from test_shards import MLP, NORM, complaint, left, opened, written
 
 from adapter.checkpoint.sharded import MANIFEST, open_shards
@@ -214,10 +214,10 @@ def test_plan_works_on_shards_and_without_torch(sound, tmp_path):
 def test_shards_are_not_sharded_again_nor_run_by_one_process(sound, tmp_path):
     (tmp_path / "c.yaml").write_text(f"{{model: {{path: {sound}, dtype: float32}}, tensor_parallel: {{tp_size: 2}}}}")
     for command, more in (("shard", ["--out", str(tmp_path / "again")]), ("one_process", [])):
-        done = subprocess.run([sys.executable, f"launch/{command}.py", "--config", str(tmp_path / "c.yaml"), *more],
-                              cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 2 and "weights.original" in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr, done.stderr
+        done = launch(1, ROOT / "launch" / f"{command}.py", "--config", str(tmp_path / "c.yaml"), *more,
+                      launcher="alone")
+        assert done.code == 2 and "weights.original" in done.err, done.err
+        assert "Traceback" not in done.err, done.err
     assert left(tmp_path) == ["c.yaml"]
 
 
@@ -225,9 +225,9 @@ def test_the_original_is_what_is_sharded_where_the_config_has_both(sound, tmp_pa
     model = sound.parent / "model"
     (tmp_path / "c.yaml").write_text(f"{{model: {{path: {sound}, dtype: float32}}, tensor_parallel: {{tp_size: 3}}, "
                                      f"weights: {{original: {model}}}}}")
-    done = subprocess.run([sys.executable, "launch/shard.py", "--config", str(tmp_path / "c.yaml"), "--out",
-                           str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = launch(1, ROOT / "launch" / "shard.py", "--config", str(tmp_path / "c.yaml"), "--out",
+                  str(tmp_path / "out"), launcher="alone")
+    assert done.code == 0, done.err
     assert make_plan(tmp_path / "out", 3, "float32")[2] == []
 
 

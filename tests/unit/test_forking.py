@@ -23,6 +23,7 @@ def script(directory: Path, text: str, name: str = "script.py") -> Path:
     return file
 
 
+@pytest.mark.long
 def test_a_rank_is_what_the_launcher_s_is(tmp_path):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT",
              "MINE")

@@ -269,6 +269,7 @@ def test_a_pause_shorter_than_the_limit_is_a_warning_and_ends_nothing(other_proc
         os.kill(child, signal.SIGSTOP)
         assert until(here, lambda report: report or caplog.records) is None
         assert "host beta (127.0.0.2, rank 1) has not been heard of for 0 s; the job ends after 30 s" in caplog.text
+        is_heard(here)  # what came before the pause
         os.kill(child, signal.SIGCONT)
         assert until(here, lambda report: report or is_heard(here)) is None
         assert here._silences["beta"].seconds < 10

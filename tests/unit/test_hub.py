@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hub import TOKEN, Hub
 from launching import ROOT
+from loras import make_lora
 
 DEMO = ROOT / "launch" / "demo" / "checkpoint"
 LOAD = """
@@ -36,7 +37,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
     for stray in ("pytorch_model.bin", "modeling_demo.py", "onnx/model.safetensors"):
         (demo / stray).parent.mkdir(exist_ok=True)
         (demo / stray).write_bytes(b"stray")
-    return {"demo/qwen": demo, "demo/gated": demo}
+    lora = make_lora(home / "lora", {"model.layers.0.self_attn.q_proj": (224, 224)})
+    return {"demo/qwen": demo, "demo/gated": demo, "demo/lora": lora}
 
 
 @pytest.fixture
@@ -161,6 +163,16 @@ def test_a_plan_reads_headers_only_and_says_the_same(config, hub):
     assert hub.sent("model.safetensors") < (DEMO / "model.safetensors").stat().st_size / 10
     assert {file for _, file, _ in hub.log} == {"config.json", "model.safetensors"}
     assert not list(temporary.iterdir()) and not list(config.parent.glob("hf/**/*.json"))
+
+
+def test_an_adapter_is_downloaded_for_a_plan_too(config, hub):
+    done = plan(config, "--json", "model.adapters=[demo/lora]", HF_ENDPOINT=hub.url)
+    assert done.returncode == 0, done.stderr
+    adapter, = json.loads(done.stdout)["adapters"]
+    assert adapter == {"path": "demo/lora", "weights": 1, "r": [4], "bytes": 4 * 8 * 224}
+    assert hub.sent("adapter_model.safetensors") > adapter["bytes"] and not hub.sent("tokenizer.json")
+    done = plan(config, "model.adapters=[demo/none]", HF_ENDPOINT=hub.url)
+    assert done.returncode == 2 and "model.adapters = demo/none: " in done.stderr, done.stderr
 
 
 def test_a_plan_finds_what_is_wrong_with_a_remote_model(config, models, hub, tmp_path):

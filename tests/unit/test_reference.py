@@ -51,6 +51,7 @@ def test_streaming_is_plain_transformers_bit_for_bit(tmp_path, shape, dtype):
     assert all(p.untyped_storage().nbytes() <= 4 for p in reference.exact.parameters()), "nothing stays"
 
 
+@pytest.mark.long
 def test_a_checkpoint_larger_than_memory_allows_can_be_streamed(tmp_path):
     """The peak follows the largest module, not the checkpoint."""
     directory = make_checkpoint(tmp_path / "big", BIG)

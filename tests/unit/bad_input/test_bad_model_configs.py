@@ -81,7 +81,8 @@ def test_a_field_of_config_json(refuse, field):
 LORA = {"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen2-VL-7B-Instruct"}
 OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {  # files with what is in them -> words
     "LoRA": ({"adapter_config.json": LORA, "adapter_model.safetensors": ""},
-             ["LORA adapter of Qwen/Qwen2-VL-7B-Instruct", "merge_and_unload", "save_pretrained", "model.path="]),
+             ["LORA adapter of Qwen/Qwen2-VL-7B-Instruct", "model.adapters", "merge_and_unload",
+              "save_pretrained", "model.path="]),
     "LoRA, its config broken": ({"adapter_config.json": []}, ["PEFT adapter", "merge"]),
     "LoRA beside the base's config": ({"adapter_config.json": LORA, "config.json": None}, ["LORA adapter of", "merge"]),
     "nothing": ({}, ["empty"]),
