@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 from families import make_family
+from launching import ROOT
 from quantised import KINDS, awq, fp8, gptq, kind, quantised
 from safetensors.torch import load_file, save_file
 from test_checkpoint import cut
@@ -24,6 +27,7 @@ from adapter.checkpoint.plain import read_plain
 from adapter.checkpoint.quantised import Awq, Fp8, Gptq, form_of
 from adapter.checkpoint.quantised import awq as awq_module
 from adapter.planning.load import checked_plan, make_plan
+from adapter.requests import identity
 from policies.errors import UserError
 from policies.rules import TensorSlice
 
@@ -267,6 +271,36 @@ def test_plans_are_those_of_the_dense_model(dense, written):
     coded, _ = checked_plan(written("qwen2_vl", "awq")[0], 3, "bfloat16")
     assert [coded.weight_bytes(r) for r in range(3)] == [plan.weight_bytes(r) for r in range(3)]
     assert coded.sizes_that_work() == plan.sizes_that_work()
+
+
+def run_plan(directory: Path, *more: str) -> subprocess.CompletedProcess:
+    """`plan`, in a process where importing torch is an error."""
+    code = "import sys; sys.modules['torch'] = None; from adapter.commands.plan import start; start()"
+    return subprocess.run([sys.executable, "-c", code, "--config", "configs/qwen2_vl_2b_tp2.yaml",
+                           f"model.path={directory}", *more], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_the_plan_says_what_the_files_are_and_what_ranks_hold(written):
+    done = run_plan(written("qwen2_5_vl", "awq")[0], "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["problems"] == [], done.stderr
+    assert "quantised (AWQ, 4 bits, groups of 16)" in done.stderr and "hold the weights in bfloat16" in done.stderr
+
+
+def test_a_form_that_is_not_read_is_exit_2(written, tmp_path):
+    directory = shutil.copytree(written("qwen2_5_vl", "fp8")[0], tmp_path / "model")
+    change(directory, quant_method="compressed-tensors")
+    done = run_plan(directory)
+    assert done.returncode == 2 and "llm-compressor" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_answers_of_other_codes_are_not_taken_over(written, tmp_path):
+    """What a resumed job compares covers the codes and how they are to be read."""
+    digests = [identity.checkpoint(written("qwen2_vl", "gptq4")[0])]
+    for damage in (resave(lambda t, m: t[f"{m}.qzeros"].add_(1)), lambda d: change(d, checkpoint_format="gptq_v2")):
+        directory = shutil.copytree(written("qwen2_vl", "gptq4")[0], tmp_path / f"model{len(digests)}")
+        damage(directory)
+        digests.append(identity.checkpoint(directory))
+    assert len(set(digests)) == 3
 
 
 @pytest.mark.parametrize(("name", "form", "refused"), [
