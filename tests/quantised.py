@@ -4,6 +4,8 @@ releases have, and the dense model that it stands for. Nothing here is shared wi
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import Shape
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -144,3 +147,25 @@ def quantised(dense: Path, out: Path, kind: Kind, *, decoded: Path | None = None
 
 def save(tensors: Packed, directory: Path) -> None:
     save_file({n: t.contiguous() for n, t in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
+
+
+def sparse_awq(directory: Path, shape: Shape, group: int = 128) -> Path:
+    """The header of an AWQ release of this geometry, and a hole in place of its body: every code, zero and scale is 0.
+    Returns the directory."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(
+        shape.config() | {"quantization_config": kind("awq", group).section}))
+    header, at = dict[str, Any](), 0
+    for name, dims in shape.tensors().items():
+        stored = {name: ("F16", dims)}
+        if name.endswith("proj.weight") and not name.startswith("visual"):
+            (out, width), module = dims, name.removesuffix("weight")
+            stored = {f"{module}qweight": ("I32", (width, out // 8)), f"{module}scales": ("F16", (width // group, out)),
+                      f"{module}qzeros": ("I32", (width // group, out // 8))}
+        for tensor, (dtype, size) in stored.items():
+            end = at + math.prod(size) * (4 if dtype == "I32" else 2)
+            header[tensor], at = {"dtype": dtype, "shape": size, "data_offsets": [at, end]}, end
+    encoded = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(len(encoded).to_bytes(8, "little") + encoded)
+    os.truncate(directory / "model.safetensors", 8 + len(encoded) + at)
+    return directory

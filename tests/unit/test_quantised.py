@@ -19,7 +19,8 @@ import torch
 from checkpoints import make_checkpoint
 from families import make_family
 from launching import ROOT
-from quantised import KINDS, awq, fp8, gptq, kind, quantised
+from published import PUBLISHED
+from quantised import KINDS, awq, fp8, gptq, kind, quantised, sparse_awq
 from safetensors.torch import load_file, save_file
 from test_checkpoint import cut
 
@@ -97,6 +98,20 @@ def test_a_width_of_231_groups():
             assert torch.equal(torch.cat(read, 1), meant), (form, tp)
         some = form.read(TensorSlice(shape, 0, ((5, 43),)), lambda ending, part, s=stored: cut(s[ending], part))
         assert torch.equal(some, meant[5:43]), form
+
+
+@pytest.mark.parametrize(("name", "mlp"), [("2b", 8960), ("7b", 18944), ("72b", 29568), ("72b", 29696)])
+def test_published_sizes(tmp_path, name, mlp):
+    """The 72Bs' AWQ files were published with a padded MLP; files of others have 231 groups. All tp sizes take both."""
+    directory = sparse_awq(tmp_path / "awq", replace(PUBLISHED[name], mlp=mlp))
+    plan, checkpoint = checked_plan(directory, 8, "bfloat16")
+    assert plan.sizes_that_work() == [n for n in range(1, PUBLISHED[name].heads + 1)
+                                      if not plan.policy.problems(plan.geometry, n)]
+    part = plan.slice("model.layers.0.mlp.down_proj", "weight", 3)
+    assert checkpoint.read("model.layers.0.mlp.down_proj.weight", part).shape == part.local_shape
+    start, stop = part.ranges[0]
+    groups = -(-stop // 128) - start // 128
+    assert checkpoint.bytes_read == part.shape[0] * ((stop - start) // 2 + groups * (2 + 0.5))
 
 
 def test_only_the_enclosing_groups_are_read():
