@@ -186,7 +186,8 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     kernels.check(plan.form, dtype, get_accelerator().device_name())
     model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)
     mpu = parallel_state.start(plan.tp_size, megatron, _token_bytes(plan, dtype),
-                               facts_of_model(model, plan, parallel, config.deepspeed) | facts_of_config(config))
+                               facts_of_model(model, plan, parallel, config.deepspeed) | facts_of_config(config)
+                               | {"quantization_config": repr(getattr(checkpoint, "form", None))})
     for note in (note_of_defaults(plan, shown(directory)), note_of_form(plan, checkpoint)):
         if mpu.world.rank == 0 and note:
             log.warning("%s", note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -75,3 +76,15 @@ def test_answers_of_two_ranks_are_those_of_one_process(home):
     rows = [json.loads(o.out.splitlines()[0]) for o in (ranks, alone) if not o.code] or [ranks.err + alone.err]
     assert "note: the files are quantised (AWQ, 4 bits, groups of 16)" in ranks.err
     assert len(rows) == 2 and rows[0]["tokens"] == rows[1]["tokens"] and len(rows[0]["tokens"]) > 1, rows
+
+
+def test_hosts_that_would_read_the_same_codes_otherwise(home):
+    """Zeros of version 1 on one, of version 2 on the other: nothing else is unlike."""
+    directory = quantised(home / "dense", home / "unlike", KINDS["gptq4"])
+    other = shutil.copytree(directory, home / "unlike-other")
+    config = json.loads((other / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    (other / "config.json").write_text(json.dumps(config))
+    outcome = launch(2, ROOT / "tests" / "faults" / "unlike_worker.py", "files", str(directory))
+    assert outcome.code == 2 and "the ranks of this job are not alike" in outcome.err, outcome.err[-3000:]
+    assert "quantization_config: Gptq(" in outcome.err and "Traceback" not in outcome.err, outcome.err[-3000:]

@@ -266,6 +266,18 @@ def test_a_group_that_is_not_there(written, tmp_path, index):
         checkpoint.read(f"{DOWN}.weight", plan.slice(DOWN, "weight", 0))
 
 
+def test_groups_that_no_input_is_in(written, tmp_path):
+    """All inputs of the first group: then that is what both decoders read, whole and cut."""
+    directory = shutil.copytree(written("qwen2_vl", "gptq4")[0], tmp_path / "model")
+    resave(lambda t, m: t[f"{m.replace('down', 'up')}.g_idx"].zero_())(directory)
+    up = DOWN.replace("down", "up")
+    for rank in range(3):
+        plan, checkpoint = checked_plan(directory, 3, "float32")
+        part, whole = plan.slice(up, "weight", rank), read_plain(checkpoint, f"{up}.weight")
+        assert torch.equal(checkpoint.read(f"{up}.weight", part), cut(whole, part))
+        assert torch.equal(checkpoint.read(f"{up}.weight", part.whole), whole)
+
+
 @pytest.mark.parametrize("name", ["awq", "gptq4"])
 def test_the_files_say_what_is_quantised(dense, tmp_path, name):
     """A head of 203 outputs, which fill no whole words; modules_to_not_convert says that it is dense."""
