@@ -32,7 +32,7 @@ from adapter.model.published import PublishedModules
 from adapter.parallel import parallel_state
 from adapter.parallel.launchers import read_environment
 from adapter.parallel.parallel_state import Mpu
-from adapter.planning.load import checked_plan, note_of_defaults, require, stated
+from adapter.planning.load import checked_plan, note_of_defaults, note_of_form, require, stated
 from adapter.planning.plan import Plan
 from adapter.requests.finite import finite_generate
 from policies.errors import UserError
@@ -185,9 +185,11 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     kernels.check(plan.form, dtype, get_accelerator().device_name())
     model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)
     mpu = parallel_state.start(plan.tp_size, megatron, _token_bytes(plan, dtype),
-                               facts_of_model(model, plan, parallel, config.deepspeed) | facts_of_config(config))
-    if mpu.world.rank == 0 and (note := note_of_defaults(plan, shown(directory))):
-        log.warning("%s", note)
+                               facts_of_model(model, plan, parallel, config.deepspeed) | facts_of_config(config)
+                               | {"quantization_config": repr(getattr(checkpoint, "form", None))})
+    for note in (note_of_defaults(plan, shown(directory)), note_of_form(plan, checkpoint)):
+        if mpu.world.rank == 0 and note:
+            log.warning("%s", note)
     graphed = cuda_graph.wanted(config.deepspeed, mpu.tp)
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), dtype,

@@ -78,13 +78,13 @@ PROCESSORS["qwen3_vl_moe"] = PROCESSORS["qwen3_vl"]
 CLIP = {"min_pixels": 4096, "max_pixels": 100352}  # of all frames of a video together
 
 
-def make_whole(directory: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
+def make_whole(directory: Path, family: str, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
     """Write a checkpoint of `family` with the demo's tokenizer and a processor of its own: a directory that every
-    command takes. Returns it."""
+    command takes. changes: of its text_config. Returns it."""
     demo = json.loads((DEMO / "config.json").read_text())
     ids = {key: demo[key] for key in IDS}
     text = {key: demo[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")} | {"pad_token_id": None}
-    make_family(directory, family, dtype, ids, **text)
+    make_family(directory, family, dtype, ids, **text, **changes)
     for name in TOKENIZER:
         shutil.copy(DEMO / name, directory / name)
     whole, image, video = PROCESSORS[family]

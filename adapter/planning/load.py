@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from adapter.checkpoint.lora import Adapter, MergedCheckpoint, open_adapters
 from adapter.checkpoint.other_formats import other_format
+from adapter.checkpoint.quantised import form_of
 from adapter.checkpoint.safetensors import Checkpoint, open_checkpoint, read_config
 from adapter.checkpoint.sharded import MergedAdapter, Shards, is_sharded, open_shards
 from adapter.config.hub import shown
@@ -45,13 +46,27 @@ def make_plan(directory: Path, tp_size: int, dtype: str, vision: str = "tensor",
     if is_sharded(directory):
         shards = open_shards(directory, plan, merged_adapters(opened if len(problems) == before else ()))
         return plan, shards, problems + shards.problems
-    checkpoint = open_checkpoint(directory, policy)
+    try:
+        checkpoint = open_checkpoint(directory, policy, form_of(config))
+    except UserError as error:  # a form that is not read: then its tensors mean nothing
+        return plan, open_checkpoint(directory, policy), [*problems, str(error)]
     if checkpoint is not None:
-        problems += checkpoint.check(policy, geometry)
+        problems += [*_rounded_twice(plan, checkpoint), *checkpoint.check(policy, geometry)]
         checkpoint = MergedCheckpoint.of(checkpoint, opened, dtype) if opened else checkpoint
     if not problems:
         problems += plan.off_group()
     return plan, checkpoint, problems
+
+
+def _rounded_twice(plan: Plan, checkpoint: Checkpoint) -> list[str]:
+    """Why the files' codes cannot take weights.format: 4 bits are rounded to 8 at a small cost (a step of 8 bits is at
+    most 15 / 127 of one of 4), and to 4 of other groups at more than the first rounding."""
+    form = checkpoint.form
+    if form is None or form.bits != plan.form.bits or form.bits > 4:
+        return []
+    return [f"weights.format {plan.form.name}: the files hold codes of {form.bits} bits already ({form}), and rounding "
+            "them to other groups would cost more than the first rounding did; use weights.format=int8 or dense, or "
+            "the bfloat16 release"]
 
 
 def merged_adapters(adapters: Sequence[Adapter]) -> tuple[MergedAdapter, ...]:
@@ -92,3 +107,12 @@ def note_of_defaults(plan: Plan, name: str) -> str | None:
         return None
     keys = ", ".join(f"{key} ({default})" for key, default in plan.geometry.assumed.items())
     return f"note: {name}/config.json does not state {keys}; Transformers' defaults, in brackets, are used"
+
+
+def note_of_form(plan: Plan, checkpoint: Checkpoint | Shards | None) -> str | None:
+    """Say how the files hold the weights, and the ranks; None where the files are not quantised."""
+    if not isinstance(checkpoint, Checkpoint) or checkpoint.form is None:
+        return None
+    held = plan.dtype if plan.form.bits == 0 else f"{plan.dtype} and {plan.form.name}"
+    return (f"note: the files are quantised ({checkpoint.form}); ranks decode them as they read, and hold the weights "
+            f"in {held}: that is the memory a rank needs")

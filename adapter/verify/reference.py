@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from adapter.checkpoint.lora import MergedCheckpoint, merge
+from adapter.checkpoint.plain import read_plain
 from adapter.checkpoint.safetensors import Checkpoint, TensorInfo
 from adapter.checkpoint.sharded import Shards, read_whole
 from adapter.kernels.linear import FEW_ROWS, Quantised, make_weight
@@ -35,7 +36,7 @@ Tick = Callable[[], None]
 
 def read_tensor(checkpoint: Checkpoint | Shards, name: str, part: TensorSlice | None = None) -> Tensor:
     """A tensor by published name (of a tied pair the one that is stored), or a slice of it, through safetensors, with
-    the updates of its adapters."""
+    the updates of its adapters; one that is stored quantised whole, by other code than ranks use, in float32."""
     if isinstance(checkpoint, Shards):
         assert part is None, "shards are slices"
         return read_whole(checkpoint, name)
@@ -43,6 +44,8 @@ def read_tensor(checkpoint: Checkpoint | Shards, name: str, part: TensorSlice | 
     if name in checkpoint.swapped:
         dim = dim if not dim else 3 - dim
         return _read(checkpoint.tensors[name], dim, ranges).transpose(1, 2)
+    if checkpoint.is_quantised(name):
+        return _cut(read_plain(checkpoint, name), dim, ranges)
     if not isinstance(checkpoint, MergedCheckpoint) or not (found := checkpoint.updates(name)):
         return _read(checkpoint.tensors[name], dim, ranges)
     base = [update.base for update in found if update.base] or [checkpoint.tensors[name]]
@@ -55,8 +58,14 @@ def _read(info: TensorInfo, dim: int | None, ranges: tuple[Range, ...]) -> Tenso
     with safe_open(info.file, framework="pt") as file:
         if dim is None:
             return file.get_tensor(info.name)
-        whole = file.get_slice(info.name)
-        return torch.cat([whole[(slice(None),) * dim + (slice(a, b),)] for a, b in ranges], dim)
+        return _cut(file.get_slice(info.name), dim, ranges)
+
+
+def _cut(whole: Any, dim: int | None, ranges: tuple[Range, ...]) -> Tensor:
+    """The ranges along `dim` of a tensor, or of what safetensors gives for one."""
+    if dim is None:
+        return torch.as_tensor(whole)
+    return torch.cat([whole[(slice(None),) * dim + (slice(a, b),)] for a, b in ranges], dim)
 
 
 def stored_name(plan: Plan, name: str) -> str:
