@@ -51,6 +51,9 @@ def make_plan(directory: Path, tp_size: int, dtype: str, vision: str = "tensor",
     except UserError as error:  # a form that is not read: then its tensors mean nothing
         return plan, open_checkpoint(directory, policy), [*problems, str(error)]
     if checkpoint is not None:
+        if checkpoint.form and geometry.experts_per_token:
+            return plan, checkpoint, [*problems, f"experts that are stored quantised ({checkpoint.form}) cannot be read; "
+                                                 "use the bfloat16 release of this model"]
         problems += [*_rounded_twice(plan, checkpoint), *checkpoint.check(policy, geometry)]
         checkpoint = MergedCheckpoint.of(checkpoint, opened, dtype) if opened else checkpoint
     if not problems:
