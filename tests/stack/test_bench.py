@@ -55,6 +55,7 @@ def measured(tmp_path_factory):
     return *rows(outcome), file
 
 
+@pytest.mark.long
 def test_ranks_measure_themselves(measured):
     found, total, file = measured
     assert [row["repeat"] for row in found] == [0, 0, 1] and all(row["engine"] == "ours" for row in found)
@@ -65,6 +66,7 @@ def test_ranks_measure_themselves(measured):
     assert done.returncode == 0 and json.loads(done.stdout)["prediction"]["decode_tok_s"] > 0, done.stderr
 
 
+@pytest.mark.long
 def test_both_ways_of_reading_pictures_are_timed_and_operators_are_reported(measured):
     _, total, _ = measured
     seconds, profile = total["vision_s"], total["profile"]
