@@ -94,6 +94,7 @@ def test_the_engine_is_the_model_it_was_given(load, call, habit):
     engine = CALLS[call](model)
     assert torch.equal(tokens(engine), expected)
     assert not any(module.training for module in engine.module.modules())
+    assert engine.module.plan.tp_size == 1 and engine.module.load_report.weight_bytes > 0
 
 
 @pytest.mark.parametrize("call", CALLS)
