@@ -97,6 +97,16 @@ def test_the_engine_is_the_model_it_was_given(load, call, habit):
     assert engine.module.plan.tp_size == 1 and engine.module.load_report.weight_bytes > 0
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="before Transformers 5 num_beams is 1, not None")
+def test_deepspeeds_generate_wants_num_beams_beside_a_generation_config(load):
+    """docs/python.md and troubleshooting.md say so. Where this fails, DeepSpeed has learnt it."""
+    engine = CALLS["kept"](load())
+    config = {"generation_config": engine.module.generation_config}
+    with pytest.raises(TypeError, match="'>' not supported between instances of 'NoneType' and 'int'"):
+        engine.generate(**cases()["batch"], **GREEDY, **config)
+    assert torch.equal(engine.generate(**cases()["batch"], **GREEDY, **config, num_beams=1), tokens(engine))
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_a_model_made_bfloat16_after_loading(load, call):
     """As DeepSpeedExamples do it with .half(). It rounds the rotary frequencies; the engine computes with those."""
