@@ -86,13 +86,12 @@ def _checked(args: argparse.Namespace) -> Plan:
     """The plan, so that what is wrong is reported once, before anything is downloaded or started. Raises UserError."""
     from adapter.config.hub import described
     from adapter.config.load import load_config
-    from adapter.planning.load import checked_plan
+    from adapter.planning.load import checked_plan, stated
 
     config = load_config(args.config, args.overrides, download=False)
     common.clean_up_on_signals()
     with described(config.model.path, config.model.revision) as directory:
-        return checked_plan(directory, config.tensor_parallel.tp_size, config.model.dtype,
-                            config.tensor_parallel.vision, config.weights.format, config.model.adapters)[0]
+        return checked_plan(directory, **stated(config))[0]
 
 
 def _end_children() -> int:

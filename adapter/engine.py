@@ -32,7 +32,7 @@ from adapter.model.published import PublishedModules
 from adapter.parallel import parallel_state
 from adapter.parallel.launchers import read_environment
 from adapter.parallel.parallel_state import Mpu
-from adapter.planning.load import checked_plan, note_of_defaults, require
+from adapter.planning.load import checked_plan, note_of_defaults, note_of_form, require, stated
 from adapter.planning.plan import Plan
 from adapter.requests.finite import finite_generate
 from policies.errors import UserError
@@ -159,7 +159,7 @@ def _shard_loaded(model: nn.Module, parallel: TensorParallelSection, megatron: A
     if model_config is None:
         raise UserError(f"{type(model).__name__} has no .config; a Transformers model is needed")
     tp_size, mapping = parallel.tp_size, model_config.to_dict()
-    policy = policy_for(mapping, f"{type(model).__name__}.config")
+    policy = policy_for(mapping, f"{type(model).__name__}.config").experts_by(parallel.experts)
     geometry = policy.geometry(mapping)
     check_loaded(model, policy, geometry)
     dtype: torch.dtype = model.dtype  # type: ignore[assignment]
@@ -179,17 +179,18 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     directory, dtype = config.model.path, config.model.torch_dtype
     _check_section(config.deepspeed)
     parallel = _sized(config.tensor_parallel, megatron)
-    plan, checkpoint = checked_plan(directory, parallel.tp_size, config.model.dtype, parallel.vision,
-                                    config.weights.format, config.model.adapters)
+    plan, checkpoint = checked_plan(directory, **stated(config) | {"tp_size": parallel.tp_size})
     if megatron is None:
         parallel_state.check_world(read_environment().world_size, plan.tp_size)
     _check_dtype(dtype)
     kernels.check(plan.form, dtype, get_accelerator().device_name())
     model = build_on_meta(directory, plan.policy, dtype, config.model.attn_implementation)
     mpu = parallel_state.start(plan.tp_size, megatron, _token_bytes(plan, dtype),
-                               facts_of_model(model, plan, parallel, config.deepspeed) | facts_of_config(config))
-    if mpu.world.rank == 0 and (note := note_of_defaults(plan, shown(directory))):
-        log.warning("%s", note)
+                               facts_of_model(model, plan, parallel, config.deepspeed) | facts_of_config(config)
+                               | {"quantization_config": repr(getattr(checkpoint, "form", None))})
+    for note in (note_of_defaults(plan, shown(directory)), note_of_form(plan, checkpoint)):
+        if mpu.world.rank == 0 and note:
+            log.warning("%s", note)
     graphed = cuda_graph.wanted(config.deepspeed, mpu.tp)
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), dtype,

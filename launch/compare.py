@@ -6,6 +6,8 @@
 Exit 0: every answer right and every token the same; 1: not; 2: a file is missing or holds no results.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
@@ -52,12 +54,13 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
 def _stored(config: Config) -> str:
     """In which dtypes the checkpoint's files hold the weights, in brackets; nothing of shards."""
     from adapter.checkpoint.safetensors import TORCH_NAMES, Checkpoint
-    from adapter.planning.load import make_plan
+    from adapter.planning.load import make_plan, stated
 
-    _, checkpoint, _ = make_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype)
+    _, checkpoint, _ = make_plan(config.model.path, **stated(config))
     if not isinstance(checkpoint, Checkpoint):
         return ""
-    return f" ({', '.join(sorted({TORCH_NAMES[info.dtype] for info in checkpoint.tensors.values()}))} files)"
+    names = {TORCH_NAMES.get(info.dtype, info.dtype) for info in checkpoint.tensors.values()}
+    return f" ({', '.join(sorted(names))} files)"
 
 
 def _read(file: str) -> dict[str, dict[str, Any]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from policies.errors import UserError
 from policies.heads import HeadShard, split_grains, split_heads
-from policies.rules import Claim, HeadNumbers, Replicated, Split, expand
+from policies.rules import Claim, Experts, HeadNumbers, Split, expand
 
 Rows = Literal["patch", "merged", "token", "last"]
 
@@ -30,6 +30,7 @@ class DecoderNames:
     It is total: a module that is not named here, and does not hold named ones, is one that a decode step would leave
     out, so that the model is decoded by Transformers' own loop.
     attention, mlp: the modules that hold the others. q_norm, k_norm: RMS norms of each head before it is rotated.
+    router, experts: in `mlp`, in place of gate, up, down and activation, of the layers that have them.
     unused: modules that some releases create and never call.
     """
 
@@ -51,12 +52,14 @@ class DecoderNames:
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
     activation: str = "mlp.act_fn"
+    router: str | None = None
+    experts: str | None = None
     unused: tuple[str, ...] = ()
 
     def computing(self) -> tuple[str, ...]:
         """The modules of a layer that compute something."""
-        norms = tuple(name for name in (self.q_norm, self.k_norm) if name)
-        return (self.attention_norm, self.q, self.k, self.v, *norms, self.o, self.mlp_norm, self.gate, self.up,
+        optional = tuple(name for name in (self.q_norm, self.k_norm, self.router, self.experts) if name)
+        return (self.attention_norm, self.q, self.k, self.v, *optional, self.o, self.mlp_norm, self.gate, self.up,
                 self.down, self.activation)
 
 
@@ -66,10 +69,11 @@ class Geometry:
 
     sizes: every named dimension of the table, in elements.
     attention: "text" and "vision" -> heads. layers: stack ("model.layers") -> count, the text encoder's first. lists:
-    other numbered modules -> count. context: longest sequence in tokens. merge_side: patches a side that make one
-    token. windowed_layers: layers of the vision encoder that attend inside windows of `window_patches` patches, the
-    others to whole frames. injected_layers: text layers, from the first, after each of which features of the vision
-    encoder are added. assumed: keys that the file should state and does not -> the default that stands in.
+    other numbered modules -> count. kinds: stack -> the kind of each of its layers, where they differ (Claim.kind).
+    context: longest sequence in tokens. merge_side: patches a side that make one token. windowed_layers: layers of the
+    vision encoder that attend inside windows of `window_patches` patches, the others to whole frames. injected_layers:
+    text layers, from the first, after each of which features of the vision encoder are added. experts_per_token: that
+    the router chooses. assumed: keys that the file should state and does not -> the default that stands in.
     """
 
     sizes: Mapping[str, int]
@@ -82,6 +86,8 @@ class Geometry:
     window_patches: int = 0
     injected_layers: int = 0
     lists: Mapping[str, int] = field(default_factory=dict)
+    kinds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    experts_per_token: int = 0
     assumed: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -171,12 +177,26 @@ class Policy:
         """Module name -> its claim, every layer spelled out. Raises UserError where two rows claim one module."""
         claimed: dict[str, Claim] = {}
         for claim in self.table:
-            for module in expand(claim.module, geometry.counts):
+            for module in self.modules(claim, geometry):
                 if module in claimed:
                     raise UserError(f"policy {self.model_type}: rows {claimed[module].module!r} and {claim.module!r} "
                                     f"both claim {module!r}; leave it to one of them")
                 claimed[module] = claim
         return claimed
+
+    def modules(self, claim: Claim, geometry: Geometry) -> list[str]:
+        """The modules that a row of the table stands for, in order, all cut alike; none where no layer is of its kind.
+        """
+        modules = expand(claim.module, geometry.counts)
+        if claim.kind is None:
+            return modules
+        kinds = geometry.kinds[claim.module.split(".*", 1)[0]]
+        return [module for module, kind in zip(modules, kinds, strict=True) if kind == claim.kind]
+
+    def experts_by(self, by: Literal["tensor", "expert"]) -> Policy:
+        """This policy, its experts cut in width, or dealt whole (rules.Experts)."""
+        table = (replace(c, rule=replace(c.rule, by=by)) if isinstance(c.rule, Experts) else c for c in self.table)
+        return replace(self, table=tuple(table))
 
     def inventory(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
         """Parameter name -> full shape: all the table claims, the tied copy included."""
@@ -203,8 +223,8 @@ class Policy:
     def splits(self, geometry: Geometry, tp_size: int) -> dict[str, Split]:
         """Named dimension -> who owns what, for every dimension some row cuts."""
         heads = self.heads(geometry, tp_size)
-        axes = {c.rule.axis(c.weight) for c in self.table if not isinstance(c.rule, Replicated)}
-        return {a: self._split(a, geometry, heads) or split_grains(geometry.sizes[a], tp_size) for a in sorted(axes)}
+        axes = sorted(set().union(*(claim.axes() for claim in self.table)))
+        return {a: self._split(a, geometry, heads) or split_grains(geometry.sizes[a], tp_size) for a in axes}
 
     def _split(self, axis: str, geometry: Geometry, heads: Mapping[str, tuple[HeadShard, ...]]) -> Split | None:
         if axis not in self.head_axes:

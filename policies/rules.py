@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from policies.errors import UserError
 
@@ -45,6 +46,15 @@ class TensorSlice:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How one tensor is cut: along `dim`, where the parts that `axes` name lie one after another, each of them divided
+    among the ranks by the Split of its own axis."""
+
+    dim: int
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Rule:
     """Base of the vocabulary: `dim` of `weight` is cut into `parts` by rank, and bias with it if `cuts_bias`."""
 
@@ -55,6 +65,12 @@ class Rule:
     def axis(self, weight_dims: tuple[str, ...]) -> str:
         """The named dimension whose Split decides the boundaries."""
         return weight_dims[self.dim]
+
+    def cut(self, suffix: str, tensors: Mapping[str, tuple[str, ...]]) -> Cut | None:
+        """How the parameter `suffix` of a module with `tensors`, name -> named dimensions, is cut; None: not at all."""
+        if suffix == "bias" and not self.cuts_bias:
+            return None
+        return Cut(self.dim if suffix == "weight" else 0, (self.axis(tensors["weight"]),) * self.parts)
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,9 @@ class Replicated(Rule):
 
     why: str
 
+    def cut(self, suffix: str, tensors: Mapping[str, tuple[str, ...]]) -> Cut | None:
+        return None
+
 
 @dataclass(frozen=True)
 class PerHead(Replicated):
@@ -107,36 +126,71 @@ class PerHead(Replicated):
 
 
 @dataclass(frozen=True)
+class Experts(Rule):
+    """The experts of a layer in two tensors of one module: [experts, (gate | up) x width, hidden] and [experts, hidden,
+    width]; all-reduce of what a token's experts give. A Row would be one matrix; here a token has its own, by the
+    router, and both tensors must be cut alike.
+
+    by: "tensor" cuts each expert as a dense MLP is, "expert" deals whole ones. width: its named dimension.
+    """
+
+    width: str
+    by: Literal["tensor", "expert"] = "tensor"
+
+    def cut(self, suffix: str, tensors: Mapping[str, tuple[str, ...]]) -> Cut:
+        dims = tensors[suffix]
+        if self.by == "expert":
+            return Cut(0, dims[:1])
+        return Cut(2, (self.width,)) if dims[2] == self.width else Cut(1, (self.width, self.width))
+
+
+@dataclass(frozen=True)
 class Claim:
     """One row of a family's table: the parameters of the modules that match `module`, and the rule they follow.
 
     module: published name; `*` stands for a layer number.
     weight, bias: the named dimensions of each; None where the module has no such parameter.
+    kind: the kind of the layers that have such a module (Geometry.kinds); None: all layers.
+    others: (name, named dimensions) of parameters with names of their own, in place of weight and bias.
+    transposed: files may hold `others` with their last two dimensions swapped; their shapes tell.
     """
 
     module: str
     rule: Rule
-    weight: tuple[str, ...]
+    weight: tuple[str, ...] = ()
     bias: tuple[str, ...] | None = None
+    kind: str | None = None
+    others: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    transposed: bool = False
 
     def parameters(self) -> dict[str, tuple[str, ...]]:
-        """Suffix ("weight", "bias") -> named dimensions."""
+        """Suffix ("weight", "bias", or a name of its own) -> named dimensions."""
+        if self.others:
+            return dict(self.others)
         return {"weight": self.weight} | ({"bias": self.bias} if self.bias is not None else {})
+
+    def axes(self) -> set[str]:
+        """The named dimensions that are divided among the ranks."""
+        tensors = self.parameters()
+        return {axis for suffix in tensors if (cut := self.rule.cut(suffix, tensors)) for axis in cut.axes}
 
 
 def slice_of(
     claim: Claim, suffix: str, sizes: Mapping[str, int], splits: Mapping[str, Split], rank: int
 ) -> TensorSlice:
     """The slice of `claim`'s parameter `suffix` that `rank` owns."""
-    rule, dims = claim.rule, claim.parameters()[suffix]
-    shape = tuple(sizes[d] for d in dims)
-    if isinstance(rule, Replicated) or (suffix == "bias" and not rule.cuts_bias):
+    tensors = claim.parameters()
+    shape = tuple(sizes[d] for d in tensors[suffix])
+    cut = claim.rule.cut(suffix, tensors)
+    if cut is None:
         return TensorSlice(shape)
-    dim = rule.dim if suffix == "weight" else 0
-    split = splits[rule.axis(claim.weight)]
-    start, stop = split.ranges[rank]
-    assert split.size * rule.parts == shape[dim], (claim.module, split.size, shape)
-    return TensorSlice(shape, dim, tuple((p * split.size + start, p * split.size + stop) for p in range(rule.parts)))
+    ranges, at = [], 0
+    for split in (splits[axis] for axis in cut.axes):
+        start, stop = split.ranges[rank]
+        ranges.append((at + start, at + stop))
+        at += split.size
+    assert at == shape[cut.dim], (claim.module, cut, shape)
+    return TensorSlice(shape, cut.dim, tuple(ranges))
 
 
 @dataclass(frozen=True)

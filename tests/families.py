@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 from checkpoints import EOS, IMAGE, VIDEO, VISION_END, VISION_START, random_tensor
+from safetensors.torch import load_file, save_file
 
 IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START,
        "vision_end_token_id": VISION_END}
@@ -33,7 +34,9 @@ CONFIGS = {
             "deepstack_visual_indexes": [0, 2]},
     },
 }
-CLASSES = {"qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+CONFIGS["qwen3_vl_moe"] = CONFIGS["qwen3_vl"] | {"text_config": CONFIGS["qwen3_vl"]["text_config"] | {
+    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "mlp_only_layers": [1]}}
+CLASSES = {"qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe"}
 
 
 def make_family(directory: Path, family: str, dtype: torch.dtype = torch.float32, ids: Mapping[str, int] = IDS,
@@ -56,6 +59,14 @@ def make_family(directory: Path, family: str, dtype: torch.dtype = torch.float32
     return directory
 
 
+def transpose_experts(directory: Path) -> None:
+    """Rewrite a checkpoint's experts as published files have them: [experts, in, out]."""
+    for file in directory.glob("*.safetensors"):
+        tensors = load_file(file)
+        save_file({name: t.transpose(1, 2).contiguous() if ".experts." in name else t for name, t in tensors.items()},
+                  file, {"format": "pt"})
+
+
 DEMO = Path(__file__).resolve().parents[1] / "launch" / "demo" / "checkpoint"
 TOKENIZER = ("chat_template.json", "generation_config.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
              "vocab.json")
@@ -63,22 +74,23 @@ PROCESSORS = {  # processor, image processor, video processor
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
     "qwen3_vl": ("Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor"),
 }
+PROCESSORS["qwen3_vl_moe"] = PROCESSORS["qwen3_vl"]
 CLIP = {"min_pixels": 4096, "max_pixels": 100352}  # of all frames of a video together
 
 
-def make_whole(directory: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
+def make_whole(directory: Path, family: str, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
     """Write a checkpoint of `family` with the demo's tokenizer and a processor of its own: a directory that every
-    command takes. Returns it."""
+    command takes. changes: of its text_config. Returns it."""
     demo = json.loads((DEMO / "config.json").read_text())
     ids = {key: demo[key] for key in IDS}
     text = {key: demo[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")} | {"pad_token_id": None}
-    make_family(directory, family, dtype, ids, **text)
+    make_family(directory, family, dtype, ids, **text, **changes)
     for name in TOKENIZER:
         shutil.copy(DEMO / name, directory / name)
     whole, image, video = PROCESSORS[family]
     stated = json.loads((DEMO / "preprocessor_config.json").read_text()) | {"processor_class": whole}
     (directory / "preprocessor_config.json").write_text(json.dumps(stated | {"image_processor_type": image}))
     clip = {"size": {"shortest_edge": CLIP["min_pixels"], "longest_edge": CLIP["max_pixels"]}}
-    stated |= {"video_processor_type": video} | (clip if family == "qwen3_vl" else {})
+    stated |= {"video_processor_type": video} | (clip if family.startswith("qwen3_vl") else {})
     (directory / "video_preprocessor_config.json").write_text(json.dumps(stated))
     return directory

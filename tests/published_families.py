@@ -48,6 +48,16 @@ def qwen3_vl(hidden: int, layers: int, heads: int, mlp: int, vision: dict[str, A
     }
 
 
+def qwen3_vl_moe(hidden: int, layers: int, heads: int, mlp: int, width: int) -> dict[str, Any]:
+    """128 experts of which a token has 8, in every layer; 4 KV heads."""
+    dense = qwen3_vl(hidden, layers, heads, mlp, LARGE)
+    text = dense["text_config"] | {
+        "model_type": "qwen3_vl_moe_text", "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": width, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+    return dense | {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "model_type": "qwen3_vl_moe",
+                    "text_config": text, "vision_config": dense["vision_config"] | {"model_type": "qwen3_vl_moe"}}
+
+
 PUBLISHED = {
     "Qwen2.5-VL-3B": qwen2_5_vl(2048, 36, 16, 2, 11008, 3420, tied=True, vocab=151936),
     "Qwen2.5-VL-7B": qwen2_5_vl(3584, 28, 28, 4, 18944, 3420),
@@ -57,4 +67,6 @@ PUBLISHED = {
     "Qwen3-VL-4B": qwen3_vl(2560, 36, 32, 9728, SMALL, tied=True),
     "Qwen3-VL-8B": qwen3_vl(4096, 36, 32, 12288, LARGE),
     "Qwen3-VL-32B": qwen3_vl(5120, 64, 64, 25600, LARGE),
+    "Qwen3-VL-30B-A3B": qwen3_vl_moe(2048, 48, 32, 6144, 768),
+    "Qwen3-VL-235B-A22B": qwen3_vl_moe(4096, 94, 64, 12288, 1536),
 }

@@ -31,12 +31,11 @@ from policies.formats import FORMATS
 
 def main(args: argparse.Namespace, results: common.Results) -> int:
     from adapter.config.load import load_config
-    from adapter.planning.load import checked_plan
+    from adapter.planning.load import checked_plan, stated
 
     greedy = f"generation={{max_new_tokens: {args.new}, do_sample: false, num_beams: 1}}"
     config = load_config(args.config, [*args.overrides, greedy])
-    plan, *_ = [checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
-                             config.tensor_parallel.vision, form, config.model.adapters)[0]
+    plan, *_ = [checked_plan(config.model.path, **stated(config) | {"form": form})[0]
                 for form in (config.weights.format, *args.formats)]
     rank, ranked, rows = common.environment_rank("RANK"), bool(launcher_of().mark), list[dict[str, Any]]()
 

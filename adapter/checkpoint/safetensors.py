@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter.checkpoint.other_formats import other_format
+from adapter.checkpoint.quantised.form import FLOATS, Form
 from adapter.config.files import open_regular, read_text
 from adapter.config.hub import shown
 from policies.errors import UserError
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
     import torch
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DENSE = ("F64", "F32", "F16", "BF16")  # what a parameter may have that is not quantised
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "F8_E4M3": 1}
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32",
+               "F8_E4M3": "float8_e4m3fn"}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_CONFIG_BYTES = 8 << 20
 MAX_NAME, MAX_DIMS, MAX_SIZE = 1000, 8, 2**63 - 1  # of a tensor: what is beyond is broken, and messages stay readable
@@ -48,11 +51,22 @@ class TensorInfo:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Promise:
+    """What a stored tensor must be: its shape, one of these dtypes; of: what it is a part of, for messages."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = DENSE
+    of: str = ""
+
+
 @dataclass
 class Checkpoint:
     """The tensors of a model directory by published name, what is wrong with them, and a count of bytes read.
 
     explained: names whose absence `problems` already accounts for; None where that may be any (an unreadable index).
+    swapped: tensors that the files hold with their last two dimensions swapped; `check` finds them.
+    form: how weights of layers may be stored. spare: such a weight -> a tensor of its layer that must be zero.
     """
 
     directory: Path
@@ -60,52 +74,141 @@ class Checkpoint:
     problems: list[str]
     bytes_read: int = field(default=0)
     explained: frozenset[str] | None = frozenset()
+    swapped: frozenset[str] = frozenset()
+    form: Form | None = None
+    spare: dict[str, str] = field(default_factory=dict)
 
     def check(self, policy: Policy, geometry: Geometry) -> list[str]:
         """Every way in which the tensors differ from what the policy and config.json promise, in words."""
-        expected, found = policy.inventory(geometry), list(self.problems)
+        expected, found = self._promised(policy.inventory(geometry)), list(self.problems)
         tied_copy = policy.tied[0] if geometry.tied else None
         explained = expected.keys() if self.explained is None else self.explained
         for name in sorted(expected.keys() - self.tensors.keys() - explained - {tied_copy}):
-            found.append(f"tensor {name!r} {list(expected[name])} is missing from {shown(self.directory)}")
+            found.append(f"tensor {name!r} {list(expected[name].shape)} is missing from {shown(self.directory)}")
         for name in sorted(self.tensors.keys() - expected.keys()):
             if not name.endswith(policy.ignored):
                 found.append(f"{self.tensors[name].file.name}: tensor {self.tensors[name].name!r} is not part of a "
                              f"{policy.model_type} of this config.json")
+        self.swapped = self._swapped(policy, geometry)
+        expected |= {name: Promise(_swapped_shape(expected[name].shape)) for name in self.swapped}
         for name in sorted(self.tensors.keys() & expected.keys()):
-            info = self.tensors[name]
-            if info.shape != expected[name]:
+            info, promise = self.tensors[name], expected[name]
+            if info.shape != promise.shape:
                 found.append(f"{info.file.name}: tensor {info.name!r} has shape {list(info.shape)}, "
-                             f"config.json says {list(expected[name])}")
-            if info.dtype not in ITEM_BYTES:
+                             f"config.json says {list(promise.shape)}{promise.of}")
+            if info.dtype not in promise.dtypes:
                 found.append(f"{info.file.name}: tensor {info.name!r} has dtype {info.dtype}; "
-                             f"known: {', '.join(ITEM_BYTES)}")
+                             f"known: {', '.join(promise.dtypes)}{promise.of}")
         return found
 
+    def _swapped(self, policy: Policy, geometry: Geometry) -> frozenset[str]:
+        """All tensors that may be held with swapped dimensions, where one of them is, by its shape: a square one has
+        the same shape either way, and follows the others."""
+        shapes = {f"{module}.{suffix}": tuple(geometry.sizes[d] for d in dims)
+                  for module, claim in policy.claims(geometry).items() if claim.transposed
+                  for suffix, dims in claim.parameters().items()}
+        found = any(shape != _swapped_shape(shape) == self.tensors[name].shape
+                    for name, shape in shapes.items() if name in self.tensors)
+        return frozenset(shapes) if found else frozenset()
+
+    def _promised(self, inventory: Mapping[str, tuple[int, ...]]) -> dict[str, Promise]:
+        """Name -> what is promised, of the tensors that hold these parameters: themselves, or the parts of weights that
+        are stored quantised, with what else their layers may have, which goes to `spare`."""
+        promised = {}
+        for name, shape in inventory.items():
+            if not self.is_quantised(name) or len(shape) != 2:
+                promised[name] = Promise(shape)
+                continue
+            assert self.form is not None
+            module, of = name.rpartition(".")[0], f" ({self.form})"
+            promised |= {f"{module}.{ending}": Promise(stored, self.form.dtypes[ending], of)
+                         for ending, stored in self.form.shapes(shape).items()}
+            for spare in (f"{module}.{ending}" for ending in self.form.spare):
+                if spare in self.tensors and spare not in inventory:
+                    promised[spare], self.spare[name] = Promise(shape[:1], FLOATS, of), spare
+        return promised
+
+    def is_quantised(self, name: str) -> bool:
+        """Whether the files hold this parameter (published name) in `form`: they do as soon as they have a part of it.
+
+        The files decide, and not the config's modules_to_not_convert, whose names and patterns differ by writer.
+        """
+        module, _, suffix = name.rpartition(".")
+        return self.form is not None and suffix == "weight" and any(
+            (info := self.tensors.get(f"{module}.{ending}")) is not None and info.dtype in dtypes
+            for ending, dtypes in self.form.dtypes.items())
+
     def read(self, name: str, part: TensorSlice) -> torch.Tensor:
+        """This slice of parameter `name` (published name) in new memory: in the file's dtype, in float32 where it is
+        stored quantised. Raises UserError where a file ends early, cannot be read or contradicts itself."""
+        if self.form is None or not self.is_quantised(name):
+            return self.read_stored(name, part)
+        module = name.rpartition(".")[0]
+        spare = self.spare.get(name)
+        if spare is not None and self.read_stored(spare, TensorSlice(self.tensors[spare].shape)).any():
+            raise UserError(f"{self.tensors[spare].file}: tensor {self.tensors[spare].name!r} is not zero, and this "
+                            "layer has no such parameter in a model of this type")
+        try:
+            return self.form.read(part, lambda ending, piece: self.read_stored(f"{module}.{ending}", piece))
+        except IndexError as error:
+            raise UserError(f"{shown(self.directory)}: weight {name!r}: {error}; download it again") from None
+
+    def read_stored(self, name: str, part: TensorSlice) -> torch.Tensor:
         """This slice of tensor `name` (published name), in the file's dtype, in new memory.
 
         Raises UserError where the file ends early or cannot be read.
         """
+        info = self.tensors[name]
+        if name in self.swapped:
+            return self._read(info, swapped(part)).transpose(1, 2).contiguous()
+        return self._read(info, part)
+
+    def _read(self, info: TensorInfo, part: TensorSlice) -> torch.Tensor:
         import torch
 
         from adapter.kernels import build
 
-        info = self.tensors[name]
-        assert info.shape == part.shape, (name, info.shape, part.shape)
+        assert info.shape == part.shape, (info.name, info.shape, part.shape)
         out = torch.empty(part.local_shape, dtype=getattr(torch, TORCH_NAMES[info.dtype]))
+        if part.dim == 2 and len(part.shape) == 3:
+            self._read_matrices(info, part, out)
+            return out
         raw = out.reshape(-1).view(torch.uint8)
         with opened(info) as fd:
-            if part.dim == 1 and len(part.ranges) == 1 and out.numel() and build.unavailable() is None:
+            columns = part.dim == 1 == len(part.ranges) and len(part.shape) == 2
+            if columns and out.numel() and build.unavailable() is None:
                 _read_columns(fd, raw.view(len(out), -1), info, part)
             else:
                 _read_runs(fd, raw, info, part)
         self.bytes_read += len(raw)
         return out
 
+    def _read_matrices(self, info: TensorInfo, part: TensorSlice, out: torch.Tensor) -> None:
+        """Fill out [E, M, n] with columns of a tensor [E, M, N], a matrix [M, N] at a time: of an expert's rows a rank
+        has so few bytes each that reading them one by one takes longer than reading them all."""
+        import torch
 
-def open_checkpoint(directory: Path, policy: Policy) -> Checkpoint | None:
-    """Read every header in `directory`; None where it holds no safetensors file at all.
+        matrix = torch.empty(part.shape[1:], dtype=out.dtype)
+        raw = matrix.view(torch.uint8).reshape(-1)
+        with opened(info) as fd:
+            for i in range(len(out)):
+                _pread_full(fd, raw.numpy().data, info, info.offset + i * raw.numel())
+                torch.cat([matrix[:, a:b] for a, b in part.ranges], dim=1, out=out[i])
+                self.bytes_read += raw.numel()
+
+
+def _swapped_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def swapped(part: TensorSlice) -> TensorSlice:
+    """The same slice of the tensor [E, M, N] held as [E, N, M]."""
+    dim = part.dim if not part.dim else 3 - part.dim
+    return TensorSlice(_swapped_shape(part.shape), dim, part.ranges)
+
+
+def open_checkpoint(directory: Path, policy: Policy, form: Form | None = None) -> Checkpoint | None:
+    """Read every header in `directory`; None where it holds no safetensors file at all. form: of quantised weights.
 
     What is wrong (a file the index names is missing, a truncated file, a broken header, a tensor the index promises and
     no file has) is collected in `problems`, to be reported together with everything else.
@@ -136,7 +239,7 @@ def open_checkpoint(directory: Path, policy: Policy) -> Checkpoint | None:
             problems.append(f"{INDEX}: promises tensor {name!r} in {file}, which does not hold it")
     blind = bool(problems) and not promised and not tensors
     explained = None if blind else frozenset(map(policy.published, promised))
-    return Checkpoint(directory, tensors, problems, explained=explained)
+    return Checkpoint(directory, tensors, problems, explained=explained, form=form)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -234,15 +337,10 @@ def _byte_runs(part: TensorSlice, item: int) -> Iterator[tuple[int, int]]:
             total *= n
         yield 0, total
         return
-    assert part.dim <= 1 and (part.dim == 0 or len(shape) == 2), part
-    row = item
-    for n in shape[1:]:
-        row *= n
-    if part.dim == 0:
-        yield from ((start * row, (stop - start) * row) for start, stop in part.ranges if stop > start)
-        return
-    for r in range(shape[0]):
-        yield from ((r * row + start * item, (stop - start) * item) for start, stop in part.ranges if stop > start)
+    step = item * math.prod(shape[part.dim + 1:])  # between two neighbours along the dimension that is cut
+    block = step * shape[part.dim]
+    for at in range(0, block * math.prod(shape[:part.dim]), block or 1):
+        yield from ((at + start * step, (stop - start) * step) for start, stop in part.ranges if stop > start)
 
 
 def _read_runs(fd: int, raw: torch.Tensor, info: TensorInfo, part: TensorSlice) -> None:

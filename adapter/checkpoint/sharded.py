@@ -182,9 +182,12 @@ def _split(name: str) -> tuple[str, str]:
 
 def slicing(plan: Plan) -> str:
     """SHA-256 of all that decides what each rank's file holds: the table, sizes, boundaries and formats."""
-    rows = [[c.module, type(c.rule).__name__, c.rule.dim, c.rule.parts, c.rule.cuts_bias, c.rule.axis(c.weight),
-             c.weight, c.bias, format_of(c, plan.form, plan.geometry.text_stack).name] for c in plan.policy.table]
-    facts = [rows, dict(plan.geometry.sizes), dict(plan.geometry.layers), plan.geometry.tied, plan.policy.tied,
+    rows = [[c.module, type(c.rule).__name__, {suffix: (dims, cut and (cut.dim, cut.axes))
+                                               for suffix, dims in c.parameters().items()
+                                               for cut in [c.rule.cut(suffix, c.parameters())]}, c.kind,
+             format_of(c, plan.form, plan.geometry.text_stack).name] for c in plan.policy.table]
+    facts = [rows, dict(plan.geometry.sizes), dict(plan.geometry.layers), plan.geometry.kinds,
+             plan.geometry.tied, plan.policy.tied,
              plan.whole_encoder, plan.policy.encoder.module, plan.dtype, GROUP,
              {axis: split.ranges for axis, split in plan.splits.items()}]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -14,6 +14,7 @@ from adapter.planning.plan import Plan
 from policies.errors import UserError
 from policies.policy import Geometry
 
+OPTIONS = ("--image", "--prompt-tokens", "--new-tokens", "--batch")
 DEFAULT_SIDE, MOST_SIDE = 448, 2**16  # pixels
 
 
@@ -42,8 +43,7 @@ def _sides(stated: str) -> tuple[int, ...]:
 
 def forecast(plan: Plan, args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
     """What launch/plan.py adds, as plain data and as text; None where no hardware is asked about. Raises UserError."""
-    options = {"--image": args.image, "--prompt-tokens": args.prompt_tokens, "--new-tokens": args.new_tokens,
-               "--batch": args.batch}
+    options = dict(zip(OPTIONS, (args.image, args.prompt_tokens, args.new_tokens, args.batch), strict=True))
     if args.hardware is None:
         if stated := [option for option, value in options.items() if value is not None]:
             raise UserError(f"{', '.join(stated)} is for a prediction: give --hardware FILE too, see configs/hardware/")
@@ -101,8 +101,8 @@ def _summary(p: Prediction) -> dict[str, Any]:
 
 def _lines(load: Workload, p: Prediction) -> Iterator[str]:
     images = f"images of {', '.join(map(str, load.patches))} patches" if load.patches else "no image"
-    yield (f"  request: batch {load.batch}, {images}, {load.prompt_tokens} prompt tokens, {load.new_tokens} new; --batch, "
-           f"--image, --prompt-tokens, --new-tokens change it; a decode step is one token at {load.context} cached ones")
+    yield (f"  request: batch {load.batch}, {images}, {load.prompt_tokens} prompt tokens, {load.new_tokens} new; "
+           f"{', '.join(OPTIONS)} change it; a decode step is one token at {load.context} cached ones")
     yield "  total = the longer of compute and reading + time of the collectives + overhead, on the slowest rank"
     yield from _table([_phase_row(name, phase) for name, phase in p.phases.items()])
     yield f"time to first token: {' + '.join(_ms(phase.total_s) for phase in p.first)} = {_ms(p.ttft_s)}"

@@ -16,12 +16,10 @@ from adapter.commands import common
 
 def main(args: argparse.Namespace, results: common.Results) -> int:
     from adapter.config.load import load_config
-    from adapter.planning.load import checked_plan
+    from adapter.planning.load import checked_plan, stated
 
     config = load_config(args.config, args.overrides)
-    plan, _ = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
-                           config.tensor_parallel.vision, config.weights.format,
-                           config.model.adapters)  # before slow imports
+    plan, _ = checked_plan(config.model.path, **stated(config))  # before slow imports
     rank, answers = common.environment_rank("RANK"), None
     if rank == 0:
         from adapter.requests.results import open_answers

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from adapter.checkpoint.lora import MergedCheckpoint
 from adapter.commands import common
 from adapter.config.hub import described, shown
-from adapter.planning.load import make_plan, note_of_defaults, require_sound
+from adapter.planning.load import make_plan, note_of_defaults, note_of_form, require_sound, stated
 from adapter.planning.plan import DTYPE_BYTES, Plan, sizes_in_words
 from adapter.planning.vision_balance import EXAMPLES, FLOPS_PER_BYTE, assign, cost
 from policies.rules import Replicated
@@ -31,16 +31,14 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
     config = load_config(args.config, args.overrides, download=False)
     common.clean_up_on_signals()
     with described(config.model.path, config.model.revision) as directory:
-        plan, checkpoint, problems = make_plan(directory, config.tensor_parallel.tp_size, config.model.dtype,
-                                               config.tensor_parallel.vision, config.weights.format,
-                                               config.model.adapters)
+        plan, checkpoint, problems = make_plan(directory, **stated(config))
         name = shown(directory)
     facts = report(plan, problems)
     if isinstance(checkpoint, MergedCheckpoint):
         facts["adapters"] = [adapter.facts for adapter in checkpoint.adapters]
     if checkpoint is None:
         print(f"note: {config.model.path} holds no safetensors file; planned from config.json alone", file=sys.stderr)
-    if note := note_of_defaults(plan, name):
+    for note in filter(None, (note_of_defaults(plan, name), note_of_form(plan, checkpoint))):
         print(note, file=sys.stderr)
     foreseen = None if problems else forecast(plan, args)
     if args.json:

@@ -40,7 +40,7 @@ from adapter.checkpoint.sharded import (
 )
 from adapter.commands import common
 from adapter.config.files import open_regular
-from adapter.planning.load import checked_plan, merged_adapters
+from adapter.planning.load import checked_plan, merged_adapters, stated
 from adapter.planning.plan import Plan
 from policies.errors import UserError
 
@@ -65,8 +65,7 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
     if is_sharded(source):
         raise UserError(f"{source}: holds shards already; shards are made from the model's own files: set model.path "
                         "or weights.original to their directory")
-    plan, checkpoint = checked_plan(source, config.tensor_parallel.tp_size, config.model.dtype,
-                                    config.tensor_parallel.vision, config.weights.format, config.model.adapters)
+    plan, checkpoint = checked_plan(source, **stated(config))
     assert isinstance(checkpoint, Checkpoint)
     common.clean_up_on_signals()
     manifest = write_shards(plan, checkpoint, Path(args.out))

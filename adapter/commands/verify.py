@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 
 
 def main(args: argparse.Namespace, results: common.Results) -> int:
-    from adapter.planning.load import checked_plan
+    from adapter.planning.load import checked_plan, stated
 
     config = _config(args)
-    plan, checkpoint = checked_plan(config.model.path, config.tensor_parallel.tp_size, config.model.dtype,
-                                    config.tensor_parallel.vision, config.weights.format, config.model.adapters)
+    plan, checkpoint = checked_plan(config.model.path, **stated(config))
     original = _original(config, plan)
     first = common.environment_rank("RANK") == 0
     if args.report and first:
@@ -93,12 +92,11 @@ def _finish(config: Config, rows: list[dict[str, Any]], report: str | None) -> i
 def _original(config: Config, plan: Plan) -> Checkpoint | None:
     """The model that shards were made from, where the config names it. Raises UserError where it is another one."""
     from adapter.checkpoint.safetensors import Checkpoint
-    from adapter.planning.load import checked_plan
+    from adapter.planning.load import checked_plan, stated
 
     if (directory := config.weights.original) is None:
         return None
-    whole, checkpoint = checked_plan(directory, plan.tp_size, plan.dtype, plan.vision, plan.form.name,
-                                     config.model.adapters)
+    whole, checkpoint = checked_plan(directory, **stated(config))
     if not isinstance(checkpoint, Checkpoint):
         raise UserError(f"weights.original = {directory}: holds shards; the model that they were made from is needed")
     if whole.geometry != plan.geometry:

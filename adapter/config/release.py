@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -16,3 +17,13 @@ def class_of(policy: Policy) -> Any:
         return found
     raise UserError(f"model_type {policy.model_type} needs Transformers {policy.first_release} or later, and "
                     f"{transformers.__version__} is installed: it has no {policy.model_class}")
+
+
+def dense_config(directory: Path) -> Any:
+    """Transformers' configuration of a model directory, without how its files are quantised: of a model whose weights
+    are given to it decoded. Raises what Transformers raises where it cannot read config.json."""
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    for stated in ("quantization_config", "compression_config"):
+        if hasattr(config, stated):
+            delattr(config, stated)
+    return config

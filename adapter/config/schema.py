@@ -247,6 +247,9 @@ class TensorParallelSection(Section):
     vision: Literal["tensor", "data", "auto"] = Field(
         default="tensor", description="tensor: the vision encoder is split; data: each rank holds it whole and encodes "
         "its share of the images; auto: whichever is estimated to be faster.")
+    experts: Literal["tensor", "expert"] = Field(
+        default="tensor", description="A mixture of experts: tensor: each rank holds a part of each; expert: it holds "
+        "whole ones.")
     desync_check: Annotated[int, Field(ge=0, le=10_000)] = Field(
         default=0, description="Compare the ranks every that many steps of generate; 0: never.")
     heartbeat_s: Annotated[int, Field(ge=0, le=86_400)] = Field(

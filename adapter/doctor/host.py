@@ -163,13 +163,12 @@ def plan(case: Case) -> Finding | None:
     if case.config is None:
         return None
     from adapter.config.hub import described
-    from adapter.planning.load import checked_plan
+    from adapter.planning.load import checked_plan, stated
 
-    config, parallel = case.config, case.config.tensor_parallel
+    config = case.config
     try:
         with described(config.model.path, config.model.revision) as directory:
-            plan, _ = checked_plan(directory, parallel.tp_size, config.model.dtype, parallel.vision,
-                                   config.weights.format, config.model.adapters)
+            plan, _ = checked_plan(directory, **stated(config))
     except UserError as error:
         return Finding(FAILED, str(error), "see each line; `python -m adapter plan --config C` has the whole plan")
     found = f"{config.model.path} over {plan.tp_size} ranks"

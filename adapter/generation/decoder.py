@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from adapter.generation.kv_cache import KVCache
 from adapter.model.published import PublishedModules
 from adapter.planning.plan import Plan
+from policies.policy import DecoderNames
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The modules of one layer of the text decoder that compute something."""
+    """The modules of one layer of the text decoder that compute something. sparse: a router and experts, in place of
+    gate, up and down."""
 
     attention_norm: nn.Module
     q: nn.Module
@@ -27,9 +29,10 @@ class Layer:
     v: nn.Module
     o: nn.Module
     mlp_norm: nn.Module
-    gate: nn.Module
-    up: nn.Module
-    down: nn.Module
+    gate: Any
+    up: Any
+    down: Any
+    sparse: nn.Module | None = None
 
 
 class Decoder:
@@ -46,12 +49,11 @@ class Decoder:
         modules: Mapping[str, Any] = PublishedModules(model, plan.policy)
         count = plan.geometry.layers[stack]
         try:
-            parts = {part: getattr(names, part) for part in Layer.__dataclass_fields__}
-            self.layers = [Layer(**{part: name and modules[f"{stack}.{i}.{name}"] for part, name in parts.items()})
-                           for i in range(count)]
+            self.layers = [_layer(modules, names, f"{stack}.{i}") for i in range(count)]
             self.whole = [modules[f"{stack}.{i}"] for i in range(count)]
             self.attentions = [modules[f"{stack}.{i}.{names.attention}"] for i in range(count)]
-            self.activations = [modules[f"{stack}.{i}.{names.activation}"] for i in range(count)]
+            self.activations = [modules[f"{stack}.{i}.{names.activation}"] for i, layer in enumerate(self.layers)
+                                if layer.sparse is None]
             self.embedding, self.rotary = modules[names.embedding], modules[names.rotary]
             self.norm, self.head = modules[names.norm], modules[names.head]
             self.eps = float(self.norm.variance_epsilon)
@@ -72,8 +74,9 @@ class Decoder:
         """Where all that a step reads of the model lies; it changes when somebody puts other weights in."""
         parts = [self.embedding, self.norm, self.head]
         for layer in self.layers:
-            parts += filter(None, vars(layer).values())
+            parts += [part for name, part in vars(layer).items() if part and name != "sparse"]
         tensors = [tensor for part in parts for tensor in (part.weight, getattr(part, "bias", None))]
+        tensors += [tensor for layer in self.layers if layer.sparse for tensor in layer.sparse.parameters()]
         return tuple(t.data_ptr() if isinstance(t, Tensor) else id(t) for t in tensors)
 
     def step(self, ids: Tensor, cache: KVCache) -> Tensor:
@@ -90,13 +93,20 @@ class Decoder:
             heads = ops.attend(q, k, v, cos, sin, keys, values, visible, cache.place, self.scale)
             attended = layer.o.forward(heads)
             normed = ops.add_rms_norm(residual, attended, layer.mlp_norm.weight, self.eps)
-            gated = ops.silu_mul(layer.gate.forward(normed), layer.up.forward(normed))
             last = i + 1 == len(self.layers)
             next_norm = self.norm if last else self.layers[i + 1].attention_norm
-            normed = ops.add_rms_norm(residual, layer.down.forward(gated), next_norm.weight, self.eps)
+            normed = ops.add_rms_norm(residual, self.fed_forward(layer, normed), next_norm.weight, self.eps)
         cache.place += 1
         logits: Tensor = self.head.forward(normed)
         return logits
+
+    def fed_forward(self, layer: Layer, x: Tensor) -> Tensor:
+        """What a layer's MLP, or its experts, make of x [*, hidden]."""
+        if layer.sparse is not None:
+            mixed: Tensor = layer.sparse.forward(x.view(-1, 1, x.shape[-1]))
+            return mixed.view(x.shape)
+        fed: Tensor = layer.down.forward(self.ops.silu_mul(layer.gate.forward(x), layer.up.forward(x)))
+        return fed
 
     def projected(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [*, heads x head_dim] of x [*, hidden], not rotated, normalised where the family
@@ -127,6 +137,16 @@ class Decoder:
             raise LookupError("attention does not scale by 1 / sqrt(head_dim)")
 
 
+def _layer(modules: Mapping[str, Any], names: DecoderNames, prefix: str) -> Layer:
+    """The layer whose modules' names begin with `prefix`. Raises KeyError where one is missing."""
+    sparse = names.experts is not None and f"{prefix}.{names.experts}" in modules
+    absent = ("gate", "up", "down") if sparse else ()
+    stated = {part: None if part in absent else getattr(names, part)
+              for part in Layer.__dataclass_fields__ if part != "sparse"}
+    parts: dict[str, Any] = {part: name and modules[f"{prefix}.{name}"] for part, name in stated.items()}
+    return Layer(**parts, sparse=modules[f"{prefix}.{names.mlp}"] if sparse else None)
+
+
 def text_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """Name -> module of everything that is not the vision encoder or inside it, the model itself ("") included."""
     encoder, modules = plan.policy.encoder, dict(model.named_modules())
@@ -143,13 +163,14 @@ def check_total(model: nn.Module, plan: Plan) -> None:
     computing = {names.embedding, names.rotary, names.norm, names.head}
     computing |= {f"{stack}.{i}.{part}" for i in layers for part in names.computing()}
     unused = {f"{stack}.{i}.{part}" for i in layers for part in names.unused}
-    inside_activations = tuple(f"{stack}.{i}.{names.activation}." for i in layers)
+    own = (names.activation, names.experts) if names.experts else (names.activation,)  # they have modules of their own
+    inside = tuple(f"{stack}.{i}.{part}." for i in layers for part in own)
     modules = text_modules(model, plan)
     published = {name: plan.policy.published(name) for name in modules}
     real = [name for name in modules if published[name] in computing]
     around = {name[:at] for name in real for at in range(len(name)) if at == 0 or name[at] == "."}
     for name, module in modules.items():
-        if published[name] in computing | unused or published[name].startswith(inside_activations):
+        if published[name] in computing | unused or published[name].startswith(inside):
             continue
         if name not in around:
             raise LookupError(f"{name} ({type(module).__name__}) is not among the modules that the family's page "

@@ -137,8 +137,7 @@ class FastPrefill:
         else:
             residual = x.clone()
         normed = ops.add_rms_norm(residual, layer.o.forward(heads), layer.mlp_norm.weight, eps)
-        gated = ops.silu_mul(layer.gate.forward(normed), layer.up.forward(normed))
-        return residual.add_(layer.down.forward(gated))
+        return residual.add_(self.decoder.fed_forward(layer, normed))
 
     def attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """q [batch, S, heads * D], k, v [batch, S, KV heads * D], not rotated; cos, sin float32 [batch, S, D] -> like

@@ -30,7 +30,7 @@ from adapter.verify.precision import full_precision
 from adapter.verify.trace import Trace
 from policies.errors import CheckFailed
 from policies.formats import GROUP
-from policies.rules import Claim, PerHead, Row
+from policies.rules import Claim, Experts, PerHead, Replicated, Row
 
 log = logging.getLogger("adapter")
 MOST_NAMED = 5  # tensors in one message
@@ -120,10 +120,13 @@ def _agree(tp: Group, wrong: list[Comparison]) -> None:
 
 
 def _tested(plan: Plan) -> list[str]:
-    """The modules of each stack's first layer that end in a row-parallel linear: its attention and its MLP."""
-    rows = [c.module for c in plan.policy.table
-            if isinstance(c.rule, Row) and c.module.partition(".*.")[0] in plan.geometry.layers]
-    return [row.replace("*", "0", 1).rpartition(".")[0] for row in rows]
+    """The modules that end in a row-parallel linear or experts, of the first layer of each stack that has them: its
+    attention and its MLP. They are in the order in which they run."""
+    claims = [(c.module.partition(".*.")[0], plan.policy.modules(c, plan.geometry)) for c in plan.policy.table
+              if isinstance(c.rule, Row | Experts)]
+    tops = [(stack, modules[0].rpartition(".")[0]) for stack, modules in claims
+            if modules and stack in plan.geometry.layers]
+    return [top for stack, top in sorted(tops, key=lambda t: int(t[1].removeprefix(f"{t[0]}.").partition(".")[0]))]
 
 
 def _weightless(module: nn.Module) -> nn.Module:
@@ -194,10 +197,13 @@ def _check_finite(model: nn.Module, plan: Plan, tp: Group) -> None:
     _refuse_not_finite(tp, bad)
 
 
-def _expected(plan: Plan, tp: Group, name: str, claim: Claim, layer: Any, x: Tensor) -> Iterator[Expected]:
+def _expected(plan: Plan, tp: Group, name: str, claim: Claim, layer: Any, x: Any) -> Iterator[Expected]:
     """Some outputs of a layer from its gathered weights: an adapter.verify.trace.Oracle. Own columns need no gather."""
     if isinstance(claim.rule, PerHead):
         yield _expected_norm(tp, layer, x)
+        return
+    if isinstance(claim.rule, Experts):
+        yield _expected_of_experts(plan, tp, name, claim.rule, layer, x)
         return
     weight, bias = _own_part(plan, tp, name, layer)
     dim = 1 if isinstance(claim.rule, Row) else 0
@@ -216,7 +222,7 @@ def _expected(plan: Plan, tp: Group, name: str, claim: Claim, layer: Any, x: Ten
         pairs = zip(x.split(widths, -1), weight.split(widths, -1), strict=True)
         parts, ranks = sum((F.linear(a, w).abs() for a, w in pairs), torch.zeros_like(y)), tp.size
     parts = parts if bias is None else parts + bias.abs()
-    columns = rows if dim == 1 else rows + sum(widths[: tp.rank])
+    columns = rows if dim == 1 or isinstance(claim.rule, Replicated) else rows + sum(widths[: tp.rank])
     bound = bounds.linear(scale, parts, weight.shape[1], layer.weight.dtype, ranks)
     if isinstance(layer.weight, Quantised) and len(x) <= FEW_ROWS:
         bound = bound + bounds.coded_input(x, weight, GROUP)
@@ -232,6 +238,18 @@ def _expected_norm(tp: Group, layer: Any, x: Tensor) -> Expected:
     return Expected(slice(None), None, y, bounds.norm(x, y, weight, None, layer.weight.dtype))
 
 
+def _expected_of_experts(plan: Plan, tp: Group, name: str, rule: Experts, layer: Any,
+                         inputs: tuple[Tensor, Tensor, Tensor]) -> Expected:
+    """What the experts of a layer must return, from what each rank holds of them, summed in float32."""
+    first = plan.slice(name, "down_proj", tp.rank).ranges[0][0] if rule.by == "expert" else 0
+    hidden, chosen, shares = inputs[0].float(), inputs[1], inputs[2].float()
+    found = bounds.experts(hidden, chosen, shares, layer.gate_up_proj, layer.down_proj, layer.activation,
+                           layer.down_proj.dtype, first)
+    y, bound, parts = (tp.all_reduce(each) for each in found)
+    summed = bounds.experts_summed(parts, chosen.shape[-1], tp.size, layer.down_proj.dtype)
+    return Expected(slice(None), None, y, bound + summed)
+
+
 def _own_part(plan: Plan, tp: Group, name: str, layer: Any) -> tuple[Tensor, Tensor | None]:
     """What of a layer's weight and bias this rank computes with: all of it but in a whole encoder that runs split."""
     def own(suffix: str, held: Any) -> Any:
@@ -240,4 +258,5 @@ def _own_part(plan: Plan, tp: Group, name: str, layer: Any) -> tuple[Tensor, Ten
             return held
         return torch.cat([held.narrow(part.dim, a, b - a) for a, b in part.ranges], part.dim)
 
-    return own("weight", layer.weight), None if layer.bias is None else own("bias", layer.bias)
+    bias = getattr(layer, "bias", None)  # a router has none
+    return own("weight", layer.weight), None if bias is None else own("bias", bias)

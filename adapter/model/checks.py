@@ -49,8 +49,8 @@ def check_loaded(model: nn.Module, policy: Policy, geometry: Geometry) -> None:
                         "model = peft_model.merge_and_unload()")
     tensors = {policy.published(n): p for n, p in model.named_parameters(remove_duplicate=False)}
     if getattr(model, "is_quantized", False) or not all(p.is_floating_point() for p in tensors.values()):
-        raise UserError(f"this {name} is quantised, and quantised weights cannot be sharded yet; load it without "
-                        "quantization_config")
+        raise UserError(f"this {name} is quantised, and a quantised model in memory cannot be sharded: load it without "
+                        "quantization_config, or let adapter.init_inference(config) read AWQ, GPTQ or FP8 files")
     if empty := [n for n, p in tensors.items() if p.is_meta]:
         raise UserError(f"{len(empty)} parameters have no values (they are on `meta`), {empty[0]} is one: load the "
                         "model with from_pretrained and without device_map, or let adapter.init_inference(config) load "

@@ -26,7 +26,7 @@ from adapter.model.vision_data_parallel import EncoderMode
 from adapter.parallel.group import Group
 from adapter.planning.plan import Plan
 from policies.policy import Policy
-from policies.rules import Claim, Column, FusedQKV, Head, Replicated, Row, Rule, TensorSlice, Vocab
+from policies.rules import Claim, Column, Experts, FusedQKV, Head, Replicated, Row, Rule, TensorSlice, Vocab
 
 GIVE_BACK_EVERY = 32 << 20  # bytes of loaded weights between two calls that return freed memory to the system
 Source = Callable[[str, TensorSlice], Weight]
@@ -109,7 +109,8 @@ def _load_module(modules: PublishedModules, plan: Plan, rank: int, source: Sourc
     for suffix in plan.claims[name].parameters():
         part = plan.slice(name, suffix, rank)
         tensors[suffix] = _moved(source(f"{name}.{suffix}", part), dtype, device)
-    tensors["weight"] = kernels.make_weight(tensors["weight"], plan.format_of(name))
+    if "weight" in tensors:
+        tensors["weight"] = kernels.make_weight(tensors["weight"], plan.format_of(name))
     return tensors
 
 
@@ -123,6 +124,9 @@ def _replace(modules: PublishedModules, plan: Plan, tp: Group, name: str, claim:
     if isinstance(claim.rule, Replicated):
         for suffix, tensor in tensors.items():
             setattr(modules[name], suffix, layers.frozen(tensor))
+        return
+    if isinstance(claim.rule, Experts):
+        modules.replace(name, _experts(plan, claim, tp, name, tensors, modules[name]))
         return
     weight, bias = tensors["weight"], tensors.get("bias")
     if mode and plan.in_encoder(name):
@@ -169,6 +173,13 @@ def _head(plan: Plan, claim: Claim, tp: Group, weight: Weight, bias: Tensor | No
     if isinstance(weight, nn.Parameter):
         head.weight = weight  # tied: the same parameter, not a copy
     return head
+
+
+def _experts(plan: Plan, claim: Claim, tp: Group, name: str, tensors: Mapping[str, Any], whole: Any) -> nn.Module:
+    (gate_up_proj, down_proj), first = tensors.values(), 0
+    if isinstance(claim.rule, Experts) and claim.rule.by == "expert":
+        first = plan.slice(name, next(iter(tensors)), tp.rank).ranges[0][0]
+    return layers.ParallelExperts(gate_up_proj, down_proj, first, whole.act_fn, tp)
 
 
 BUILDERS: dict[type[Rule], Callable[[Plan, Claim, Group, Weight, Tensor | None], nn.Module]] = {

@@ -95,6 +95,36 @@ class RowParallelLinear(nn.Module):
         return kernels.linear(x, self.weight)
 
 
+class ParallelExperts(nn.Module):
+    """hidden [T, H], of each token the experts that its router chose, int64 [T, k], and their weights [T, k] -> [T, H],
+    summed over the group.
+
+    gate_up_proj: [E, 2 x width, H], of each expert the gate's outputs, then the others. down_proj: [E, H, width]. They
+    are of all experts, of each a part of its width, or of whole ones, from `first` on.
+    """
+
+    def __init__(self, gate_up_proj: Tensor, down_proj: Tensor, first: int, activation: nn.Module, tp: Group) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = frozen(gate_up_proj), frozen(down_proj)
+        self.first, self.activation, self.tp = first, activation, tp
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        return self.tp.all_reduce(self.own(hidden, chosen, weights))
+
+    def own(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """What this rank's weights add to the sum. Only those of chosen experts are read."""
+        out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        for expert in chosen.unique().tolist():
+            here = expert - self.first
+            if not 0 <= here < len(self.gate_up_proj):
+                continue
+            tokens, which = (chosen == expert).nonzero(as_tuple=True)
+            gate, up = kernels.linear(hidden[tokens], self.gate_up_proj[here]).chunk(2, -1)
+            mixed = kernels.linear(self.activation(gate) * up, self.down_proj[here])
+            out.index_add_(0, tokens, mixed.float() * weights[tokens, which, None].float())
+        return out.to(hidden.dtype)
+
+
 class VocabParallelEmbedding(nn.Module):
     """int64 [B, S] -> [B, S, hidden]: rows `owned` of the vocabulary live here; the sum over the group has them all."""
 

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from adapter.config.release import class_of
+from adapter.config.release import class_of, dense_config
 from policies.errors import UserError
 from policies.policy import Policy
 
@@ -40,7 +40,7 @@ def build_on_meta(directory: Path, policy: Policy, dtype: torch.dtype, attn_impl
     """
     model_class = class_of(policy)
     try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = dense_config(directory)
         config.torch_dtype = dtype
         with _ParametersOnMeta(), _silent_initialisation():
             model = model_class._from_config(config, attn_implementation=attn_implementation)

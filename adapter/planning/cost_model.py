@@ -26,7 +26,7 @@ from typing import Any
 from adapter.planning.hardware import Hardware
 from adapter.planning.plan import DTYPE_BYTES, Plan
 from policies.policy import Rows
-from policies.rules import Claim, Head, Row, Vocab
+from policies.rules import Claim, Experts, Head, Row, Vocab
 
 TEXT_TOKENS = 27  # of a short question in the chat template
 
@@ -192,26 +192,38 @@ def _table_work(plan: Plan, rank: int, rows: Mapping[Rows, int]) -> Work:
     return work
 
 
-def _modules(claim: Claim, counts: Mapping[str, int]) -> tuple[str, int]:
-    """One of the modules that an entry of the table stands for, and how many they are; all layers are alike."""
-    stack = claim.module.split(".*", 1)[0]
-    return claim.module.replace("*", "0", 1), counts[stack] if "*" in claim.module else 1
-
-
 def _module_work(plan: Plan, claim: Claim, rank: int, rows: int) -> Work:
     """The work of all modules of one entry of the table, each over `rows` rows of input."""
-    module, modules = _modules(claim, plan.geometry.counts)
-    part, ranks = plan.slice(module, "weight", rank), plan.tp_size
+    if not (names := plan.policy.modules(claim, plan.geometry)):
+        return Work()
+    modules, ranks, used = len(names), plan.tp_size, _used(plan, claim)
+    parts = [plan.slice(names[0], suffix, rank) for suffix in claim.parameters() if suffix != "bias"]
     looked_up = isinstance(claim.rule, Vocab)
-    times_sent = 2 if isinstance(claim.rule, Row | Vocab) else int(isinstance(claim.rule, Head))
-    width = part.shape[1 if looked_up else 0]  # of the output, summed over all ranks or gathered from them
+    times_sent = 2 if isinstance(claim.rule, Row | Vocab | Experts) else int(isinstance(claim.rule, Head))
+    width = parts[-1].shape[1 if looked_up or used < 1 else 0]  # of the output, summed over ranks or gathered from them
     sent = times_sent * (ranks - 1) / ranks * rows * width * DTYPE_BYTES[plan.dtype]
-    held = sum(plan.tensor_bytes(module, suffix, rank) for suffix in claim.parameters())
+    held = sum(plan.tensor_bytes(names[0], suffix, rank) for suffix in claim.parameters())
+    products = sum(math.prod(part.local_shape) for part in parts if len(part.shape) > 1)
     return Work(
-        linear_flop=2 * modules * rows * math.prod(part.local_shape) if len(part.shape) > 1 and not looked_up else 0,
-        weight_bytes=0 if looked_up else modules * held,
+        linear_flop=0 if looked_up else int(2 * modules * rows * used * products),
+        weight_bytes=0 if looked_up else int(modules * held * min(1, rows * used)),
         collectives=modules if sent else 0, sent_bytes=modules * sent,
     )
+
+
+def _used(plan: Plan, claim: Claim) -> float:
+    """The share of a module's weights that one row of input meets: of experts those that the router chooses."""
+    if not isinstance(claim.rule, Experts):
+        return 1
+    return plan.geometry.experts_per_token / plan.geometry.sizes["experts"]
+
+
+def _outputs(plan: Plan, claim: Claim, module: str, rank: int) -> int:
+    """Numbers that a rank's part of a module computes for one row of input."""
+    if isinstance(claim.rule, Experts):
+        first = plan.slice(module, next(iter(claim.parameters())), rank)
+        return plan.geometry.experts_per_token * first.local_shape[1] + plan.geometry.sizes["hidden"]
+    return plan.slice(module, "weight", rank).local_shape[0]
 
 
 def _phase(plan: Plan, hardware: Hardware, rank: int, work: Work) -> Phase:
@@ -235,12 +247,13 @@ def _memory(plan: Plan, hardware: Hardware, load: Workload, rank: int) -> Memory
     outputs: dict[Rows, int] = {}
     weights = 0
     for claim in plan.policy.table:
-        module, modules = _modules(claim, plan.geometry.counts)
-        weights += modules * sum(plan.tensor_bytes(module, suffix, rank)
-                                 for suffix in claim.parameters() if not plan.is_tied_copy(module, suffix))
+        if not (names := plan.policy.modules(claim, plan.geometry)):
+            continue
+        weights += len(names) * sum(plan.tensor_bytes(names[0], suffix, rank)
+                                    for suffix in claim.parameters() if not plan.is_tied_copy(names[0], suffix))
         if "*" in claim.module:
             unit = plan.policy.rows_of(claim.module)
-            outputs[unit] = outputs.get(unit, 0) + plan.slice(module, "weight", rank).local_shape[0]
+            outputs[unit] = outputs.get(unit, 0) + _outputs(plan, claim, names[0], rank)
     tokens = load.batch * load.prompt_tokens
     activations = item * max(patches * outputs.get("patch", 0), tokens * outputs.get("token", 0))
     activations += patches * plan.geometry.patch_values * DTYPE_BYTES["float32"]

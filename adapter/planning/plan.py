@@ -15,7 +15,7 @@ from adapter.checkpoint.safetensors import ITEM_BYTES, TORCH_NAMES
 from policies.formats import DENSE, GROUP, Format, format_of
 from policies.heads import HeadShard
 from policies.policy import Geometry, Policy
-from policies.rules import Claim, Row, Split, TensorSlice, Vocab, slice_of
+from policies.rules import Claim, Experts, Row, Split, TensorSlice, Vocab, slice_of
 
 DTYPE_BYTES = {name: ITEM_BYTES[code] for code, name in TORCH_NAMES.items()}
 
@@ -104,9 +104,11 @@ class Plan:
     def off_group(self) -> list[str]:
         """Slices of quantised matrices that do not begin and end between two groups, in words."""
         found = {}
+        if self.form.bits and self.geometry.experts_per_token:
+            return [f"weights.format {self.form.name}: experts have no such format; use weights.format=dense"]
         for claim in self.policy.table:
-            module = claim.module.replace("*", "0", 1)  # every layer is cut alike
-            if not self.format_of(module).bits:
+            module = next(iter(self.policy.modules(claim, self.geometry)), None)
+            if module is None or not self.format_of(module).bits:
                 continue
             for rank in range(self.tp_size):
                 part = self.slice(module, "weight", rank)
@@ -130,13 +132,11 @@ class Plan:
     def collectives(self) -> dict[str, Any]:
         """All-reduces per layer of each stack, and the bytes one new token puts into collectives on each rank."""
         item, sizes = DTYPE_BYTES[self.dtype], self.geometry.sizes
-        per_layer = {
-            stack: sum(isinstance(c.rule, Row) and c.module.startswith(f"{stack}.*.") for c in self.policy.table)
-            for stack in self.geometry.layers
-        }
-        text = self.geometry.text_stack
+        summed = [module for module, claim in self.claims.items() if isinstance(claim.rule, Row | Experts)]
+        in_stack = {stack: sum(module.startswith(f"{stack}.") for module in summed) for stack in self.geometry.layers}
+        per_layer = {stack: count // self.geometry.layers[stack] for stack, count in in_stack.items()}
         embeds = sum(isinstance(c.rule, Vocab) for c in self.policy.table)
-        reduces = per_layer[text] * self.geometry.layers[text] + embeds
+        reduces = in_stack[self.geometry.text_stack] + embeds
         reduced, gathered = reduces * sizes["hidden"] * item, sizes["vocab"] * item
         if self.vision == "data":
             per_layer[self.policy.encoder.stack] = 0  # one gather of the features, whatever the number of layers

@@ -6,16 +6,20 @@ Every tensor-parallel answer is compared with these.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from adapter.checkpoint.lora import MergedCheckpoint
-from adapter.checkpoint.safetensors import read_config
+from adapter.checkpoint.plain import read_plain
+from adapter.checkpoint.quantised import form_of
+from adapter.checkpoint.safetensors import Checkpoint, read_config
 from adapter.checkpoint.sharded import is_sharded
-from adapter.config.release import class_of
+from adapter.config.release import class_of, dense_config
 from adapter.config.schema import Config, Model
 from adapter.parallel.group import to_device
 from adapter.planning.load import checked_plan
@@ -72,10 +76,26 @@ def _merge_adapters(model: Any, directory: Path, stated: Model, policy: Policy) 
 
 def _load(directory: Path, stated: Model, policy: Policy) -> Any:
     """Load the whole model. Raises UserError where Transformers refuses the attention implementation."""
+    options = {"torch_dtype": stated.torch_dtype, "attn_implementation": stated.attn_implementation}
     try:
-        model = class_of(policy).from_pretrained(
-            directory, torch_dtype=stated.torch_dtype, attn_implementation=stated.attn_implementation,
-            local_files_only=True, use_safetensors=True)
+        if form_of(read_config(directory)) is not None:
+            model = _decoded(directory, stated, policy, options)
+        else:
+            model = class_of(policy).from_pretrained(directory, local_files_only=True, use_safetensors=True, **options)
     except ImportError as error:
         raise UserError(f"model.attn_implementation = {stated.attn_implementation}: {error}") from None
     return model.eval().to(to_device(torch.empty(0)).device)
+
+
+def _decoded(directory: Path, stated: Model, policy: Policy, options: Mapping[str, Any]) -> Any:
+    """A model with quantised weights decoded to model.dtype. Transformers itself reads most of them on GPUs alone, with
+    packages of their own, and computes in other formats than ranks do."""
+    plan, checkpoint = checked_plan(directory, 1, stated.dtype)
+    assert isinstance(checkpoint, Checkpoint)
+    names = [f"{module}.{suffix}" for module, suffix in plan.parameters()]
+    config = dense_config(directory)
+    model = class_of(policy).from_pretrained(
+        None, config=config, state_dict={n: read_plain(checkpoint, n).to(stated.torch_dtype) for n in names}, **options)
+    if (directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return model

@@ -11,12 +11,14 @@ where torch's default on CUDA is another.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 LAMBDA = 8.0
+STEEPEST = 1.1  # slope of SiLU: 1.0998 at 2.4
 ROUNDINGS = 8  # the longest chain of operations on one element between two layers with weights: gate and activation
 STATEMENT = (
     "A linear layer over N ranks may differ from one process by 2 * 8 * sqrt(K) * u32 * (||W_i|| ||x|| + |b|) for "
@@ -26,9 +28,11 @@ STATEMENT = (
     "+ 2 * u), ds = 8 * sqrt(head_dim) * u32 * max|q| max|k| / sqrt(head_dim), 2 * u added to its 8 * "
     "sqrt(head_dim) * u32 where scores are rounded to the dtype (eager). Norms by 48 * sqrt(n) * u32 * (|y| + |b| + "
     "|w| mean|x| / std x) + 4 * u * (|y| + |b|), without the mean and b in RMSNorm. Gates and activations by 8 * u "
-    "* |y| + 4 * u32 * the largest of the row. Residuals, masks, look-ups, positions, rotary tables and where "
-    "image features go by nothing. Where weights are codes of 8 or 4 bits, at most 16 rows of x are rounded to 8 "
-    "bits: sum over groups of 64 inputs of max|x| / 254 * sum|W_i|. u is the dtype's unit roundoff, u32 float32's."
+    "* |y| + 4 * u32 * the largest of the row. Experts by what the bounds of gate and up become in the activation (its "
+    "slope is at most 1.1), the product and |down|, and by (2 k + N + 3) * u * the sum of k experts' terms in "
+    "magnitude. Residuals, masks, look-ups, positions, rotary tables and where image features go by nothing. Where "
+    "weights are codes of 8 or 4 bits, at most 16 rows of x are rounded to 8 bits: sum over groups of 64 inputs of "
+    "max|x| / 254 * sum|W_i|. u is the dtype's unit roundoff, u32 float32's."
 )
 
 
@@ -60,6 +64,39 @@ def coded_input(x: Tensor, weight: Tensor, group: int) -> Tensor:
     step, max|x| / 254, at each of a group's elements. x [T, K], weight [N, K] float32 -> [T, N]."""
     x, weight = (F.pad(t, (0, -t.shape[-1] % group)).unflatten(-1, (-1, group)).abs() for t in (x, weight))
     return x.amax(-1) / 254 @ weight.sum(-1).T
+
+
+def experts(hidden: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor,
+            activation: Callable[[Tensor], Tensor], dtype: torch.dtype, first: int = 0) -> tuple[Tensor, ...]:
+    """What experts `first` and following give to a layer's output, float32 [T, H], how far it may be off, and the
+    magnitudes that are summed: over a token's experts, share x |down| |gated|.
+
+    hidden [T, H], shares [T, k]: float32; chosen: int64 [T, k]; gate_up [E, 2 x width, H], down [E, H, width]. The
+    error of gate and up goes through the activation, whose slope is at most STEEPEST, and through |down|.
+    """
+    y, bound, parts = (torch.zeros_like(hidden) for _ in range(3))
+    for expert in chosen.unique().tolist():
+        if not first <= expert < first + len(gate_up):
+            continue
+        tokens, which = (chosen == expert).nonzero(as_tuple=True)
+        x, share = hidden[tokens], shares[tokens, which, None]
+        w, d = gate_up[expert - first].float(), down[expert - first].float()
+        both = F.linear(x, w)
+        off = linear(x.norm(dim=1)[:, None] * w.norm(dim=1), both.abs(), w.shape[1], dtype, 1)
+        (g, u), (g_off, u_off) = both.chunk(2, -1), off.chunk(2, -1)
+        gated = activation(g) * u
+        off = STEEPEST * g_off * (u.abs() + u_off) + activation(g).abs() * u_off + elementwise(gated.to(dtype))
+        spread = F.linear(gated.abs(), d.abs())
+        summed = linear(gated.norm(dim=1)[:, None] * d.norm(dim=1), spread, d.shape[1], dtype, 1)
+        y.index_add_(0, tokens, share * F.linear(gated, d))
+        bound.index_add_(0, tokens, share.abs() * (F.linear(off, d.abs()) + summed))
+        parts.index_add_(0, tokens, share.abs() * spread)
+    return y, bound, parts
+
+
+def experts_summed(parts: Tensor, experts: int, ranks: int, dtype: torch.dtype) -> Tensor:
+    """Of the roundings to `dtype` where `experts` terms of a token are weighted and added, and the ranks' sums."""
+    return (2 * experts + ranks + 3) * (unit_roundoff(dtype) * parts + underflow(dtype))
 
 
 def norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -99,7 +99,7 @@ def _gaps(plan: Plan) -> list[dict[str, Any]]:
             for part in parts:
                 for start, stop in part.ranges:
                     owners[start:stop] += 1
-            shared = plan.policy.head_axes.get(claim.rule.axis(claim.weight), ("", ""))[1] == "kv"
+            shared = any(plan.policy.head_axes.get(axis, ("", ""))[1] == "kv" for axis in claim.axes())
             if bool((owners == 0).any()) or (bool((owners > 1).any()) and not shared):
                 at = int(((owners != 1) if not shared else owners == 0).nonzero()[0])
                 found.append({"tensor": f"{module}.{suffix}", "rank": None,

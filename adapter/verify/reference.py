@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from adapter.checkpoint.lora import MergedCheckpoint, merge
+from adapter.checkpoint.plain import read_plain
 from adapter.checkpoint.safetensors import Checkpoint, TensorInfo
 from adapter.checkpoint.sharded import Shards, read_whole
 from adapter.kernels.linear import FEW_ROWS, Quantised, make_weight
@@ -24,9 +26,9 @@ from adapter.model.published import PublishedModules
 from adapter.parallel.group import Group
 from adapter.planning.plan import Plan
 from adapter.verify import bounds
-from adapter.verify.comparison import Expected, take
+from adapter.verify.comparison import Expected, take, tensors_in
 from policies.formats import GROUP
-from policies.rules import Claim, Column, FusedQKV, Range, Row, TensorSlice
+from policies.rules import Claim, Column, Experts, FusedQKV, Range, Row, TensorSlice
 
 CHUNK = 1 << 24  # elements of an output that are looked at together: 64 MB in float32
 Tick = Callable[[], None]
@@ -34,11 +36,16 @@ Tick = Callable[[], None]
 
 def read_tensor(checkpoint: Checkpoint | Shards, name: str, part: TensorSlice | None = None) -> Tensor:
     """A tensor by published name (of a tied pair the one that is stored), or a slice of it, through safetensors, with
-    the updates of its adapters."""
+    the updates of its adapters; one that is stored quantised whole, by other code than ranks use, in float32."""
     if isinstance(checkpoint, Shards):
         assert part is None, "shards are slices"
         return read_whole(checkpoint, name)
     dim, ranges = (None, ()) if part is None else (part.dim, part.ranges)
+    if name in checkpoint.swapped:
+        dim = dim if not dim else 3 - dim
+        return _read(checkpoint.tensors[name], dim, ranges).transpose(1, 2)
+    if checkpoint.is_quantised(name):
+        return _cut(read_plain(checkpoint, name), dim, ranges)
     if not isinstance(checkpoint, MergedCheckpoint) or not (found := checkpoint.updates(name)):
         return _read(checkpoint.tensors[name], dim, ranges)
     base = [update.base for update in found if update.base] or [checkpoint.tensors[name]]
@@ -51,8 +58,14 @@ def _read(info: TensorInfo, dim: int | None, ranges: tuple[Range, ...]) -> Tenso
     with safe_open(info.file, framework="pt") as file:
         if dim is None:
             return file.get_tensor(info.name)
-        whole = file.get_slice(info.name)
-        return torch.cat([whole[a:b] if dim == 0 else whole[:, a:b] for a, b in ranges], dim)
+        return _cut(file.get_slice(info.name), dim, ranges)
+
+
+def _cut(whole: Any, dim: int | None, ranges: tuple[Range, ...]) -> Tensor:
+    """The ranges along `dim` of a tensor, or of what safetensors gives for one."""
+    if dim is None:
+        return torch.as_tensor(whole)
+    return torch.cat([whole[(slice(None),) * dim + (slice(a, b),)] for a, b in ranges], dim)
 
 
 def stored_name(plan: Plan, name: str) -> str:
@@ -88,14 +101,16 @@ class Reference:
         them, quantised or not; else as the checkpoint has them. Shards have them as they are held and no otherwise."""
         found = {suffix: read_tensor(self.checkpoint, stored_name(self.plan, f"{name}.{suffix}")).to(self.dtype)
                  for suffix in self.plan.claims[name].parameters()}
-        if held and isinstance(self.checkpoint, Checkpoint):
+        if held and "weight" in found and isinstance(self.checkpoint, Checkpoint):
             coded = make_weight(found["weight"], self.plan.format_of(name))
             found["weight"] = coded.dense() if isinstance(coded, Quantised) else coded
         return {suffix: tensor.to(self.device, torch.float32) for suffix, tensor in found.items()}
 
-    def expected(self, plan: Plan, tp: Group, name: str, claim: Claim, layer: nn.Module,
-                 x: Tensor) -> Iterator[Expected]:
+    def expected(self, plan: Plan, tp: Group, name: str, claim: Claim, layer: nn.Module, x: Any) -> Iterator[Expected]:
         """What layer `name` must return for the whole input x: an adapter.verify.trace.Oracle."""
+        if isinstance(claim.rule, Experts):
+            yield self._experts(name, plan.tp_size, x)
+            return
         weights, ids = self.weights(name, held=True), not x.is_floating_point()
         rows = x.reshape(-1) if ids else x.reshape(-1, x.shape[-1]) if len(claim.weight) < 3 else x
         step = max(1, CHUNK // weights["weight"].shape[1 if ids else 0])
@@ -128,10 +143,19 @@ class Reference:
         rounded = rounded if bias is None else rounded + bias.abs()
         return y, bounds.linear(scale, rounded, math.prod(weight.shape[1:]), self.dtype, ranks)
 
-    def _call(self, module: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def _experts(self, name: str, ranks: int, inputs: tuple[Tensor, Tensor, Tensor]) -> Expected:
+        """What the experts of a layer must return for hidden states, chosen experts and their weights."""
+        module: Any = self._modules[name]
+        weights = self.weights(name, held=True)
+        hidden, chosen, shares = inputs[0].float(), inputs[1], inputs[2].float()
+        y = self._call(module, weights, hidden, chosen, shares)
+        _, bound, parts = bounds.experts(hidden, chosen, shares, weights["gate_up_proj"], weights["down_proj"],
+                                       module.act_fn, self.dtype)
+        return Expected(slice(None), None, y, bound + bounds.experts_summed(parts, chosen.shape[-1], ranks, self.dtype))
+
+    def _call(self, module: nn.Module, weights: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
         with _holding(module, weights):
-            out: Tensor = module(x)
-        return out
+            return next(tensors_in(module(*inputs)))  # of a router's outputs its logits
 
     @contextmanager
     def streaming(self, tick: Tick) -> Iterator[nn.Module]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adapter.planning.plan import Plan
 from adapter.verify import bounds
 from adapter.verify.comparison import Comparison, Limit, compare_trees, tensors_in, with_own_containers
-from policies.rules import Column, FusedQKV, PerHead, Row, expand
+from policies.rules import Column, Experts, FusedQKV, PerHead, Row, expand
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,7 @@ class Replayer:
             if not left[child]:
                 raise _UnknownCall(child)
             observed = left[child].pop(0)
-            # of a layer with weights only the input is observed
-            alone = child in self.plan.claims
-            passed.append((child, observed, ((next(tensors_in((args, kwargs))),), {}) if alone else (args, kwargs)))
+            passed.append((child, observed, self._given(child, args, kwargs)))
             return with_own_containers(observed.output)
 
         unknown, result = None, None
@@ -85,6 +83,13 @@ class Replayer:
         for child, more in left.items():
             if more:
                 yield Comparison(call.order, name, f"calls {child} where one process does not", torch.inf)
+
+    def _given(self, child: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of a child that are compared: of a layer with weights its input, of experts all three."""
+        if child not in self.plan.claims:
+            return args, kwargs
+        tensors = tuple(tensors_in((args, kwargs)))
+        return tensors if isinstance(self.plan.claims[child].rule, Experts) else tensors[:1], {}
 
     def result(self, name: str, output: Any) -> Any:
         """The part of an output that is compared: attention may add the scores of this rank's own heads."""

@@ -35,10 +35,11 @@ from adapter.verify.comparison import Comparison, Expected, furthest, tensors_in
 from adapter.verify.encoder_trace import EncoderTrace
 from adapter.verify.replay import Call, Calls, Replayer
 from policies.errors import CheckFailed
-from policies.rules import Claim, Column, FusedQKV, PerHead, Range, Row
+from policies.rules import Claim, Column, Experts, FusedQKV, PerHead, Range, Row
 
 OUTPUT = "output"  # what a digest is of, where it is not an input
-Oracle = Callable[[Plan, Group, str, Claim, nn.Module, Tensor], Iterator[Expected]]
+# of a layer's inputs the one that there is; where there are several (rules.Experts), a tuple of all
+Oracle = Callable[[Plan, Group, str, Claim, nn.Module, Any], Iterator[Expected]]
 
 
 class Trace:
@@ -137,26 +138,29 @@ class Trace:
         if name in self.keep and self.skeleton:
             self.kept.append((name, next(tensors_in(output))))
 
-    def _compare_layer(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    def _compare_layer(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A layer with weights: its output against the oracle's."""
         self.order += 1
         claim, (plan, tp) = self.plan.claims[name], self._cut(name)
         by_columns = isinstance(claim.rule, Column | FusedQKV)
-        x, y = next(tensors_in((args, kwargs))), output
+        inputs = tuple(tensors_in((args, kwargs)))
+        x: Any = inputs if isinstance(claim.rule, Experts) else inputs[0]
+        y = next(tensors_in(output))  # of a router's outputs its logits
         slots = getattr(module, "slots", None)
-        replicated: tuple[Any, Any] = (x, y)
+        replicated: tuple[Any, Any] = (x, output)
         if isinstance(claim.rule, Row) and tp.size > 1:
             local = x if slots is None else x.index_select(-1, slots)
             x = tp.all_gather_last(local, _widths(plan, name, 1))
-            replicated = (None, y)
+            replicated = (None, output)
         elif by_columns and tp.size > 1:
             local = y if slots is None else y.index_select(-1, slots)
             y = tp.all_gather_last(local, _widths(plan, name, 0))
             replicated = (x, None)
         elif isinstance(claim.rule, PerHead) and tp.size > 1:
             x, y = (_all_heads(plan, tp, claim.rule, t) for t in (x, y))
-            replicated = (None, None)
-        self.record(name, (x,), {}, _assemble(plan, name, y) if by_columns else y, *replicated)
+            replicated, output = (None, None), y
+        whole = _assemble(plan, name, y) if by_columns else output
+        self.record(name, x if isinstance(x, tuple) else (x,), {}, whole, *replicated)
         flat = y.reshape(-1, y.shape[-1]) if len(claim.weight) < 3 else y.reshape(y.shape[0], -1)
         worst = Comparison(self.order, name, "output", 0.0)
         with self.judging():

@@ -1,6 +1,8 @@
 """Rank 1 has another configuration, or another release, than rank 0: as on two hosts with copies of their own.
 
-    deepspeed --num_accelerators 2 unlike_worker.py {generation, release, tp_size} MODEL_DIR
+    deepspeed --num_accelerators 2 unlike_worker.py {generation, release, tp_size, files} MODEL_DIR
+
+files: it reads MODEL_DIR-other.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
     from adapter.config.load import from_dict
 
     odd = int(os.environ["RANK"]) == 1
+    other = "-other" if odd and args.what == "files" else ""
     config = from_dict({
-        "model": {"path": str(args.model), "dtype": "float32"},
+        "model": {"path": f"{args.model}{other}", "dtype": "float32"},
         "tensor_parallel": {"tp_size": 1 if odd and args.what == "tp_size" else 2},
         "generation": {"max_new_tokens": 9 if odd and args.what == "generation" else 8}}, Path("."))
     if odd and args.what == "release":
@@ -35,6 +38,6 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
 if __name__ == "__main__":
     p = argparse.ArgumentParser()
     p.add_argument("--local_rank", type=int)
-    p.add_argument("what", choices=["generation", "release", "tp_size"])
+    p.add_argument("what", choices=["generation", "release", "tp_size", "files"])
     p.add_argument("model", type=Path)
     common.run(main, p)

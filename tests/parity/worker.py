@@ -34,15 +34,19 @@ def inputs_for(case: dict[str, torch.Tensor], device: str) -> dict[str, torch.Te
     return keep
 
 
-def run(model, generate, vocab: int, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Logits of the whole prompt and greedy tokens of every case; beams and a seeded sample of one."""
+def run(model, generate, vocab: int, device: str = "cpu", only: str = "") -> dict[str, torch.Tensor]:
+    """Logits of the whole prompt and greedy tokens of every case; beams and a seeded sample of one. only: this case."""
     out: dict[str, torch.Tensor] = {}
     for name, case in cases(vocab, model.config.model_type).items():
+        if only not in ("", name):
+            continue
         inputs = inputs_for(case, device)
         with torch.inference_mode():
             logits = model(**inputs).logits.float()
         out[f"{name}.logits"] = logits[inputs["attention_mask"].bool()].contiguous()
         out[f"{name}.tokens"] = generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1]:].contiguous()
+    if only:
+        return {k: v.cpu() for k, v in out.items()}
     inputs = inputs_for(cases(vocab)["image"], device)
     out["beams.tokens"] = generate(**inputs, **BEAMS)
     positional = {k: v for k, v in inputs_for(cases(vocab)["text"], device).items() if k != "input_ids"}
@@ -71,7 +75,9 @@ def main() -> None:
     p.add_argument("--device", default="cpu", help="where the plain model runs")
     p.add_argument("--local_rank", type=int)
     p.add_argument("--format", default="dense", help="of the weights")
+    p.add_argument("--only", default="", help="case")
     p.add_argument("--adapters", default="", help="of the models: directories with commas between them")
+    p.add_argument("--experts", default="tensor", help="tensor_parallel.experts")
     p.add_argument("models", nargs="+", type=Path)
     args = p.parse_args()
     for directory in args.models:
@@ -81,7 +87,8 @@ def main() -> None:
             name = json.loads((directory / "config.json").read_text())["architectures"][0]
             model = getattr(transformers, name).from_pretrained(directory, torch_dtype=torch.float32).eval()
             model.to(args.device)
-            results = run(model, model.generate, model.config.get_text_config().vocab_size, args.device)
+            results = run(model, model.generate, model.config.get_text_config().vocab_size, args.device,
+                          args.only)
             save_file(results, args.out / f"{directory.name}.plain.safetensors")
             continue
         import adapter
@@ -90,11 +97,11 @@ def main() -> None:
         engine = adapter.init_inference(from_dict({
             "model": {"path": str(directory), "dtype": "float32",
                       "adapters": [name for name in args.adapters.split(",") if name]},
-            "tensor_parallel": {"tp_size": int(os.environ.get("WORLD_SIZE", 1))},
+            "tensor_parallel": {"tp_size": int(os.environ.get("WORLD_SIZE", 1)), "experts": args.experts},
             "weights": {"format": args.format}}, Path(".")))
         tp = engine.mpu.tp
         device = str(next(engine.module.parameters()).device)
-        results = run(engine.module, engine.generate, engine.plan.geometry.sizes["vocab"], device)
+        results = run(engine.module, engine.generate, engine.plan.geometry.sizes["vocab"], device, args.only)
         results["equal_on_ranks"] = equal_on_ranks(results, tp)
         facts = torch.tensor([engine.load_report.weight_bytes, engine.load_report.bytes_read])
         results["bytes"] = facts if tp.size == 1 else tp.all_gather_last(facts, (2,) * tp.size)

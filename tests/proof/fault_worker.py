@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from planted import FAULTS, Fault
 from planted_families import FAMILY_FAULTS
+from planted_quantised import QUANTISED_FAULTS
 
 import adapter.engine
 from adapter.config.load import load_config
@@ -28,6 +29,7 @@ ROOT, TP = Path(__file__).resolve().parents[2], int(os.environ["WORLD_SIZE"])
 REQUEST = "requests=[{id: one, prompt: 'What colour is the shape?', images: [%s]}]"
 SOUND = Fault(lambda *_: None, None, at_start=True)
 EVERY = FAULTS | {name: fault for faults in FAMILY_FAULTS.values() for name, fault in faults.items()}
+EVERY |= dict(QUANTISED_FAULTS.values())
 inject = adapter.engine.inject
 
 

@@ -7,6 +7,7 @@ from planted import Fault, param
 
 Q3, BLOCK3 = "model.language_model.layers.0.self_attn", "model.visual.blocks.0"
 BLOCK25 = "visual.blocks.0"
+EXPERTS, ROUTER = "model.language_model.layers.0.mlp.experts", "model.language_model.layers.0.mlp.gate"
 
 
 def norm_of_other_numbers(modules, plan, tp):
@@ -77,6 +78,39 @@ def gate_and_up_swapped(modules, plan, tp):
     gate.weight, up.weight = up.weight, gate.weight
 
 
+def experts_gate_and_up_swapped(modules, plan, tp):
+    experts = modules[EXPERTS]
+    gate, up = experts.gate_up_proj.chunk(2, 1)
+    experts.gate_up_proj = param(torch.cat([up, gate], 1))
+
+
+def experts_cut_contiguously(modules, plan, tp):
+    """Rank 0 has the gates and rank 1 the others, both as halves of which they take one for the gate."""
+    experts = modules[EXPERTS]
+    widths = tuple(plan.slice(EXPERTS, "gate_up_proj", r).local_shape[1] for r in range(tp.size))
+    parts = tp.all_gather_last(experts.gate_up_proj.transpose(1, 2).contiguous(), widths).split(widths, -1)
+    gates, ups = zip(*(part.chunk(2, -1) for part in parts), strict=True)
+    whole = torch.cat([*gates, *ups], -1).split(widths, -1)
+    experts.gate_up_proj = param(whole[tp.rank].transpose(1, 2))
+
+
+def experts_off_by_one(modules, plan, tp):
+    experts = modules[EXPERTS]
+    experts.gate_up_proj = param(experts.gate_up_proj.roll(1, 0))
+    experts.down_proj = param(experts.down_proj.roll(1, 0))
+
+
+def router_of_one_rank(modules, plan, tp):
+    if tp.rank == 1:
+        router = modules[ROUTER]
+        router.weight = param(router.weight.roll(1, 0))
+
+
+def experts_not_summed(modules, plan, tp):
+    experts = modules[EXPERTS]
+    experts.forward = experts.own
+
+
 FAMILY_FAULTS: dict[str, dict[str, Fault]] = {
     "qwen2_5_vl": {
         "a window cut in two": Fault(window_cut_in_two, f"{BLOCK25}.attn", at_start=True),
@@ -92,5 +126,12 @@ FAMILY_FAULTS: dict[str, dict[str, Fault]] = {
                                                      pictures=2),
         "a table of one rank": Fault(interpolated_from_another_place, "model.visual.pos_embed", tensors=True,
                                      ranks=(1,)),
+    },
+    "qwen3_vl_moe": {
+        "experts' gate and up swapped": Fault(experts_gate_and_up_swapped, EXPERTS, tensors=True),
+        "experts cut contiguously": Fault(experts_cut_contiguously, EXPERTS, tensors=True),
+        "an expert off by one": Fault(experts_off_by_one, EXPERTS, tensors=True),
+        "experts that are not summed": Fault(experts_not_summed, EXPERTS, at_start=True),
+        "a router of one rank": Fault(router_of_one_rank, ROUTER, tensors=True, at_start=True, ranks=(1,)),
     },
 }
