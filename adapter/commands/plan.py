@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from adapter.checkpoint.lora import MergedCheckpoint
@@ -21,7 +22,7 @@ from adapter.config.hub import described, shown
 from adapter.planning.load import make_plan, note_of_defaults, note_of_form, require_sound, stated
 from adapter.planning.plan import DTYPE_BYTES, Plan, sizes_in_words
 from adapter.planning.vision_balance import EXAMPLES, FLOPS_PER_BYTE, assign, cost
-from policies.rules import Replicated
+from policies.rules import Experts, Replicated
 
 
 def main(args: argparse.Namespace, results: common.Results) -> int:
@@ -63,8 +64,17 @@ def report(plan: Plan, problems: list[str]) -> dict[str, Any]:
         "ranks": [_rank_report(plan, r) for r in ranks],
         "tensors": [_tensor_report(plan, m, s) for m, s in plan.parameters()] if known else [],
         "collectives": plan.collectives(),
+        "experts": _expert_bytes(plan) if known and plan.geometry.experts_per_token else None,
         "vision": _vision_report(plan, DTYPE_BYTES[plan.dtype]) if known else {"mode": plan.vision},
     }
+
+
+def _expert_bytes(plan: Plan) -> dict[str, list[int]]:
+    """tensor_parallel.experts -> bytes of experts that each rank would hold."""
+    either = {by: replace(plan, policy=plan.policy.experts_by(by)) for by in ("tensor", "expert")}
+    return {by: [sum(count * p.tensor_bytes(module, suffix, rank) for claim, module, count in p.rows
+                     if isinstance(claim.rule, Experts) for suffix in claim.parameters())
+                 for rank in range(p.tp_size)] for by, p in either.items()}
 
 
 def _rank_report(plan: Plan, rank: int) -> dict[str, Any]:
@@ -108,7 +118,9 @@ def _vision_report(plan: Plan, item: int) -> dict[str, Any]:
 
 def _held(plan: Plan, rank: int, item: int) -> int:
     """Bytes of the encoder that `rank` holds."""
-    return item * sum(math.prod(plan.slice(m, s, rank).local_shape) for m, s in plan.parameters() if plan.in_encoder(m))
+    return item * sum(count * math.prod(plan.slice(module, suffix, rank).local_shape)
+                      for claim, module, count in plan.rows if plan.in_encoder(module)
+                      for suffix in claim.parameters())
 
 
 def _table(facts: dict[str, Any], tensors: bool) -> str:
@@ -127,7 +139,11 @@ def _table(facts: dict[str, Any], tensors: bool) -> str:
     c = facts["collectives"]
     stacks = ", ".join(f"{stack} {count}" for stack, count in c["per_layer"].items())
     lines += [f"all-reduces per layer: {stacks}; for each new token: {c['per_token']} collectives, "
-              f"{c['per_token_bytes']} bytes", *_vision_lines(facts["vision"])]
+              f"{c['per_token_bytes']} bytes"]
+    if facts["experts"]:
+        lines += ["experts of the fullest rank, by tensor_parallel.experts: " + ", ".join(
+            f"{by} {max(held) / 1e9:.3f} GB" for by, held in facts["experts"].items())]
+    lines += _vision_lines(facts["vision"])
     return "\n".join(lines + (_tensor_lines(facts) if tensors else []))
 
 

@@ -54,8 +54,8 @@ def make_plan(directory: Path, tp_size: int, dtype: str, vision: str = "tensor",
         return plan, open_checkpoint(directory, policy), [*problems, str(error)]
     if checkpoint is not None:
         if checkpoint.form and geometry.experts_per_token:
-            return plan, checkpoint, [*problems, f"experts that are stored quantised ({checkpoint.form}) cannot be read; "
-                                                 "use the bfloat16 release of this model"]
+            problem = f"experts that are stored quantised ({checkpoint.form}) cannot be read; use the bfloat16 release"
+            return plan, checkpoint, [*problems, problem]
         problems += [*_rounded_twice(plan, checkpoint), *checkpoint.check(policy, geometry)]
         checkpoint = MergedCheckpoint.of(checkpoint, opened, dtype) if opened else checkpoint
     if not problems:

@@ -60,6 +60,13 @@ class Plan:
         return self.policy.claims(self.geometry)
 
     @cached_property
+    def rows(self) -> tuple[tuple[Claim, str, int], ...]:
+        """Each row of the table that stands for some module: the row, the first of them, their number. A rank has the
+        same part of each."""
+        found = [(claim, self.policy.modules(claim, self.geometry)) for claim in self.policy.table]
+        return tuple((claim, modules[0], len(modules)) for claim, modules in found if modules)
+
+    @cached_property
     def splits(self) -> Mapping[str, Split]:
         return self.policy.splits(self.geometry, self.tp_size)
 
@@ -88,7 +95,8 @@ class Plan:
 
     def weight_bytes(self, rank: int) -> int:
         """Bytes of `rank`'s shard, replicated tensors included, a tied head once."""
-        return sum(self.tensor_bytes(m, s, rank) for m, s in self.parameters())
+        return sum(count * self.tensor_bytes(module, suffix, rank) for claim, module, count in self.rows
+                   for suffix in claim.parameters() if not self.is_tied_copy(module, suffix))
 
     def format_of(self, module: str) -> Format:
         """What this module's weight is held in."""
@@ -106,9 +114,8 @@ class Plan:
         found = {}
         if self.form.bits and self.geometry.experts_per_token:
             return [f"weights.format {self.form.name}: experts have no such format; use weights.format=dense"]
-        for claim in self.policy.table:
-            module = next(iter(self.policy.modules(claim, self.geometry)), None)
-            if module is None or not self.format_of(module).bits:
+        for claim, module, _ in self.rows:
+            if not self.format_of(module).bits:
                 continue
             for rank in range(self.tp_size):
                 part = self.slice(module, "weight", rank)
