@@ -110,8 +110,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), download: bool 
     """
     path, problems = Path(path), []
     if os.path.isdir(path):  # unlike Path.is_dir it has an answer to a name that is too long
-        raise UserError(f"{path}: cannot be read, a directory; --config wants a YAML file, and a model's directory goes "
-                        "into it, as `model: {path: ...}`")
+        raise UserError(f"{path}: cannot be read, a directory; --config wants a YAML file, and a model's directory "
+                        "goes into it, as `model: {path: ...}`")
     home = path.absolute().parent
     tree, bases = _read_yaml(path), dict.fromkeys(BASED, home)
     stated, keys = tree, []
