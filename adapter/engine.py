@@ -106,7 +106,8 @@ def deepspeed_kwargs(model: nn.Module, tp_size: int | None = None, mpu: Any = No
     """Shard a model the caller loaded, in place, and return what deepspeed.init_inference needs to run it.
 
     For scripts that keep the call: `deepspeed.init_inference(model, **adapter.deepspeed_kwargs(model, tp_size=4))`.
-    tp_size: 4 unless an mpu says otherwise. Raises UserError as init_inference does.
+    tp_size: 4 unless an mpu says otherwise. Afterwards `model.plan` and `model.load_report` say what this rank holds.
+    Raises UserError as init_inference does.
     """
     check_arguments(deepspeed_section)
     _check_section(deepspeed_section)
@@ -206,6 +207,7 @@ def _token_bytes(plan: Plan, dtype: torch.dtype) -> int:
 def _ready(shard: _Shard, whole: Mapping[str, nn.Module], graphed: bool) -> _Shard:
     """Test the shards against `whole`, what some modules are for one process, and give the model its `generate`."""
     model, tp, every = shard.model, shard.mpu.tp, shard.parallel.desync_check
+    model.plan, model.load_report = shard.plan, shard.report  # type: ignore[assignment]  # for callers of DeepSpeed
     model.eval().to(get_accelerator().current_device_name())
     if shard.parallel.self_test:
         self_test(model, shard.plan, tp, whole)

@@ -6,7 +6,7 @@ Imports neither torch nor DeepSpeed: it answers for a 72B in well under a second
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -151,6 +151,13 @@ class Plan:
             reduces = reduced = gathered = 0
         return {"per_layer": per_layer, "per_token": reduces + bool(gathered), "per_token_bytes": reduced + gathered,
                 "per_token_all_reduce_bytes": reduced, "per_token_gathered_logits_bytes": gathered}
+
+
+def sizes_in_words(sizes: Sequence[int]) -> str:
+    """tp sizes, ascending, as people read them: "1 to 28" where none between is left out; "none" of none."""
+    if len(sizes) > 2 and sizes[-1] - sizes[0] == len(sizes) - 1:
+        return f"{sizes[0]} to {sizes[-1]}"
+    return ", ".join(map(str, sizes)) or "none"
 
 
 def valid_tp_sizes(policy: Policy, geometry: Geometry) -> list[int]:
