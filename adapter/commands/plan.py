@@ -70,7 +70,8 @@ def report(plan: Plan, problems: list[str]) -> dict[str, Any]:
 def _rank_report(plan: Plan, rank: int) -> dict[str, Any]:
     text, vision = plan.heads["text"][rank], plan.heads["vision"][rank]
     return {"rank": rank, "q_heads": list(text.q), "kv_heads": list(text.kv), "vision_heads": list(vision.q),
-            "weight_bytes": plan.weight_bytes(rank), "kv_bytes_per_token": plan.kv_bytes_per_token(rank)}
+            "weight_bytes": plan.weight_bytes(rank), "kv_bytes_per_token": plan.kv_bytes_per_token(rank),
+            **({"state_bytes_per_sequence": state} if (state := plan.state_bytes(rank)) else {})}
 
 
 def _tensor_report(plan: Plan, module: str, suffix: str) -> dict[str, Any]:
@@ -124,7 +125,9 @@ def _table(facts: dict[str, Any]) -> str:
     lines += [f"tp sizes that work: {facts['valid_tp_sizes']}"]
     lines += [f"rank {r['rank']}: query heads {span(r['q_heads'])}, KV heads {span(r['kv_heads'])}, vision heads "
               f"{span(r['vision_heads'])}, weights {r['weight_bytes'] / 1e9:.3f} GB, KV cache "
-              f"{r['kv_bytes_per_token']} bytes a token" for r in facts["ranks"]]
+              f"{r['kv_bytes_per_token']} bytes a token"
+              + (f", states {r['state_bytes_per_sequence'] / 1e6:.1f} MB a sequence" if "state_bytes_per_sequence" in r else "")
+              for r in facts["ranks"]]
     reduce, c = facts["collectives"]["per_layer"], facts["collectives"]
     lines += [f"all-reduces per layer: {reduce}; a token: {c['per_token']} collectives, {c['per_token_bytes']} bytes"]
     lines += _vision_lines(facts["vision"])

@@ -85,7 +85,7 @@ def weights_not_finite(model: nn.Module, plan: Plan) -> list[str]:
     """Name every parameter, with its dtype, that holds a number which is not finite: of a quantised one the scales."""
     modules, found = PublishedModules(model, plan.policy), list[str]()
     for name, suffix in plan.parameters():
-        held = getattr(modules[name], suffix)
+        held = modules.parameter(name, suffix)
         values = held.scales if isinstance(held, Quantised) else held
         if values.numel() and not bool(torch.stack(values.aminmax()).isfinite().all()):
             found.append(f"{name}.{suffix}, {values.dtype}")
