@@ -69,8 +69,8 @@ class Geometry:
     """What config.json says, in one family's terms.
 
     sizes: every named dimension of the table, in elements.
-    attention: "text" and "vision" -> heads, and "linear" where layers have a recurrence: there a head is a key head with
-    its value heads. layers: stack ("model.layers") -> count, the text encoder's first. lists:
+    attention: "text" and "vision" -> heads, and "linear" where layers have a recurrence: there a head is a key head
+    with its value heads. layers: stack ("model.layers") -> count, the text encoder's first. lists:
     other numbered modules -> count. kinds: stack -> the kind of each of its layers, where they differ (Claim.kind).
     context: longest sequence in tokens. merge_side: patches a side that make one token. windowed_layers: layers of the
     vision encoder that attend inside windows of `window_patches` patches, the others to whole frames. injected_layers:
