@@ -126,7 +126,7 @@ def _table(facts: dict[str, Any]) -> str:
     lines += [f"rank {r['rank']}: query heads {span(r['q_heads'])}, KV heads {span(r['kv_heads'])}, vision heads "
               f"{span(r['vision_heads'])}, weights {r['weight_bytes'] / 1e9:.3f} GB, KV cache "
               f"{r['kv_bytes_per_token']} bytes a token"
-              + (f", states {r['state_bytes_per_sequence'] / 1e6:.1f} MB a sequence" if "state_bytes_per_sequence" in r else "")
+              + (f", states {state / 1e6:.1f} MB a sequence" if (state := r.get("state_bytes_per_sequence")) else "")
               for r in facts["ranks"]]
     reduce, c = facts["collectives"]["per_layer"], facts["collectives"]
     lines += [f"all-reduces per layer: {reduce}; a token: {c['per_token']} collectives, {c['per_token_bytes']} bytes"]

@@ -139,8 +139,9 @@ def delta_net_cut_contiguously(modules, plan, tp):
     parts = [plan.slice(name, "weight", r) for r in range(tp.size)]
     widths = tuple(part.local_shape[0] for part in parts)
     whole = torch.zeros(parts[0].shape)
-    for part, held in zip(parts, tp.all_gather_last(layer.weight.T.contiguous(), widths).split(widths, -1), strict=True):
-        for (start, stop), rows in zip(part.ranges, held.T.split([b - a for a, b in part.ranges]), strict=True):
+    every = tp.all_gather_last(layer.weight.T.contiguous(), widths).T.split(widths)
+    for part, held in zip(parts, every, strict=True):
+        for (start, stop), rows in zip(part.ranges, held.split([b - a for a, b in part.ranges]), strict=True):
             whole[start:stop] = rows
     layer.weight = param(whole.split(widths)[tp.rank])
 
