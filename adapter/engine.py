@@ -106,7 +106,8 @@ def deepspeed_kwargs(model: nn.Module, tp_size: int | None = None, mpu: Any = No
     """Shard a model the caller loaded, in place, and return what deepspeed.init_inference needs to run it.
 
     For scripts that keep the call: `deepspeed.init_inference(model, **adapter.deepspeed_kwargs(model, tp_size=4))`.
-    tp_size: 4 unless an mpu says otherwise. Raises UserError as init_inference does.
+    tp_size: 4 unless an mpu says otherwise. Afterwards `model.plan` and `model.load_report` say what this rank holds.
+    Raises UserError as init_inference does.
     """
     check_arguments(deepspeed_section)
     _check_section(deepspeed_section)
@@ -167,7 +168,7 @@ def _shard_loaded(model: nn.Module, parallel: TensorParallelSection, megatron: A
     _check_dtype(dtype)
     mpu = parallel_state.start(tp_size, megatron, _token_bytes(plan, dtype),
                                facts_of_model(model, plan, parallel, section))
-    graphed = cuda_graph.wanted(section, mpu.tp)
+    graphed = cuda_graph.wanted(section, mpu.tp, geometry.experts_per_token)
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, model_source(model, policy), dtype, get_accelerator().current_device_name())
     report = LoadReport(0, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
@@ -190,7 +191,7 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     for note in (note_of_defaults(plan, shown(directory)), note_of_form(plan, checkpoint)):
         if mpu.world.rank == 0 and note:
             log.warning("%s", note)
-    graphed = cuda_graph.wanted(config.deepspeed, mpu.tp)
+    graphed = cuda_graph.wanted(config.deepspeed, mpu.tp, plan.geometry.experts_per_token)
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), dtype,
            get_accelerator().current_device_name())
@@ -206,6 +207,7 @@ def _token_bytes(plan: Plan, dtype: torch.dtype) -> int:
 def _ready(shard: _Shard, whole: Mapping[str, nn.Module], graphed: bool) -> _Shard:
     """Test the shards against `whole`, what some modules are for one process, and give the model its `generate`."""
     model, tp, every = shard.model, shard.mpu.tp, shard.parallel.desync_check
+    model.plan, model.load_report = shard.plan, shard.report  # type: ignore[assignment]  # for callers of DeepSpeed
     model.eval().to(get_accelerator().current_device_name())
     if shard.parallel.self_test:
         self_test(model, shard.plan, tp, whole)

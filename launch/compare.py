@@ -6,16 +6,21 @@
 Exit 0: every answer right and every token the same; 1: not; 2: a file is missing or holds no results.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from adapter.commands import common
 from policies.errors import UserError
+
+if TYPE_CHECKING:
+    from adapter.config.load import Config
 
 
 def main(args: argparse.Namespace, results: common.Results) -> int:
@@ -23,7 +28,8 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
 
     one, many = _read(args.one), _read(args.many)
     good = True
-    for request in load_config(args.config).requests:
+    config = load_config(args.config)
+    for request in config.requests:
         ours, plain = many.get(request.id, {}), one.get(request.id, {})
         same = ours.get("tokens") == plain.get("tokens") is not None
         right = ours.get("correct", True) and "answer" in ours
@@ -33,14 +39,28 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
                      f"{'right' if right else 'WRONG, expected ' + repr(request.expected)}; "
                      f"{'same tokens as' if same else 'TOKENS DIFFER from'} one process")
     summary = many.get("summary", {})
+    stored, form, dtype = _stored(config), config.weights.format, config.model.dtype
+    held = dtype if form == "dense" else f"{form} and {dtype}"
     for r in summary.get("ranks", []):
         results.text(f"rank {r['rank']}: query heads {r['q_heads'][0]}-{r['q_heads'][1] - 1}, held "
-                     f"{r['weight_bytes'] / 1e6:.2f} MB of weights, read {r['bytes_read'] / 1e6:.2f} MB, "
-                     f"memory {r['pss_bytes'] / 1e6:.0f} MB (PSS)")
+                     f"{r['weight_bytes'] / 1e6:.2f} MB of weights ({held}), read "
+                     f"{r['bytes_read'] / 1e6:.2f} MB{stored}, memory {r['pss_bytes'] / 1e6:.0f} MB (PSS)")
     verdict = "all right, and the same tokens as one process" if good else "NOT all right or not the same tokens"
     results.text(f"{summary.get('answered', 0)} of {summary.get('requests', 0)} answered by {summary.get('tp_size')} "
                  f"ranks in {summary.get('seconds')} s: {verdict}")
     return common.DONE if good else common.CHECK_FAILED
+
+
+def _stored(config: Config) -> str:
+    """In which dtypes the checkpoint's files hold the weights, in brackets; nothing of shards."""
+    from adapter.checkpoint.safetensors import TORCH_NAMES, Checkpoint
+    from adapter.planning.load import make_plan, stated
+
+    _, checkpoint, _ = make_plan(config.model.path, **stated(config))
+    if not isinstance(checkpoint, Checkpoint):
+        return ""
+    names = {TORCH_NAMES.get(info.dtype, info.dtype) for info in checkpoint.tensors.values()}
+    return f" ({', '.join(sorted(names))} files)"
 
 
 def _read(file: str) -> dict[str, dict[str, Any]]:

@@ -9,11 +9,12 @@ from typing import Any
 
 from adapter.commands.common import whole_number
 from adapter.planning.cost_model import TEXT_TOKENS, Memory, Phase, Prediction, Workload, predict, predict_all
-from adapter.planning.hardware import load_hardware
+from adapter.planning.hardware import Hardware, load_hardware
 from adapter.planning.plan import Plan
 from policies.errors import UserError
 from policies.policy import Geometry
 
+OPTIONS = ("--image", "--prompt-tokens", "--new-tokens", "--batch")
 DEFAULT_SIDE, MOST_SIDE = 448, 2**16  # pixels
 
 
@@ -42,8 +43,7 @@ def _sides(stated: str) -> tuple[int, ...]:
 
 def forecast(plan: Plan, args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
     """What launch/plan.py adds, as plain data and as text; None where no hardware is asked about. Raises UserError."""
-    options = {"--image": args.image, "--prompt-tokens": args.prompt_tokens, "--new-tokens": args.new_tokens,
-               "--batch": args.batch}
+    options = dict(zip(OPTIONS, (args.image, args.prompt_tokens, args.new_tokens, args.batch), strict=True))
     if args.hardware is None:
         if stated := [option for option, value in options.items() if value is not None]:
             raise UserError(f"{', '.join(stated)} is for a prediction: give --hardware FILE too, see configs/hardware/")
@@ -61,8 +61,17 @@ def forecast(plan: Plan, args: argparse.Namespace) -> tuple[dict[str, Any], str]
     }
     text = [f"prediction for {hardware.name}, tp_size {plan.tp_size}, {plan.dtype}: an estimate, not a measurement",
             f"  its figures: {' '.join(hardware.source.split())}", *(f"  note: {note}" for note in notes),
-            *_lines(load, here), "", *_table([_size_row(size) for size in sizes])]
+            *_lines(load, here), "", *_size_lines(sizes, hardware, plan.tp_size)]
     return facts, "\n".join(text)
+
+
+def _size_lines(sizes: Sequence[Mapping[str, Any]], hardware: Hardware, tp_size: int) -> Iterator[str]:
+    """The table of the tp sizes that the machine has devices for, and the plan's own whatever it is."""
+    cards = hardware.kind == "accelerator"
+    yield (f"{hardware.name} has {hardware.devices} {'cards' if cards else 'cores'}; more ranks would share them"
+           + (", which `generate` refuses" if cards else ""))
+    yield from _table([_size_row(size, hardware.devices if cards else tp_size) for size in sizes
+                       if size["tp_size"] <= hardware.devices or size["tp_size"] == tp_size])
 
 
 def workload(geometry: Geometry, args: argparse.Namespace) -> Workload:
@@ -92,8 +101,8 @@ def _summary(p: Prediction) -> dict[str, Any]:
 
 def _lines(load: Workload, p: Prediction) -> Iterator[str]:
     images = f"images of {', '.join(map(str, load.patches))} patches" if load.patches else "no image"
-    yield (f"  workload: batch {load.batch}, {images}, {load.prompt_tokens} prompt tokens, {load.new_tokens} new; a "
-           f"decode step is one token at {load.context} cached ones")
+    yield (f"  request: batch {load.batch}, {images}, {load.prompt_tokens} prompt tokens, {load.new_tokens} new; "
+           f"{', '.join(OPTIONS)} change it; a decode step is one token at {load.context} cached ones")
     yield "  total = the longer of compute and reading + time of the collectives + overhead, on the slowest rank"
     yield from _table([_phase_row(name, phase) for name, phase in p.phases.items()])
     yield f"time to first token: {' + '.join(_ms(phase.total_s) for phase in p.first)} = {_ms(p.ttft_s)}"
@@ -119,12 +128,13 @@ def _phase_row(name: str, phase: Phase) -> dict[str, str]:
             "overhead": _ms(phase.overhead_s), "total": _ms(phase.total_s)}
 
 
-def _size_row(size: Mapping[str, Any]) -> dict[str, str]:
-    """A row of the last table; in parentheses: the part of the time that is collectives."""
+def _size_row(size: Mapping[str, Any], most: int) -> dict[str, str]:
+    """A row of the last table; in parentheses: the part of the time that is collectives. most: ranks that can run."""
+    fits = "too few cards" if size["tp_size"] > most else "yes" if size["fits"] else "no"
     return {"tp_size": str(size["tp_size"]),
             "first token (collectives)": f"{_ms(size['ttft_s'])} ({size['ttft_collectives']:.1%})",
             "tokens/s (collectives)": f"{_n(size['decode_tok_s'])} ({size['decode_collectives']:.1%})",
-            "GB a rank": f"{size['memory_bytes'] / 1e9:.3f}", "fits": "yes" if size["fits"] else "no"}
+            "GB a rank": _n(size["memory_bytes"] / 1e9), "fits": fits}
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
@@ -136,8 +146,8 @@ def _table(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
 
 
 def _n(value: float) -> str:
-    """Five significant digits, in the plain notation of a pocket calculator where that is short."""
-    return f"{value:.5g}" if value < 1e5 else f"{value:.0f}"
+    """Three significant digits, as an estimate has no more, or all that are before the point."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def _ms(seconds: float) -> str:

@@ -1,27 +1,29 @@
 """Print what each rank would own, before anything is loaded.
 
-    qwenvl-tp plan --config configs/qwen2_vl_7b_tp4.yaml [--json] [key=value ...]
+    qwenvl-tp plan --config configs/qwen2_vl_7b_tp4.yaml [--tensors | --json] [key=value ...]
     python launch/plan.py --config C ...    from a checkout
 
-Heads, slices, bytes, collectives and every violated constraint, from config.json and the headers of the safetensors
-files. Problems go to stderr, and exit 2. With --hardware configs/hardware/X.yaml it also predicts first token,
-tokens/s and memory on that machine.
+Heads, bytes, collectives, slices (--tensors) and every violated constraint, from config.json and the headers of the
+safetensors files. Problems go to stderr, and exit 2. With --hardware configs/hardware/X.yaml it also predicts first
+token, tokens/s and memory on that machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from adapter.checkpoint.lora import MergedCheckpoint
 from adapter.commands import common
 from adapter.config.hub import described, shown
 from adapter.planning.load import make_plan, note_of_defaults, note_of_form, require_sound, stated
-from adapter.planning.plan import DTYPE_BYTES, Plan
+from adapter.planning.plan import DTYPE_BYTES, Plan, sizes_in_words
 from adapter.planning.vision_balance import EXAMPLES, FLOPS_PER_BYTE, assign, cost
-from policies.rules import Replicated
+from policies.rules import Experts, Replicated
 
 
 def main(args: argparse.Namespace, results: common.Results) -> int:
@@ -44,7 +46,7 @@ def main(args: argparse.Namespace, results: common.Results) -> int:
     if args.json:
         results.write(facts | ({"prediction": foreseen[0]} if foreseen else {}))
     elif facts["ranks"]:
-        results.text(_table(facts) + (f"\n\n{foreseen[1]}" if foreseen else ""))
+        results.text(_table(facts, args.tensors) + (f"\n\n{foreseen[1]}" if foreseen else ""))
     require_sound(plan, checkpoint, problems, name)
     return common.DONE
 
@@ -63,8 +65,17 @@ def report(plan: Plan, problems: list[str]) -> dict[str, Any]:
         "ranks": [_rank_report(plan, r) for r in ranks],
         "tensors": [_tensor_report(plan, m, s) for m, s in plan.parameters()] if known else [],
         "collectives": plan.collectives(),
+        "experts": _expert_bytes(plan) if known and plan.geometry.experts_per_token else None,
         "vision": _vision_report(plan, DTYPE_BYTES[plan.dtype]) if known else {"mode": plan.vision},
     }
+
+
+def _expert_bytes(plan: Plan) -> dict[str, list[int]]:
+    """tensor_parallel.experts -> bytes of experts that each rank would hold."""
+    either = {by: replace(plan, policy=plan.policy.experts_by(by)) for by in ("tensor", "expert")}
+    return {by: [sum(count * p.tensor_bytes(module, suffix, rank) for claim, module, count in p.rows
+                     if isinstance(claim.rule, Experts) for suffix in claim.parameters())
+                 for rank in range(p.tp_size)] for by, p in either.items()}
 
 
 def _rank_report(plan: Plan, rank: int) -> dict[str, Any]:
@@ -109,12 +120,13 @@ def _vision_report(plan: Plan, item: int) -> dict[str, Any]:
 
 def _held(plan: Plan, rank: int, item: int) -> int:
     """Bytes of the encoder that `rank` holds."""
-    return item * sum(math.prod(plan.slice(m, s, rank).local_shape) for m, s in plan.parameters() if plan.in_encoder(m))
+    return item * sum(count * math.prod(plan.slice(module, suffix, rank).local_shape)
+                      for claim, module, count in plan.rows if plan.in_encoder(module)
+                      for suffix in claim.parameters())
 
 
-def _table(facts: dict[str, Any]) -> str:
-    """The facts of a plan that cuts the model, for people; of the layers of a stack only the first, and of its tensors
-    the slices of rank 0 and of the last rank."""
+def _table(facts: dict[str, Any], tensors: bool) -> str:
+    """The facts of a plan that cuts the model, for people; with `tensors` every row of the policy's table too."""
     def span(pair: list[int]) -> str:
         return f"{pair[0]}-{pair[1] - 1}" if pair[1] > pair[0] else "none"
 
@@ -122,34 +134,47 @@ def _table(facts: dict[str, Any]) -> str:
              + (f", weights {facts['format']}" if facts["format"] != "dense" else "")]
     lines += [f"adapter {a['path']}: merged into {a['weights']} weights, r {', '.join(map(str, a['r']))}"
               for a in facts.get("adapters", ())]
-    lines += [f"tp sizes that work: {facts['valid_tp_sizes']}"]
+    lines += [f"tp sizes that work: {sizes_in_words(facts['valid_tp_sizes'])}"]
     lines += [f"rank {r['rank']}: query heads {span(r['q_heads'])}, KV heads {span(r['kv_heads'])}, vision heads "
               f"{span(r['vision_heads'])}, weights {r['weight_bytes'] / 1e9:.3f} GB, KV cache "
               f"{r['kv_bytes_per_token']} bytes a token"
               + (f", states {state / 1e6:.1f} MB a sequence" if (state := r.get("state_bytes_per_sequence")) else "")
               for r in facts["ranks"]]
-    reduce, c = facts["collectives"]["per_layer"], facts["collectives"]
-    lines += [f"all-reduces per layer: {reduce}; a token: {c['per_token']} collectives, {c['per_token_bytes']} bytes"]
+    c = facts["collectives"]
+    stacks = ", ".join(f"{stack} {count}" for stack, count in c["per_layer"].items())
+    lines += [f"all-reduces per layer: {stacks}; for each new token: {c['per_token']} collectives, "
+              f"{c['per_token_bytes']} bytes"]
+    if facts["experts"]:
+        lines += ["experts of the fullest rank, by tensor_parallel.experts: " + ", ".join(
+            f"{by} {max(held) / 1e9:.3f} GB" for by, held in facts["experts"].items())]
     lines += _vision_lines(facts["vision"])
-    shown = [t for t in facts["tensors"] if not any(
-        t["name"].startswith(f"{stack}.") and not t["name"].startswith(f"{stack}.0.") for stack in reduce)]
-    lines += [f"  {t['name']} {t['shape']} {t['rule']}" + (f" dim {t['dim']}: {t['slices'][0]} .. {t['slices'][-1]}"
-              if t["dim"] is not None else "") for t in shown]
-    return "\n".join(lines)
+    return "\n".join(lines + (_tensor_lines(facts) if tensors else []))
+
+
+def _tensor_lines(facts: dict[str, Any]) -> list[str]:
+    """A line a tensor: of the layers of a stack only the first that has it, of the slices those of rank 0 and of the
+    last rank."""
+    first = dict[str, dict[str, Any]]()
+    for tensor in facts["tensors"]:
+        stack = next((s for s in facts["collectives"]["per_layer"] if tensor["name"].startswith(f"{s}.")), "")
+        first.setdefault(re.sub(rf"^{re.escape(stack)}\.\d+\.", f"{stack}.*.", tensor["name"]), tensor)
+    return [f"  {t['name']} {t['shape']} {t['rule']}" + (f" dim {t['dim']}: {t['slices'][0]} .. {t['slices'][-1]}"
+            if t["dim"] is not None else "") for t in first.values()]
 
 
 def _vision_lines(facts: dict[str, Any]) -> list[str]:
-    """What the vision encoder takes in memory, and what it costs in both modes, for people."""
-    how = {"tensor": "each rank holds its part of the encoder",
-           "data": "each rank holds the whole encoder and reads whole images and frames",
-           "auto": "each rank holds the whole encoder; a call takes the cheaper mode"}[facts["mode"]]
-    out = [f"vision {facts['mode']}: {how}: {max(facts['held_bytes']) / 1e9:.3f} GB a rank, at most "
-           f"{max(facts['replica_bytes']) / 1e9:.3f} GB more than split",
-           "vision cost, in GFLOP of the busiest rank, where a byte sent counts as "
-           f"{facts['cost']['flops_per_byte']:g} FLOP; data: a rank reads whole images; tensor: all ranks share each"]
+    """What the vision encoder takes in memory and, where ranks may read whole images, what both ways cost, for
+    people."""
+    how = {"tensor": "split over the ranks", "data": "whole on each rank, which reads whole images and frames",
+           "auto": "whole on each rank; each call takes the cheaper way"}[facts["mode"]]
+    first = f"vision encoder ({facts['mode']}): {how}; {max(facts['held_bytes']) / 1e9:.3f} GB a rank"
+    if not any(facts["replica_bytes"]):
+        return [first]
     width = max(len(example["what"]) for example in facts["examples"]) + 1
-    return out + [f"vision, {e['what'] + ':':{width}} data {_giga(e['data']):>5} GFLOP, tensor {_giga(e['tensor']):>5} "
-                  f"GFLOP; auto takes {e['auto']}" for e in facts["examples"]]
+    return [f"{first}, {max(facts['replica_bytes']) / 1e9:.3f} GB more than split",
+            "work of the busiest rank in GFLOP, what it sends counted as work too:",
+            *(f"vision, {e['what'] + ':':{width}} split (tensor) {_giga(e['tensor']):>5}, whole images (data) "
+              f"{_giga(e['data']):>5}; cheaper: {e['auto']}" for e in facts["examples"])]
 
 
 def _giga(number: float) -> str:
@@ -162,6 +187,7 @@ def start() -> NoReturn:
 
     arguments = common.parser(__doc__)
     arguments.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
+    arguments.add_argument("--tensors", action="store_true", help="a line for each tensor of a layer too: rule, slices")
     add_options(arguments)
     common.run(main, arguments)
 

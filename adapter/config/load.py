@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import os
 import re
 import reprlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -19,12 +20,12 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import ValidationError
 
 from adapter.config import hub
 from adapter.config.files import open_regular, read_text
 from adapter.config.schema import Config, Generation, Request, Section, absolute
+from adapter.config.yaml_text import parse_yaml
 from policies.errors import UserError, shortened
 
 T = TypeVar("T", bound=Section)
@@ -45,7 +46,6 @@ ALLOWED = {  # pydantic's type of an error -> what is allowed, with the numbers 
 KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", list: "a list", dict: "a mapping",
          type(None): "null"}
 MOST_BYTES = 8 << 20  # of a YAML file; requests may be in a file of their own, which may be of any size
-MOST_ALIASED = 100_000  # values that aliases add to those written down
 MISSING = "missing; it must be given"
 COMMAND_LINE = "command line"  # where overrides come from, in messages
 _short = reprlib.Repr()
@@ -109,6 +109,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), download: bool 
     the id, a relative path. Adapters are downloaded in any case.
     """
     path, problems = Path(path), []
+    if os.path.isdir(path):  # unlike Path.is_dir it has an answer to a name that is too long
+        raise UserError(f"{path}: cannot be read, a directory; --config wants a YAML file, and a model's directory "
+                        "goes into it, as `model: {path: ...}`")
     home = path.absolute().parent
     tree, bases = _read_yaml(path), dict.fromkeys(BASED, home)
     stated, keys = tree, []
@@ -117,7 +120,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), download: bool 
         try:
             if not equals or not all(key.split(".")):
                 raise UserError("write key.sub=value")
-            tree = _put(tree, key.split("."), _parse_yaml(text))
+            tree = _put(tree, key.split("."), parse_yaml(text))
             keys.append(key)
         except UserError as error:
             problems.append(f"override {override!r}: {error}")
@@ -211,7 +214,7 @@ def _say(kind: type[Section], problem: Mapping[str, Any], where: dict[int, str])
     if what == "missing":
         return f"{key}: {MISSING}"
     if what == "extra_forbidden":
-        message = "unknown key" + _nearest(str(steps[-1]), _known_keys(kind, steps[:-1]))
+        message = "unknown key" + _nearest(str(steps[-1]), _known_keys(kind, steps[:-1]), elsewhere=_leaves(kind))
     elif what == "value_error":
         message = str(context["error"])
     elif what in ALLOWED:
@@ -231,10 +234,23 @@ def _kind(value: Any) -> str:
     return KINDS.get(type(value), f"a {type(value).__name__}")
 
 
-def _nearest(word: str, known: Iterable[str], show: bool = True) -> str:
-    close = difflib.get_close_matches(word.lower(), known, n=1)
+def _nearest(word: str, known: Sequence[str], show: bool = True, elsewhere: Mapping[str, str] | None = None) -> str:
+    """The nearest of `known` in words, or of the keys of `elsewhere`, whose value is named then; and what is known."""
+    others = elsewhere or {}
+    close = difflib.get_close_matches(word.lower(), [*known, *others], n=1)
+    nearest = [name if name in known else others[name] for name in close]
     listed = f" (known: {', '.join(known)})" if show else ""
-    return (f"; did you mean {close[0]!r}?" if close else "") + listed
+    return (f"; did you mean {nearest[0]!r}?" if nearest else "") + listed
+
+
+def _leaves(kind: type[Section]) -> dict[str, str]:
+    """Each key of the sections of `kind` -> its dotted key, the first of those with one name."""
+    found: dict[str, str] = {}
+    for name, field_info in kind.model_fields.items():
+        section = Generation if kind is Config and name == "generation" else field_info.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            found = {leaf: f"{name}.{leaf}" for leaf in section.model_fields} | found
+    return found
 
 
 def _known_keys(kind: Any, steps: Iterable[str | int]) -> list[str]:
@@ -302,51 +318,6 @@ def _put(tree: Any, keys: Sequence[str], value: Any) -> dict[str, Any]:
     return {**tree, keys[0]: value if len(keys) == 1 else _put(tree.get(keys[0], {}), keys[1:], value)}
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader takes the last of two equal keys without a word; here they are an error."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node, seen = super().compose_mapping_node(anchor), set[tuple[str, str]]()
-        for key, _ in node.value:
-            name = (key.tag, str(key.value))
-            if name in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.add(name)
-        return node
-
-    def get_single_node(self) -> Any:
-        """A few lines of aliases of aliases can stand for more values than memory holds: refused before any is made."""
-        node, counts = super().get_single_node(), dict[int, int]()
-        if node is not None and (count := _count(node, counts)) > len(counts) + MOST_ALIASED:
-            raise yaml.MarkedYAMLError(problem=f"with its aliases written out it has {count} values; at most "
-                                       f"{MOST_ALIASED} may come from aliases", problem_mark=node.start_mark)
-        return node
-
-
-def _count(node: Any, counts: dict[int, int]) -> int:
-    """How many values a YAML node has, aliases written out. Raises MarkedYAMLError where one contains itself."""
-    count = counts.setdefault(id(node), 0)
-    if not count:
-        parts = node.value if not isinstance(node, yaml.ScalarNode) else ()
-        if isinstance(node, yaml.MappingNode):
-            parts = [part for pair in parts for part in pair]
-        for part in parts:
-            if counts.get(id(part)) == 0:
-                raise yaml.MarkedYAMLError(problem="a value contains itself, by an alias", problem_mark=part.start_mark)
-        count = counts[id(node)] = 1 + sum(_count(part, counts) for part in parts)
-    return count
-
-
-def _parse_yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise UserError(f"{line}{error.problem or error.context}") from None
-    except Exception as error:  # PyYAML lets through what int(), date() and others raise at odd values
-        raise UserError(f"not valid YAML: {error}") from None
-
-
 def _unreadable(path: Path, error: OSError | ValueError) -> str:
     return f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
 
@@ -357,7 +328,7 @@ def _read_yaml(path: Path, least: str = "model: {path: ...}") -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(_unreadable(path, error)) from None
     try:
-        tree = _parse_yaml(text)
+        tree = parse_yaml(text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(tree, dict):

@@ -170,7 +170,7 @@ def plan(case: Case) -> Finding | None:
         with described(config.model.path, config.model.revision) as directory:
             plan, _ = checked_plan(directory, **stated(config))
     except UserError as error:
-        return Finding(FAILED, str(error), "see each line; `launch/plan.py --config C` has the whole plan")
+        return Finding(FAILED, str(error), "see each line; `python -m adapter plan --config C` has the whole plan")
     found = f"{config.model.path} over {plan.tp_size} ranks"
     if not case.on_cpu:
         return Finding(OK, found)  # a GPU that is full says so itself

@@ -100,10 +100,10 @@ def _release(runner: weakref.ref[CudaGraphStep]) -> None:
         alive.release()
 
 
-def wanted(section: Mapping[str, Any], tp: Group) -> bool:
-    """Whether steps are to be captured. section: arguments of deepspeed.init_inference.
+def wanted(section: Mapping[str, Any], tp: Group, experts: int = 0) -> bool:
+    """Whether steps are to be captured. section: arguments of deepspeed.init_inference. experts: that a token has.
 
-    Raises UserError where the ranks sum through what no graph can hold.
+    Raises UserError where a step does what no graph can hold.
     """
     if not section.get(KEY):
         return False
@@ -111,6 +111,9 @@ def wanted(section: Mapping[str, Any], tp: Group) -> bool:
     if accelerator.device_name() == "cpu":
         log.warning("deepspeed.%s: a CPU has no graphs; decode steps run operator by operator", KEY)
         return False
+    if experts:
+        raise UserError(f"deepspeed.{KEY}: this model's tokens choose experts, and which are read is decided outside a "
+                        f"graph; leave {KEY} out")
     needed = accelerator.communication_backend_name()
     if tp.size > 1 and (backend := dist.get_backend(tp.group)) != needed:
         raise UserError(f"deepspeed.{KEY}: the ranks sum over {backend}, which no graph can hold; start the job with "

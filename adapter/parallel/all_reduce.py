@@ -155,7 +155,7 @@ def describe(route: Route, sizes: Sequence[int], times: Times, refused: Mapping[
     """One line: the route; each measured one's microseconds; why the others are not possible."""
     parts = [route.name]
     if times:
-        named = " and ".join(f"{size / 1000:.0f} KB" for size in sizes)
+        named = " and ".join(f"{size / 1000:.0f} KB" if size >= 1000 else f"{size} bytes" for size in sizes)
         parts.append(f"microseconds for {named}: " + ", ".join(
             f"{name} {' and '.join(f'{us:.0f}' for us in figures)}" for name, figures in times.items()))
     parts += [f"not {name}: {why}" for name, why in refused.items()]

@@ -94,6 +94,11 @@ def how_to_start(ranks: int, environ: Mapping[str, str] = os.environ) -> str:
     return launcher_of(environ).start.format(n=ranks)
 
 
+def launcher_known(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher's own variables are set; RANK alone, which `read_environment` sets too, is none's."""
+    return launcher_of(environ).mark not in ("", "RANK")
+
+
 def _joined() -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 
 from adapter.kernels.build import missing_tools
 from adapter.parallel.devices import take_device
-from adapter.parallel.launchers import Launch, how_to_start
+from adapter.parallel.launchers import Launch, how_to_start, launcher_known
 from policies.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)  # of any collective: the longest a rank may wait while another decodes a video
@@ -28,10 +28,12 @@ def check_world(world_size: int, tp_size: int) -> None:
     if world_size % tp_size == 0:
         return
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    why = " (you started without a launcher)" if world_size == 1 and not launcher_known() else ""
     fit = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
-    raise UserError(f"this job has {ranks}, tensor_parallel.tp_size is {tp_size}: each of the tp_size shards needs a "
-                    "rank of its own, and more ranks must make whole replicas. Start so many, "
-                    f"`{how_to_start(tp_size)}`, or a multiple, or set tensor_parallel.tp_size to one of {fit}")
+    raise UserError(f"this job has {ranks}{why}, tensor_parallel.tp_size is {tp_size}: each of the tp_size shards "
+                    "needs a rank of its own, and more ranks must make whole replicas. Start so many, "
+                    f"`{how_to_start(tp_size)}`, or a multiple, or set tensor_parallel.tp_size to "
+                    f"{'one of ' * (world_size > 1)}{fit}")
 
 
 def init_process_group(launch: Launch) -> None:

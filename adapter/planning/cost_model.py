@@ -190,23 +190,21 @@ def _unlike_ranks(plan: Plan) -> list[int]:
 def _table_work(plan: Plan, rank: int, rows: Mapping[Rows, int]) -> Work:
     """The work of the table's entries that compute on one of `rows`, a kind of input row -> how many there are."""
     work = Work()
-    for claim in plan.policy.table:
+    for claim, module, count in plan.rows:
         if (unit := plan.policy.rows_of(claim.module)) in rows:
-            work += _module_work(plan, claim, rank, rows[unit])
+            work += _module_work(plan, claim, module, count, rank, rows[unit])
     return work
 
 
-def _module_work(plan: Plan, claim: Claim, rank: int, rows: int) -> Work:
-    """The work of all modules of one entry of the table, each over `rows` rows of input."""
-    if not (names := plan.policy.modules(claim, plan.geometry)):
-        return Work()
-    modules, ranks, used = len(names), plan.tp_size, _used(plan, claim)
-    parts = [plan.slice(names[0], suffix, rank) for suffix in claim.parameters() if suffix != "bias"]
+def _module_work(plan: Plan, claim: Claim, module: str, modules: int, rank: int, rows: int) -> Work:
+    """The work of `modules` modules like this one, those of one entry of the table, each over `rows` rows of input."""
+    ranks, used = plan.tp_size, _used(plan, claim)
+    parts = [plan.slice(module, suffix, rank) for suffix in claim.parameters() if suffix != "bias"]
     looked_up = isinstance(claim.rule, Vocab)
     times_sent = 2 if isinstance(claim.rule, Row | Vocab | Experts) else int(isinstance(claim.rule, Head))
     width = parts[-1].shape[1 if looked_up or used < 1 else 0]  # of the output, summed over ranks or gathered from them
     sent = times_sent * (ranks - 1) / ranks * rows * width * DTYPE_BYTES[plan.dtype]
-    held = sum(plan.tensor_bytes(names[0], suffix, rank) for suffix in claim.parameters())
+    held = sum(plan.tensor_bytes(module, suffix, rank) for suffix in claim.parameters())
     products = sum(math.prod(part.local_shape) for part in parts if len(part.shape) > 1)
     return Work(
         linear_flop=0 if looked_up else int(2 * modules * rows * used * products),
@@ -251,19 +249,14 @@ def _memory(plan: Plan, hardware: Hardware, load: Workload, rank: int) -> Memory
     at once, the pixels in float32, and the logits."""
     item, patches = DTYPE_BYTES[plan.dtype], load.batch * sum(load.patches)
     outputs: dict[Rows, int] = {}
-    weights = 0
-    for claim in plan.policy.table:
-        if not (names := plan.policy.modules(claim, plan.geometry)):
-            continue
-        weights += len(names) * sum(plan.tensor_bytes(names[0], suffix, rank)
-                                    for suffix in claim.parameters() if not plan.is_tied_copy(names[0], suffix))
+    for claim, module, _ in plan.rows:
         if "*" in claim.module:
             unit = plan.policy.rows_of(claim.module)
-            outputs[unit] = outputs.get(unit, 0) + _outputs(plan, claim, names[0], rank)
+            outputs[unit] = outputs.get(unit, 0) + _outputs(plan, claim, module, rank)
     tokens = load.batch * load.prompt_tokens
     activations = item * max(patches * outputs.get("patch", 0), tokens * outputs.get("token", 0))
     activations += patches * plan.geometry.patch_values * DTYPE_BYTES["float32"]
     activations += load.batch * plan.geometry.sizes["vocab"] * item
     kv = load.batch * ((load.prompt_tokens + load.new_tokens) * plan.kv_bytes_per_token(rank) + plan.state_bytes(rank))
-    return Memory(rank, weights, kv, activations, hardware.process_memory_gb * 1e9,
+    return Memory(rank, plan.weight_bytes(rank), kv, activations, hardware.process_memory_gb * 1e9,
                   hardware.ranks_per_memory(plan.tp_size), hardware.memory_gb * 1e9)

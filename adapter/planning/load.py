@@ -12,13 +12,15 @@ from adapter.checkpoint.quantised import form_of
 from adapter.checkpoint.safetensors import Checkpoint, open_checkpoint, read_config
 from adapter.checkpoint.sharded import MergedAdapter, Shards, is_sharded, open_shards
 from adapter.config.hub import shown
-from adapter.planning.plan import Plan
+from adapter.planning.plan import Plan, sizes_in_words
 from policies.errors import UserError, shortened
 from policies.formats import FORMATS
 from policies.registry import policy_for
 
 if TYPE_CHECKING:
     from adapter.config.schema import Config
+
+WITHOUT_WEIGHTS = "config.json alone is fine for `plan`; to run, put the checkpoint's safetensors files there"
 
 
 def stated(config: Config) -> dict[str, Any]:
@@ -52,8 +54,8 @@ def make_plan(directory: Path, tp_size: int, dtype: str, vision: str = "tensor",
         return plan, open_checkpoint(directory, policy), [*problems, str(error)]
     if checkpoint is not None:
         if checkpoint.form and geometry.experts_per_token:
-            return plan, checkpoint, [*problems, f"experts that are stored quantised ({checkpoint.form}) cannot be read; "
-                                                 "use the bfloat16 release of this model"]
+            problem = f"experts that are stored quantised ({checkpoint.form}) cannot be read; use the bfloat16 release"
+            return plan, checkpoint, [*problems, problem]
         problems += [*_rounded_twice(plan, checkpoint), *checkpoint.check(policy, geometry)]
         checkpoint = MergedCheckpoint.of(checkpoint, opened, dtype) if opened else checkpoint
     if not problems:
@@ -83,8 +85,8 @@ def checked_plan(directory: Path, tp_size: int, dtype: str, *more: Any,
     and the tp sizes that work."""
     plan, checkpoint, problems = make_plan(directory, tp_size, dtype, *more, **others)
     if checkpoint is None:
-        problems.append("no safetensors file here (model.safetensors or model.safetensors.index.json)"
-                        + (f"; {found}" if (found := other_format(directory)) else ""))
+        missing = "no safetensors file here (model.safetensors or model.safetensors.index.json); "
+        problems.insert(0, missing + (other_format(directory) or WITHOUT_WEIGHTS))
     require_sound(plan, checkpoint, problems, shown(directory))
     assert checkpoint is not None
     return plan, checkpoint
@@ -98,10 +100,15 @@ def require_sound(plan: Plan, checkpoint: Checkpoint | Shards | None, problems: 
 
 
 def require(problems: list[str], plan: Plan, what: str) -> None:
-    """Raise one UserError with every problem and the tp sizes that would work; nothing where there is none."""
-    if problems:
-        raise UserError(f"{what} cannot run at tp_size {plan.tp_size}:\n  " + "\n  ".join(shortened(problems))
-                        + f"\ntp sizes that would work: {plan.sizes_that_work() or 'none'}")
+    """Raise one UserError with every problem, and the tp sizes that would work where this is none of them; nothing
+    where there is no problem."""
+    if not problems:
+        return
+    sizes, lines = plan.sizes_that_work(), "\n  ".join(shortened(problems))
+    if plan.tp_size not in sizes:
+        raise UserError(f"{what} cannot run at tp_size {plan.tp_size}:\n  {lines}\n"
+                        f"tp sizes that would work: {sizes_in_words(sizes)}")
+    raise UserError(f"{what}: {lines}" if len(problems) == 1 else f"{what} cannot be used:\n  {lines}")
 
 
 def note_of_defaults(plan: Plan, name: str) -> str | None:

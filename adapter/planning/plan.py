@@ -6,7 +6,7 @@ Imports neither torch nor DeepSpeed: it answers for a 72B in well under a second
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -60,6 +60,13 @@ class Plan:
         return self.policy.claims(self.geometry)
 
     @cached_property
+    def rows(self) -> tuple[tuple[Claim, str, int], ...]:
+        """Each row of the table that stands for some module: the row, the first of them, their number. A rank has the
+        same part of each."""
+        found = [(claim, self.policy.modules(claim, self.geometry)) for claim in self.policy.table]
+        return tuple((claim, modules[0], len(modules)) for claim, modules in found if modules)
+
+    @cached_property
     def splits(self) -> Mapping[str, Split]:
         return self.policy.splits(self.geometry, self.tp_size)
 
@@ -88,7 +95,8 @@ class Plan:
 
     def weight_bytes(self, rank: int) -> int:
         """Bytes of `rank`'s shard, replicated tensors included, a tied head once."""
-        return sum(self.tensor_bytes(m, s, rank) for m, s in self.parameters())
+        return sum(count * self.tensor_bytes(module, suffix, rank) for claim, module, count in self.rows
+                   for suffix in claim.parameters() if not self.is_tied_copy(module, suffix))
 
     def format_of(self, module: str) -> Format:
         """What this module's weight is held in."""
@@ -109,9 +117,8 @@ class Plan:
         if self.form.bits and self.policy.delta_net:
             return [f"weights.format {self.form.name}: nobody has tried what it does to the decays of linear layers; "
                     "use weights.format=dense"]
-        for claim in self.policy.table:
-            module = next(iter(self.policy.modules(claim, self.geometry)), None)
-            if module is None or not self.format_of(module).bits:
+        for claim, module, _ in self.rows:
+            if not self.format_of(module).bits:
                 continue
             for rank in range(self.tp_size):
                 part = self.slice(module, "weight", rank)
@@ -168,6 +175,13 @@ class Plan:
 def _length(split: Split, rank: int) -> int:
     start, stop = split.ranges[rank]
     return stop - start
+
+
+def sizes_in_words(sizes: Sequence[int]) -> str:
+    """tp sizes, ascending, as people read them: "1 to 28" where none between is left out; "none" of none."""
+    if len(sizes) > 2 and sizes[-1] - sizes[0] == len(sizes) - 1:
+        return f"{sizes[0]} to {sizes[-1]}"
+    return ", ".join(map(str, sizes)) or "none"
 
 
 def valid_tp_sizes(policy: Policy, geometry: Geometry) -> list[int]:

@@ -93,7 +93,8 @@ POLICY = replace(
     model_class="Qwen3_5ForConditionalGeneration",
     first_release="5.2",
     table=TABLE,
-    head_axes={**qwen3_vl.POLICY.head_axes,
+    head_axes={
+        **qwen3_vl.POLICY.head_axes,
         "q_gate": ("text", "q"), "lin_k": ("linear", "q"), "lin_v": ("linear", "q"), "lin_heads": ("linear", "q")},
     head_numbers=(
         *(replace(row, kind=FULL if row.encoder == "text" else None) for row in qwen3_vl.POLICY.head_numbers),

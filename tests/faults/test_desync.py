@@ -90,6 +90,7 @@ def test_uncaught_it_is_a_message_and_exit_code_1(digests):
     assert re.search(r"^error on rank \d: desync at step 1 .*sampled token on rank 1", err, re.MULTILINE), err[-3000:]
 
 
+@pytest.mark.long
 def test_between_two_comparisons_a_rank_that_leaves_early_is_named_from_outside(model, tmp_path):
     """Without the check it would be in a collective of its own too, and with it only every 8th step as well."""
     code, err = end(Job(RANKS, WORKER, "early-torch", str(model), str(tmp_path)), PATIENCE_S)

@@ -18,8 +18,8 @@ def rendezvous(trial: check.Trial) -> check.Finding:
     return next(check.run([job.rendezvous], check.Case({}, trial=trial)))
 
 
-@pytest.mark.parametrize("launcher", ["none", pytest.param("deepspeed", marks=pytest.mark.sweep),
-                                      pytest.param("mpirun", marks=pytest.mark.sweep)])
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["none", "deepspeed", "mpirun"])
 def test_ranks_join_and_sum(launcher):
     """Ranks that the doctor starts with DeepSpeed's launcher, or is itself; and what torch and DeepSpeed say."""
     outcome = launch(2, DOCTOR, "--json", *(["--ranks", "2"] if launcher == "none" else []), launcher=launcher)

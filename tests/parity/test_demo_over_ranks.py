@@ -26,7 +26,7 @@ def test_quickstart():
                           timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert done.stdout.count("right; same tokens as one process") == 12
-    assert "rank 3: query heads 21-27" in done.stdout
+    assert "rank 3: query heads 21-27, held 3.48 MB of weights (float32), read 1.74 MB (bfloat16 files)" in done.stdout
     assert "12 of 12 answered by 4 ranks" in done.stdout
 
 

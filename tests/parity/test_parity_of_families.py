@@ -98,6 +98,18 @@ def test_shards_on_disk_give_the_same_bits(workplace, tmp_path, family):
     assert all(torch.equal(before[key], ours[key]) for key in before if key != "bytes")  # read from files
 
 
+def test_three_lines_shard_a_model_that_a_script_loaded(workplace, tmp_path):
+    outcome = launch(2, WORKER, "--loaded", "--only", "video", "--out", str(tmp_path),
+                     *(str(workplace / family) for family in FAMILIES))
+    assert outcome.code == 0, outcome.err[-6000:]
+    for family in FAMILIES:
+        plain, ours = (load_file(file) for file in (workplace / f"{family}.plain.safetensors",
+                                                    tmp_path / f"{family}.loaded.safetensors"))
+        largest = float(plain["video.logits"].abs().max())
+        assert (plain["video.logits"] - ours["video.logits"]).abs().max() <= 1e-4 * largest
+        assert torch.equal(plain["video.tokens"], ours["video.tokens"])
+
+
 @pytest.mark.skipif("qwen3_vl_moe" not in FAMILIES, reason="a release without it")
 @pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.sweep)])
 def test_whole_experts_dealt_to_ranks_from_published_files(workplace, tmp_path, tp):

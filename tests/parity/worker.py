@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -68,10 +70,26 @@ def equal_on_ranks(results: dict[str, torch.Tensor], tp) -> torch.Tensor:
     return everyone.view(tp.size, -1).all(0)
 
 
+def load(directory: Path) -> Any:
+    name = json.loads((directory / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, name).from_pretrained(directory, torch_dtype=torch.float32).eval()
+
+
+def three_lines(model: Any) -> Any:
+    """`generate` of a loaded model that has become a shard."""
+    import deepspeed
+
+    import adapter
+
+    engine = deepspeed.init_inference(model, **adapter.deepspeed_kwargs(model, tp_size=int(os.environ["WORLD_SIZE"])))
+    return engine.generate
+
+
 def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--plain", action="store_true")
+    p.add_argument("--loaded", action="store_true", help="each rank loads the whole model and shards it")
     p.add_argument("--device", default="cpu", help="where the plain model runs")
     p.add_argument("--local_rank", type=int)
     p.add_argument("--format", default="dense", help="of the weights")
@@ -81,15 +99,12 @@ def main() -> None:
     p.add_argument("models", nargs="+", type=Path)
     args = p.parse_args()
     for directory in args.models:
-        if args.plain:
-            import json
-
-            name = json.loads((directory / "config.json").read_text())["architectures"][0]
-            model = getattr(transformers, name).from_pretrained(directory, torch_dtype=torch.float32).eval()
-            model.to(args.device)
-            results = run(model, model.generate, model.config.get_text_config().vocab_size, args.device,
-                          args.only)
-            save_file(results, args.out / f"{directory.name}.plain.safetensors")
+        if args.plain or args.loaded:
+            model = load(directory).to(args.device)
+            generate = three_lines(model) if args.loaded else model.generate
+            results = run(model, generate, model.config.get_text_config().vocab_size, args.device, args.only)
+            if os.environ.get("RANK", "0") == "0":
+                save_file(results, args.out / f"{directory.name}.{'loaded' if args.loaded else 'plain'}.safetensors")
             continue
         import adapter
         from adapter.config.load import from_dict

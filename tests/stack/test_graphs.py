@@ -242,7 +242,7 @@ def test_an_answer_that_is_not_finite_spoils_no_later_one(plain, graphed):
 @lean
 def test_an_engine_that_may_have_graphs_replays_them(directory, taping, monkeypatch):
     """All the way from init_inference; DeepSpeed, which refuses the key over several ranks, does not see it."""
-    monkeypatch.setattr(cuda_graph, "wanted", lambda section, tp: section["enable_cuda_graph"])
+    monkeypatch.setattr(cuda_graph, "wanted", lambda section, tp, experts: section["enable_cuda_graph"])
     config = {"model": {"path": str(directory), "dtype": "float32"}, "tensor_parallel": {"tp_size": 1},
               "deepspeed": {"enable_cuda_graph": True}}
     engine = adapter.init_inference(from_dict(config, directory))
@@ -282,3 +282,5 @@ def test_ranks_that_sum_over_gloo_are_reported(engine, monkeypatch):
     with pytest.raises(UserError, match=r"sum over gloo, which no graph can hold.*nccl"):
         cuda_graph.wanted({"enable_cuda_graph": True}, Group(0, 2, torch.distributed.group.WORLD))
     assert cuda_graph.wanted({"enable_cuda_graph": True}, Group(0, 1))
+    with pytest.raises(UserError, match="choose experts"):
+        cuda_graph.wanted({"enable_cuda_graph": True}, Group(0, 1), experts=2)

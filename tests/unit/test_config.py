@@ -132,6 +132,9 @@ def test_requests_in_both_forms(home):
         ("batch_size: 0", ["batch_size = 0", "greater than or equal to 1"]),
         ("batch_size: yes", ["batch_size = True", "a boolean"]),
         ("procesor: {}", ["procesor", "did you mean 'processor'"]),
+        ("tp_size: 2", ["tp_size = 2", "did you mean 'tensor_parallel.tp_size'"]),
+        ("max_new_tokens: 5", ["did you mean 'generation.max_new_tokens'"]),
+        ("processor: {format: int8}", ["processor.format", "did you mean 'weights.format'", "known: fps"]),
         ("outputs: x", ["outputs", "unknown key", "known: batch_size, deepspeed"]),
         ("output: [x]", ["output", "path of a file"]),
         ("3: x", ["3", "should be strings"]),
@@ -295,7 +298,7 @@ def test_merge_keys_are_not_duplicates(home):
 
 def test_files_that_cannot_be_read(home):
     assert "No such file" in complaint(load_config, home / "gone.yaml")
-    assert "directory" in complaint(load_config, home)
+    assert "--config wants a YAML file, and a model's directory goes into it" in complaint(load_config, home)
     (home / "c.yaml").write_bytes(b"\xff\xfe\x00a")
     assert "cannot be read" in complaint(load_config, home / "c.yaml")
 

@@ -196,8 +196,8 @@ def test_plan_of_a_checkpoint_that_is_not_whole(tmp_path):
     model = Path(shutil.copytree(DEMO.model.path, tmp_path / "model"))
     os.truncate(model / "model.safetensors", 1_000_000)
     broken = DEMO.model_copy(update={"model": DEMO.model.model_copy(update={"path": model})})
-    status, found, _ = judged(host.plan, Case({}, config=broken))
-    assert status == FAILED and "model.safetensors" in found
+    status, found, do = judged(host.plan, Case({}, config=broken))
+    assert status == FAILED and "model.safetensors" in found and "python -m adapter plan --config C" in do
     (model / "model.safetensors").unlink()
     assert "no safetensors file" in judged(host.plan, Case({}, config=broken))[1]
 

@@ -17,7 +17,7 @@ from published import FILES, PUBLISHED, TOTAL_BYTES, write_sparse
 from adapter.commands.plan import report
 from adapter.config.load import load_config
 from adapter.planning.load import checked_plan, make_plan
-from adapter.planning.plan import valid_tp_sizes
+from adapter.planning.plan import sizes_in_words, valid_tp_sizes
 from policies.errors import UserError
 from policies.families.qwen2_vl import POLICY
 from policies.heads import split_heads
@@ -178,8 +178,15 @@ def test_json_has_what_the_contract_names(directories):
     assert rows["model.norm.weight"]["why"]
 
 
+def test_the_table_is_short_and_without_words_of_the_machinery(directories):
+    done = run_plan("--config", f"configs/{CONFIGS['7b']}", f"model.path={directories['7b']}")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 + 4 and lines[1] == "tp sizes that work: 1 to 28", done.stdout
+    assert not re.search(r"FLOP|0\.000 GB|auto|[{}]", done.stdout), done.stdout
+
+
 def test_the_table_shows_every_row_of_the_policy_once(directories):
-    done = run_plan("--config", f"configs/{CONFIGS['2b']}", f"model.path={directories['2b']}")
+    done = run_plan("--config", f"configs/{CONFIGS['2b']}", f"model.path={directories['2b']}", "--tensors")
     assert done.returncode == 0, done.stderr
     shown = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
     one_layer = replace(PUBLISHED["2b"], layers=1, v_layers=1)
@@ -223,8 +230,8 @@ def test_a_sound_cut_of_a_broken_checkpoint_is_printed_and_its_problems_are_erro
     (tmp_path / "m" / "model-00002-of-00002.safetensors").unlink()
     done = run_plan("--config", f"configs/{CONFIGS['2b']}", f"model.path={tmp_path / 'm'}")
     assert done.returncode == 2 and "rank 1: query heads 6-11" in done.stdout and "missing" not in done.stdout
-    problem = f"error: {tmp_path / 'm'} cannot run at tp_size 2:\n  model-00002-of-00002.safetensors: missing"
-    assert done.stderr.startswith(problem), done.stderr
+    problem = f"error: {tmp_path / 'm'}: model-00002-of-00002.safetensors: missing"
+    assert done.stderr.startswith(problem) and "tp sizes" not in done.stderr, done.stderr
 
 
 HANDWRITTEN = {key: value for key, value in PUBLISHED["72b"].config().items() if key != "max_position_embeddings"} | {
@@ -257,7 +264,13 @@ def test_a_tp_size_that_cannot_be_names_those_that_can(directories):
     with pytest.raises(UserError) as caught:
         checked_plan(directories["2b"], 13, "bfloat16")
     assert "tp_size 13" in str(caught.value)
-    assert f"tp sizes that would work: {[*range(1, 13)]}" in str(caught.value)
+    assert str(caught.value).endswith("tp sizes that would work: 1 to 12")
+
+
+@pytest.mark.parametrize(("sizes", "words"), [
+    ([*range(1, 29)], "1 to 28"), ([1, 2, 4], "1, 2, 4"), ([1, 2], "1, 2"), ([1], "1"), ([], "none")])
+def test_sizes_in_words(sizes, words):
+    assert sizes_in_words(sizes) == words
 
 
 @pytest.mark.parametrize("config", [None, "{", '{"model_type": "qwen9_vl"}'])
@@ -274,8 +287,12 @@ def test_config_json_alone_is_enough_for_a_plan(tmp_path):
     done = run_plan("--config", f"configs/{CONFIGS['72b']}", f"model.path={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "planned from config.json alone" in done.stderr
-    with pytest.raises(UserError, match="no safetensors file"):
+    with pytest.raises(UserError) as caught:
         checked_plan(tmp_path, 8, "bfloat16")
+    assert str(caught.value).startswith(f"{tmp_path}: no safetensors file here"), caught.value
+    assert "put the checkpoint's safetensors files there" in str(caught.value) and "sizes" not in str(caught.value)
+    with pytest.raises(UserError, match=r"(?s)cannot run at tp_size 99.*no safetensors.*tp_size 99.*work: 1 to 64"):
+        checked_plan(tmp_path, 99, "bfloat16")
 
 
 def test_a_model_with_little_to_share():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from checkpoints import Shape, newer_name
+from families import CONFIGS
 
 from policies.errors import UserError
 from policies.families.qwen2_vl import POLICY, TABLE
@@ -292,3 +293,16 @@ def test_a_relative_without_a_page_is_refused_with_the_reason(model_type, why):
 def test_any_other_model_type_is_a_user_error_with_the_known_ones(config):
     with pytest.raises(UserError, match="known: qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl"):
         policy_for(config)
+
+
+def test_a_row_stands_for_layers_of_its_kind_alone_and_experts_are_cut_in_width_or_dealt():
+    policy = policy_for({"model_type": "qwen3_vl_moe"})
+    geometry = policy.geometry(CONFIGS["qwen3_vl_moe"])  # layer 1 of 3 is dense; 6 experts, 28 wide, hidden 80
+    claims, stack = policy.claims(geometry), "model.language_model.layers"
+    assert f"{stack}.1.mlp.gate_proj" in claims and f"{stack}.1.mlp.experts" not in claims
+    assert f"{stack}.0.mlp.gate_proj" not in claims and f"{stack}.2.mlp.experts" in claims
+    found = {by: [slice_of(policy.experts_by(by).claims(geometry)[f"{stack}.0.mlp.experts"], suffix, geometry.sizes,
+                           policy.experts_by(by).splits(geometry, 2), 1) for suffix in ("gate_up_proj", "down_proj")]
+             for by in ("tensor", "expert")}
+    assert [(part.dim, part.ranges) for part in found["tensor"]] == [(1, ((14, 28), (42, 56))), (2, ((14, 28),))]
+    assert [(part.dim, part.ranges) for part in found["expert"]] == [(0, ((3, 6),))] * 2

@@ -7,20 +7,28 @@ import pytest
 from adapter.parallel import all_reduce
 from adapter.parallel.all_reduce import DEEPSPEED, deepspeed_refusal, describe, quickest
 from adapter.parallel.group import TORCH, Group, Route
-from adapter.parallel.launchers import Launch
+from adapter.parallel.launchers import LAUNCHERS, Launch
 from adapter.parallel.rendezvous import check_world
 from policies.errors import UserError
 
 
 @pytest.mark.parametrize("world, tp, words", [
-    (1, 4, "1 rank,.*--num_accelerators 4.*one of 1$"), (4, 3, "4 ranks.*whole replicas.*one of 1, 2, 4$"),
-    (2, 3, "2 ranks.*tp_size is 3"),
+    (1, 4, r"1 rank \(you started without a launcher\),.*--num_accelerators 4.*tp_size to 1$"),
+    (4, 3, "4 ranks, .*whole replicas.*one of 1, 2, 4$"), (2, 3, "2 ranks, .*tp_size is 3"),
 ])
-def test_world_that_makes_no_whole_replicas(world, tp, words):
+def test_world_that_makes_no_whole_replicas(monkeypatch, world, tp, words):
+    for launcher in LAUNCHERS:
+        monkeypatch.delenv(launcher.mark, raising=False) if launcher.mark else None
     with pytest.raises(UserError, match=words):
         check_world(world, tp)
     check_world(tp, tp)
     check_world(3 * tp, tp)
+
+
+def test_one_rank_of_a_launcher_was_not_started_without_one(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(UserError, match="1 rank, "):
+        check_world(1, 2)
 
 
 @pytest.mark.parametrize("launch, tp, op, why", [
@@ -58,6 +66,7 @@ def test_the_only_possible_one_needs_no_figures():
     assert describe(TORCH, (4096, 524288), {}, {"ours": "no compiler"}) == "torch group; not ours: no compiler"
     reported = describe(OURS, (3072, 524288), {"ours": (3.4, 99.6)}, {})
     assert reported == "ours; microseconds for 3 KB and 524 KB: ours 3 and 100"
+    assert "for 448 bytes and 524 KB" in describe(OURS, (448, 524288), {"ours": (3.4, 99.6)}, {})
 
 
 def test_a_rank_alone_sums_nothing():
