@@ -71,9 +71,11 @@ def positive(fields: Mapping[str, Any], key: str) -> float:
     return value
 
 
-def read_text(config: Mapping[str, Any], context: int, head_dim: int | None = None) -> TextNumbers:
+def read_text(config: Mapping[str, Any], context: int, head_dim: int | None = None,
+              rotated: float = 1) -> TextNumbers:
     """Read the text decoder's numbers. context: the default of max_position_embeddings. head_dim: the default of that
-    key; None where the family has none, and a head is hidden_size / num_attention_heads wide."""
+    key; None where the family has none, and a head is hidden_size / num_attention_heads wide. rotated: the default of
+    partial_rotary_factor, the share of a head that has positions."""
     text = text_section(config)
     hidden, heads = integer(text, "hidden_size"), integer(text, "num_attention_heads", most=MOST_HEADS)
     kv_heads = integer(text, "num_key_value_heads", most=MOST_HEADS)
@@ -81,19 +83,21 @@ def read_text(config: Mapping[str, Any], context: int, head_dim: int | None = No
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     if not isinstance(tied, bool):
         raise UserError(f"config.json: 'tie_word_embeddings' is {reprlib.repr(tied)}; true or false is needed")
-    _check_what_only_forward_reads(text, width if head_dim or hidden == heads * width else None, head_dim is not None)
+    known_width = width if head_dim or hidden == heads * width else None
+    _check_what_only_forward_reads(text, known_width, head_dim is not None, rotated)
     sizes = {"vocab": integer(text, "vocab_size"), "hidden": hidden, "q": heads * width, "kv": kv_heads * width,
              "mlp": integer(text, "intermediate_size")}
     return TextNumbers(sizes, Attention(heads, kv_heads, width), integer(text, "num_hidden_layers", most=MOST_LAYERS),
                        tied, integer(text, "max_position_embeddings", context))
 
 
-def _check_what_only_forward_reads(text: Mapping[str, Any], head_dim: int | None, stated_head_dim: bool) -> None:
+def _check_what_only_forward_reads(text: Mapping[str, Any], head_dim: int | None, stated_head_dim: bool,
+                                   rotated: float) -> None:
     """Fields that shard nothing, but that stop a model in its first forward, when every rank has long been loaded."""
     name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"  # the former since Transformers 5
     rope = section(text, name)
     stated = {key: value for key, value in {**text, **rope}.items() if value is not None}
-    for key in stated.keys() & {"rms_norm_eps", "rope_theta"}:
+    for key in stated.keys() & {"rms_norm_eps", "rope_theta", "partial_rotary_factor"}:
         positive(stated, key)
     for key in stated.keys() & set(TOKEN_IDS):
         integer(stated, key, least=0)
@@ -103,10 +107,12 @@ def _check_what_only_forward_reads(text: Mapping[str, Any], head_dim: int | None
     whole = isinstance(parts, list | tuple) and all(type(n) is int and n >= 0 for n in parts)
     if not whole or len(parts) != 3:
         raise UserError(f"config.json: {name}.mrope_section is {reprlib.repr(parts)}; three whole numbers are needed")
-    if head_dim and head_dim % 2 == 0 and 2 * sum(parts) != head_dim:
+    share = stated.get("partial_rotary_factor", rotated) if rotated != 1 else 1
+    if head_dim and head_dim % 2 == 0 and 2 * sum(parts) != (turned := int(head_dim * share)):
         origin = "" if stated_head_dim else " (hidden_size / num_attention_heads)"
+        of = "" if share == 1 else f", of which partial_rotary_factor {share} is rotated,"
         raise UserError(f"config.json: {name}.mrope_section {parts} has a sum of {sum(parts)}; head_dim {head_dim}"
-                        f"{origin} needs {head_dim // 2}")
+                        f"{origin}{of} needs {turned // 2}")
 
 
 def unstated(config: Mapping[str, Any], text_defaults: Mapping[str, Any], vision_defaults: Mapping[str, Any],

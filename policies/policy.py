@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from policies.errors import UserError
@@ -68,7 +69,8 @@ class Geometry:
     """What config.json says, in one family's terms.
 
     sizes: every named dimension of the table, in elements.
-    attention: "text" and "vision" -> heads. layers: stack ("model.layers") -> count, the text encoder's first. lists:
+    attention: "text" and "vision" -> heads, and "linear" where layers have a recurrence: there a head is a key head
+    with its value heads. layers: stack ("model.layers") -> count, the text encoder's first. lists:
     other numbered modules -> count. kinds: stack -> the kind of each of its layers, where they differ (Claim.kind).
     context: longest sequence in tokens. merge_side: patches a side that make one token. windowed_layers: layers of the
     vision encoder that attend inside windows of `window_patches` patches, the others to whole frames. injected_layers:
@@ -127,16 +129,46 @@ class Encoder:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """Layers whose attention is a gated delta rule: each value head has a state [key dim, value dim] that decays, and a
+    convolution over tokens before it (Yang, Kautz, Hatamizadeh: Gated Delta Networks, 2024).
+
+    module, kind: the layers' module. heads: its entry in Geometry.attention. qkv, beta, decay, norm: modules in it: the
+    linear [q | k | v], those of the update's strength and of the decay, and the gated norm after the recurrence.
+    convolution, log_decay, bias: its own parameters, by their names in the table.
+    key, value, value_heads, width: named dimensions: of all key heads, all value heads, their number, and the tokens
+    that the convolution sees.
+    """
+
+    module: str
+    kind: str
+    heads: str
+    qkv: str
+    beta: str
+    decay: str
+    norm: str
+    convolution: str
+    log_decay: str
+    bias: str
+    key: str
+    value: str
+    value_heads: str
+    width: str
+
+
+@dataclass(frozen=True)
 class Policy:
     """One model family: what is sharded how. Data, but for `geometry`, which reads a config.json mapping.
 
     first_release: of Transformers that has `model_class`.
-    head_axes: named dimension -> (encoder, "q" or "kv"): dimensions that are cut by heads; other cut ones go by grains.
+    head_axes: named dimension -> (entry of Geometry.attention, "q" or "kv"): dimensions that are cut by heads, each of
+        them equally wide; other cut ones go by grains.
     renames: (newer prefix, published prefix): module and tensor names of newer releases, in order of application.
     media_tokens: keys of config.json with ids of tokens that stand for media: fed back they claim an image's place.
-    ignored: tensors old releases saved that are computed, not loaded (name endings).
+    ignored: patterns of tensors that files may have and that are not loaded: they are computed, or nothing uses them.
     tied: (parameter, the parameter it is tied to) where the config ties them.
-    decoder: the text decoder's modules, for the decode loop.
+    decoder: the text decoder's modules, for the decode loop; None where its steps are none of ours: `not_decoded`, why.
+    delta_net: the layers with a recurrence in place of attention.
     dialects: words of other tools (policies.export) in which the table has been run by them.
     rows: (start of a module's name, what one row of its input is), the first that fits: "patch", "merged" (the patches
         that make one token), "token", or "last" (a sequence's last position). The first two are the vision encoder.
@@ -152,12 +184,18 @@ class Policy:
     media_tokens: tuple[str, ...]
     ignored: tuple[str, ...]
     tied: tuple[str, str]
-    decoder: DecoderNames
+    decoder: DecoderNames | None
     rows: tuple[tuple[str, Rows], ...]
     encoder: Encoder
     geometry: Callable[[Mapping[str, Any]], Geometry]
     problems: Callable[[Geometry, int], list[str]]
     dialects: tuple[str, ...] = ()
+    not_decoded: str = ""
+    delta_net: DeltaNet | None = None
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor of a file is not to be loaded."""
+        return any(fnmatchcase(name, pattern) for pattern in self.ignored)
 
     def published(self, name: str) -> str:
         """The published name of a module or tensor that may carry a newer release's name."""
@@ -184,8 +222,8 @@ class Policy:
                 claimed[module] = claim
         return claimed
 
-    def modules(self, claim: Claim, geometry: Geometry) -> list[str]:
-        """The modules that a row of the table stands for, in order, all cut alike; none where no layer is of its kind.
+    def modules(self, claim: Claim | HeadNumbers | DeltaNet, geometry: Geometry) -> list[str]:
+        """The modules that a row of the page stands for, in order, all cut alike; none where no layer is of its kind.
         """
         modules = expand(claim.module, geometry.counts)
         if claim.kind is None:
@@ -230,6 +268,12 @@ class Policy:
         if axis not in self.head_axes:
             return None
         encoder, kind = self.head_axes[axis]
-        dim = geometry.attention[encoder].head_dim
+        rows = self.rows_of_a_head(axis, geometry)
         owned = [shard.q if kind == "q" else shard.kv for shard in heads[encoder]]
-        return Split(geometry.sizes[axis], tuple((a * dim, b * dim) for a, b in owned))
+        return Split(geometry.sizes[axis], tuple((a * rows, b * rows) for a, b in owned))
+
+    def rows_of_a_head(self, axis: str, geometry: Geometry) -> int:
+        """Elements that one head has of a dimension that is cut by heads."""
+        encoder, kind = self.head_axes[axis]
+        heads = geometry.attention[encoder]
+        return geometry.sizes[axis] // (heads.q_heads if kind == "q" else heads.kv_heads)

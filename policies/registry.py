@@ -25,8 +25,7 @@ POLICIES: Mapping[str, Policy] = _pages()
 
 # relatives that have no page, and what a page of theirs could not say today
 UNSUPPORTED: Mapping[str, str] = {
-    "qwen3_5": "three of four layers are gated delta-net layers, whose state and convolution no rule cuts",
-    "qwen3_5_moe": "it has experts and gated delta-net layers, which no rule cuts",
+    "qwen3_5_moe": "beside its experts every layer has a shared expert with a gate of its own, which no rule cuts",
     "qwen4_exp": "it has hyper-connections, a sparse indexer and an n-gram table of 45 billion numbers",
     "qwen2_5_omni": "it has an audio encoder beside the vision encoder",
     "qwen3_omni_moe": "it has experts and an audio encoder",

@@ -56,11 +56,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class Rule:
-    """Base of the vocabulary: `dim` of `weight` is cut into `parts` by rank, and bias with it if `cuts_bias`."""
+    """Base of the vocabulary: `dim` of `weight` is cut by rank, and bias with it if `cuts_bias`."""
 
     dim = 0
     cuts_bias = True
-    parts = 1
 
     def axis(self, weight_dims: tuple[str, ...]) -> str:
         """The named dimension whose Split decides the boundaries."""
@@ -70,7 +69,7 @@ class Rule:
         """How the parameter `suffix` of a module with `tensors`, name -> named dimensions, is cut; None: not at all."""
         if suffix == "bias" and not self.cuts_bias:
             return None
-        return Cut(self.dim if suffix == "weight" else 0, (self.axis(tensors["weight"]),) * self.parts)
+        return Cut(self.dim if suffix == "weight" else 0, (self.axis(tensors["weight"]),))
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,36 @@ class Row(Rule):
 
 
 @dataclass(frozen=True)
-class FusedQKV(Rule):
-    """Linear [(q | k | v) x heads x head_dim, in]: each of the three parts is cut by heads, weight and bias alike."""
+class Fused(Rule):
+    """Linear whose outputs are several parts one after another, each cut by the axis named for it, weight and bias
+    alike. No collective."""
 
-    part: str
-    parts = 3
+    axes: tuple[str, ...]
 
-    def axis(self, weight_dims: tuple[str, ...]) -> str:
-        return self.part
+    def cut(self, suffix: str, tensors: Mapping[str, tuple[str, ...]]) -> Cut:
+        return Cut(0, self.axes)
+
+
+@dataclass(frozen=True, init=False)
+class FusedQKV(Fused):
+    """Linear [(q | k | v) x heads x head_dim, in]: each of the three parts is cut by heads, by the same axis."""
+
+    def __init__(self, axis: str) -> None:
+        object.__setattr__(self, "axes", (axis,) * 3)
+
+
+@dataclass(frozen=True)
+class InPlace(Rule):
+    """Parameters that a module's own forward reads: they stay where Transformers has them, each cut along dimension 0.
+
+    parts: (a tensor's first dimension, the axes of the parts that lie in it); other tensors are one part of that name.
+    """
+
+    parts: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def cut(self, suffix: str, tensors: Mapping[str, tuple[str, ...]]) -> Cut:
+        first = tensors[suffix][0]
+        return Cut(0, dict(self.parts).get(first, (first,)))
 
 
 @dataclass(frozen=True)
@@ -120,7 +141,8 @@ class Replicated(Rule):
 @dataclass(frozen=True)
 class PerHead(Replicated):
     """A norm [head_dim] of each head: the weight is whole on every rank, and acts on the heads that the rank owns of
-    `part`, a dimension that is cut by heads. A plain Replicated would say that its input is the same on all ranks."""
+    `part`, a dimension that is cut by heads. A plain Replicated would say that its input is the same on all ranks.
+    All inputs of the norm are of those heads."""
 
     part: str
 
@@ -151,7 +173,8 @@ class Claim:
     module: published name; `*` stands for a layer number.
     weight, bias: the named dimensions of each; None where the module has no such parameter.
     kind: the kind of the layers that have such a module (Geometry.kinds); None: all layers.
-    others: (name, named dimensions) of parameters with names of their own, in place of weight and bias.
+    others: (name, named dimensions) of parameters with names of their own, in place of weight and bias; "conv1d.weight"
+        is that of a module inside.
     transposed: files may hold `others` with their last two dimensions swapped; their shapes tell.
     """
 
@@ -195,11 +218,13 @@ def slice_of(
 
 @dataclass(frozen=True)
 class HeadNumbers:
-    """Attention attributes that must be true for a shard: module pattern, its encoder, attribute -> HeadShard field."""
+    """Attributes that must be true for a shard: module pattern, the entry of Geometry.attention it belongs to, and
+    attribute -> HeadShard field, or the axes of which it is the number of elements on the rank. kind: as in Claim."""
 
     module: str
     encoder: str
-    numbers: Mapping[str, str]
+    numbers: Mapping[str, str | tuple[str, ...]]
+    kind: str | None = None
 
 
 def expand(pattern: str, layers: Mapping[str, int]) -> list[str]:

@@ -36,7 +36,16 @@ CONFIGS = {
 }
 CONFIGS["qwen3_vl_moe"] = CONFIGS["qwen3_vl"] | {"text_config": CONFIGS["qwen3_vl"]["text_config"] | {
     "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "mlp_only_layers": [1]}}
-CLASSES = {"qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe"}
+CONFIGS["qwen3_5"] = IDS | {  # 16 key heads of 8 with two value heads of 6 each; 6 of a head's 24 numbers are rotated
+    "text_config": TEXT | {
+        "hidden_size": 80, "head_dim": 24, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1], "mrope_interleaved": True,
+            "partial_rotary_factor": 0.25},
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "linear_key_head_dim": 8, "linear_value_head_dim": 6},
+    "vision_config": VISION | {"intermediate_size": 172, "out_hidden_size": 80, "num_position_embeddings": 16},
+}
+CLASSES = {"qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe", "qwen3_5": "Qwen3_5"}
 
 
 def make_family(directory: Path, family: str, dtype: torch.dtype = torch.float32, ids: Mapping[str, int] = IDS,
@@ -74,7 +83,7 @@ PROCESSORS = {  # processor, image processor, video processor
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
     "qwen3_vl": ("Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor"),
 }
-PROCESSORS["qwen3_vl_moe"] = PROCESSORS["qwen3_vl"]
+PROCESSORS["qwen3_vl_moe"] = PROCESSORS["qwen3_5"] = PROCESSORS["qwen3_vl"]
 CLIP = {"min_pixels": 4096, "max_pixels": 100352}  # of all frames of a video together
 
 
@@ -91,6 +100,6 @@ def make_whole(directory: Path, family: str, dtype: torch.dtype = torch.float32,
     stated = json.loads((DEMO / "preprocessor_config.json").read_text()) | {"processor_class": whole}
     (directory / "preprocessor_config.json").write_text(json.dumps(stated | {"image_processor_type": image}))
     clip = {"size": {"shortest_edge": CLIP["min_pixels"], "longest_edge": CLIP["max_pixels"]}}
-    stated |= {"video_processor_type": video} | (clip if family.startswith("qwen3_vl") else {})
+    stated |= {"video_processor_type": video} | (clip if family.startswith("qwen3_") else {})
     (directory / "video_preprocessor_config.json").write_text(json.dumps(stated))
     return directory

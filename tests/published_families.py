@@ -26,6 +26,7 @@ def qwen2_5_vl(hidden: int, layers: int, heads: int, kv: int, mlp: int, v_mlp: i
 
 
 SMALL = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
+TINY = {"depth": 12, "hidden_size": 768, "intermediate_size": 3072, "num_heads": 12}
 LARGE = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
 
 
@@ -58,6 +59,29 @@ def qwen3_vl_moe(hidden: int, layers: int, heads: int, mlp: int, width: int) -> 
                     "text_config": text, "vision_config": dense["vision_config"] | {"model_type": "qwen3_vl_moe"}}
 
 
+def qwen3_5(hidden: int, layers: int, heads: int, kv: int, values: int, mlp: int, vision: dict[str, Any],
+            tied: bool = False) -> dict[str, Any]:
+    """Heads of 256; every fourth layer attends, the others have 16 key heads and `values` value heads of 128."""
+    return IDS | {
+        "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5",
+        "transformers_version": "4.57.0.dev0", "tie_word_embeddings": tied,
+        "text_config": {
+            "model_type": "qwen3_5_text", "hidden_size": hidden, "intermediate_size": mlp, "head_dim": 256,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv,
+            "max_position_embeddings": 262144, "rms_norm_eps": 1e-6, "vocab_size": 248320, "attn_output_gate": True,
+            "full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": values,
+            "layer_types": ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(layers)],
+            "tie_word_embeddings": tied,
+            "rope_parameters": {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "rope_type": "default",
+                                "rope_theta": 1e7, "partial_rotary_factor": 0.25}},
+        "vision_config": {key: value for key, value in vision.items() if key != "deepstack_visual_indexes"} | {
+            "model_type": "qwen3_5", "hidden_act": "gelu_pytorch_tanh", "in_channels": 3,
+            "num_heads": vision.get("num_heads", 16), "num_position_embeddings": 2304, "out_hidden_size": hidden,
+            "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "deepstack_visual_indexes": []},
+    }
+
+
 PUBLISHED = {
     "Qwen2.5-VL-3B": qwen2_5_vl(2048, 36, 16, 2, 11008, 3420, tied=True, vocab=151936),
     "Qwen2.5-VL-7B": qwen2_5_vl(3584, 28, 28, 4, 18944, 3420),
@@ -69,4 +93,7 @@ PUBLISHED = {
     "Qwen3-VL-32B": qwen3_vl(5120, 64, 64, 25600, LARGE),
     "Qwen3-VL-30B-A3B": qwen3_vl_moe(2048, 48, 32, 6144, 768),
     "Qwen3-VL-235B-A22B": qwen3_vl_moe(4096, 94, 64, 12288, 1536),
+    "Qwen3.5-0.8B": qwen3_5(1024, 24, 8, 2, 16, 3584, TINY, tied=True),
+    "Qwen3.5-9B": qwen3_5(4096, 32, 16, 4, 32, 12288, LARGE),
+    "Qwen3.5-27B": qwen3_5(5120, 64, 24, 4, 48, 17408, LARGE),
 }

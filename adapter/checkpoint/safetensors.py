@@ -86,7 +86,7 @@ class Checkpoint:
         for name in sorted(expected.keys() - self.tensors.keys() - explained - {tied_copy}):
             found.append(f"tensor {name!r} {list(expected[name].shape)} is missing from {shown(self.directory)}")
         for name in sorted(self.tensors.keys() - expected.keys()):
-            if not name.endswith(policy.ignored):
+            if not policy.ignores(name):
                 found.append(f"{self.tensors[name].file.name}: tensor {self.tensors[name].name!r} is not part of a "
                              f"{policy.model_type} of this config.json")
         self.swapped = self._swapped(policy, geometry)

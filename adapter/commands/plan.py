@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -80,7 +81,8 @@ def _expert_bytes(plan: Plan) -> dict[str, list[int]]:
 def _rank_report(plan: Plan, rank: int) -> dict[str, Any]:
     text, vision = plan.heads["text"][rank], plan.heads["vision"][rank]
     return {"rank": rank, "q_heads": list(text.q), "kv_heads": list(text.kv), "vision_heads": list(vision.q),
-            "weight_bytes": plan.weight_bytes(rank), "kv_bytes_per_token": plan.kv_bytes_per_token(rank)}
+            "weight_bytes": plan.weight_bytes(rank), "kv_bytes_per_token": plan.kv_bytes_per_token(rank),
+            **({"state_bytes_per_sequence": state} if (state := plan.state_bytes(rank)) else {})}
 
 
 def _tensor_report(plan: Plan, module: str, suffix: str) -> dict[str, Any]:
@@ -135,7 +137,9 @@ def _table(facts: dict[str, Any], tensors: bool) -> str:
     lines += [f"tp sizes that work: {sizes_in_words(facts['valid_tp_sizes'])}"]
     lines += [f"rank {r['rank']}: query heads {span(r['q_heads'])}, KV heads {span(r['kv_heads'])}, vision heads "
               f"{span(r['vision_heads'])}, weights {r['weight_bytes'] / 1e9:.3f} GB, KV cache "
-              f"{r['kv_bytes_per_token']} bytes a token" for r in facts["ranks"]]
+              f"{r['kv_bytes_per_token']} bytes a token"
+              + (f", states {state / 1e6:.1f} MB a sequence" if (state := r.get("state_bytes_per_sequence")) else "")
+              for r in facts["ranks"]]
     c = facts["collectives"]
     stacks = ", ".join(f"{stack} {count}" for stack, count in c["per_layer"].items())
     lines += [f"all-reduces per layer: {stacks}; for each new token: {c['per_token']} collectives, "
@@ -148,12 +152,14 @@ def _table(facts: dict[str, Any], tensors: bool) -> str:
 
 
 def _tensor_lines(facts: dict[str, Any]) -> list[str]:
-    """A line a tensor: of the layers of a stack only the first, of the slices those of rank 0 and of the last rank."""
-    stacks = facts["collectives"]["per_layer"]
-    shown = [t for t in facts["tensors"] if not any(
-        t["name"].startswith(f"{stack}.") and not t["name"].startswith(f"{stack}.0.") for stack in stacks)]
+    """A line a tensor: of the layers of a stack only the first that has it, of the slices those of rank 0 and of the
+    last rank."""
+    first = dict[str, dict[str, Any]]()
+    for tensor in facts["tensors"]:
+        stack = next((s for s in facts["collectives"]["per_layer"] if tensor["name"].startswith(f"{s}.")), "")
+        first.setdefault(re.sub(rf"^{re.escape(stack)}\.\d+\.", f"{stack}.*.", tensor["name"]), tensor)
     return [f"  {t['name']} {t['shape']} {t['rule']}" + (f" dim {t['dim']}: {t['slices'][0]} .. {t['slices'][-1]}"
-            if t["dim"] is not None else "") for t in shown]
+            if t["dim"] is not None else "") for t in first.values()]
 
 
 def _vision_lines(facts: dict[str, Any]) -> list[str]:

@@ -45,7 +45,7 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module, plan: Plan, ops: Any, rank: int = 0) -> None:
-        names, stack = plan.policy.decoder, plan.geometry.text_stack
+        names, stack = named(plan), plan.geometry.text_stack
         modules: Mapping[str, Any] = PublishedModules(model, plan.policy)
         count = plan.geometry.layers[stack]
         try:
@@ -147,6 +147,13 @@ def _layer(modules: Mapping[str, Any], names: DecoderNames, prefix: str) -> Laye
     return Layer(**parts, sparse=modules[f"{prefix}.{names.mlp}"] if sparse else None)
 
 
+def named(plan: Plan) -> DecoderNames:
+    """The page's names. Raises LookupError where a step of this family is not the one computed here."""
+    if plan.policy.decoder is None:
+        raise LookupError(f"a step of {plan.policy.model_type} is another one: {plan.policy.not_decoded}")
+    return plan.policy.decoder
+
+
 def text_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """Name -> module of everything that is not the vision encoder or inside it, the model itself ("") included."""
     encoder, modules = plan.policy.encoder, dict(model.named_modules())
@@ -158,7 +165,7 @@ def text_modules(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
 def check_total(model: nn.Module, plan: Plan) -> None:
     """Raises LookupError where the text decoder has a module, or a parameter of its own between the modules, that the
     policy's page does not name: a step would leave it out."""
-    names, stack = plan.policy.decoder, plan.geometry.text_stack
+    names, stack = named(plan), plan.geometry.text_stack
     layers = range(plan.geometry.layers[stack])
     computing = {names.embedding, names.rotary, names.norm, names.head}
     computing |= {f"{stack}.{i}.{part}" for i in layers for part in names.computing()}

@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from adapter.planning.plan import Plan
 from adapter.verify import bounds
 from adapter.verify.comparison import Comparison, Expected
 from adapter.verify.precision import full_precision
-from adapter.verify.trace import Trace
+from adapter.verify.trace import Trace, joined
 from policies.errors import CheckFailed
 from policies.formats import GROUP
 from policies.rules import Claim, Experts, PerHead, Replicated, Row
@@ -60,7 +61,8 @@ def self_test(model: nn.Module, plan: Plan, tp: Group, skeleton: Mapping[str, nn
     with torch.inference_mode(), full_precision():
         for stack, split in _modes(model, plan):
             tops = [top for top in _tested(plan) if top.startswith(f"{stack}.")]
-            trace = Trace(model, plan, tp, skeleton, _expected, eager, only=tops, keep=frozenset(tops))
+            trace = Trace(model, plan, tp, skeleton, _expected, eager, only=tops, keep=frozenset(tops),
+                          parameters=partial(_whole_parameters, model, plan, tp))
             with trace.watching():
                 _run(model, plan, stack, tops, split)
             assert trace.comparisons, f"no module of {tops} ran"
@@ -85,7 +87,7 @@ def weights_not_finite(model: nn.Module, plan: Plan) -> list[str]:
     """Name every parameter, with its dtype, that holds a number which is not finite: of a quantised one the scales."""
     modules, found = PublishedModules(model, plan.policy), list[str]()
     for name, suffix in plan.parameters():
-        held = getattr(modules[name], suffix)
+        held = modules.parameter(name, suffix)
         values = held.scales if isinstance(held, Quantised) else held
         if values.numel() and not bool(torch.stack(values.aminmax()).isfinite().all()):
             found.append(f"{name}.{suffix}, {values.dtype}")
@@ -229,13 +231,25 @@ def _expected(plan: Plan, tp: Group, name: str, claim: Claim, layer: Any, x: Any
     yield Expected(slice(None), columns, y, bound)
 
 
-def _expected_norm(tp: Group, layer: Any, x: Tensor) -> Expected:
-    """What a norm of each head must return with rank 0's weight, in float32 [tokens x heads, head_dim]."""
+def _whole_parameters(model: nn.Module, plan: Plan, tp: Group, name: str) -> dict[str, Tensor]:
+    """A module's own parameters (rules.InPlace), put together from all ranks: suffix -> tensor."""
+    modules, found = PublishedModules(model, plan.policy), dict[str, Tensor]()
+    for suffix in plan.claims[name].parameters():
+        parts = [plan.slice(name, suffix, r) for r in range(tp.size)]
+        last = modules.parameter(name, suffix).movedim(0, -1).contiguous()
+        every = tp.all_gather_last(last, tuple(part.local_shape[0] for part in parts))
+        found[suffix] = joined([part.ranges for part in parts], parts[0].shape[0], every).movedim(-1, 0).contiguous()
+    return found
+
+
+def _expected_norm(tp: Group, layer: Any, x: tuple[Tensor, ...]) -> Expected:
+    """What a norm of each head must return with rank 0's weight, in float32 [tokens x heads, head_dim]. x: its input,
+    and a gate where it has one."""
     exact, weight = _weightless(layer), tp.broadcast(layer.weight.clone()).float()
     exact.weight = nn.Parameter(weight, False)
-    x = x.reshape(-1, x.shape[-1]).float()
-    y = type(layer).forward(exact, x)  # the class's own, whatever this layer's is
-    return Expected(slice(None), None, y, bounds.norm(x, y, weight, None, layer.weight.dtype))
+    rows = [each.reshape(-1, each.shape[-1]).float() for each in x]
+    y = type(layer).forward(exact, *rows)  # the class's own, whatever this layer's is
+    return Expected(slice(None), None, y, bounds.norm(rows[0], y, weight, None, layer.weight.dtype))
 
 
 def _expected_of_experts(plan: Plan, tp: Group, name: str, rule: Experts, layer: Any,

@@ -20,7 +20,6 @@ from adapter.kernels.attention import accepts, attention_interface
 from adapter.model.published import PublishedModules
 from adapter.planning.plan import Plan
 from policies.heads import HeadShard
-from policies.rules import expand
 
 
 def override_heads(modules: Mapping[str, nn.Module], plan: Plan, heads: Mapping[str, HeadShard]) -> None:
@@ -31,14 +30,21 @@ def override_heads(modules: Mapping[str, nn.Module], plan: Plan, heads: Mapping[
     `replaced` is DeepSpeed's own mark on modules whose numbers are already true, which keeps it from dividing them.
     """
     for row in plan.policy.head_numbers:
-        for name in expand(row.module, plan.geometry.layers) if row.encoder in heads else ():
+        for name in plan.policy.modules(row, plan.geometry) if row.encoder in heads else ():
             shard = heads[row.encoder]
             module = modules[name]
             known = [attribute for attribute in row.numbers if hasattr(module, attribute)]
             assert known, f"{name}: none of {list(row.numbers)}; this Transformers release calls its heads otherwise"
             for attribute in known:
-                setattr(module, attribute, getattr(shard, row.numbers[attribute]))
+                setattr(module, attribute, _number(row.numbers[attribute], shard, plan))
             module.replaced = True  # type: ignore[assignment]
+
+
+def _number(what: str | tuple[str, ...], shard: HeadShard, plan: Plan) -> int:
+    """A field of the shard, or how many elements of some axes its heads have (policies.rules.HeadNumbers)."""
+    if isinstance(what, str):
+        return int(getattr(shard, what))
+    return sum(shard.owned * plan.policy.rows_of_a_head(axis, plan.geometry) for axis in what)
 
 
 IMPLEMENTATION = "qwenvl_tp"  # the name of this project's attn_implementation in Transformers
@@ -64,8 +70,9 @@ class CpuAttention:
             if can and getattr(config, "_attn_implementation", None) == "sdpa":
                 config._attn_implementation = IMPLEMENTATION
         heads = self.plan.policy.encoder.heads
-        rows = [row.module for row in self.plan.policy.head_numbers if row.encoder == heads]
-        for attention in (self.modules[name] for row in rows for name in expand(row, self.plan.geometry.layers)):
+        rows = [row for row in self.plan.policy.head_numbers if row.encoder == heads]
+        names = [name for row in rows for name in self.plan.policy.modules(row, self.plan.geometry)]
+        for attention in map(self.modules.__getitem__, names):
             if hasattr(attention, "scaling"):  # a release whose attention goes by the interface
                 attention.__class__ = _rotating(type(attention))  # type: ignore[arg-type]  # a class can be hashed
 

@@ -26,7 +26,20 @@ from adapter.model.vision_data_parallel import EncoderMode
 from adapter.parallel.group import Group
 from adapter.planning.plan import Plan
 from policies.policy import Policy
-from policies.rules import Claim, Column, Experts, FusedQKV, Head, Replicated, Row, Rule, TensorSlice, Vocab
+from policies.rules import (
+    Claim,
+    Column,
+    Experts,
+    Fused,
+    FusedQKV,
+    Head,
+    InPlace,
+    Replicated,
+    Row,
+    Rule,
+    TensorSlice,
+    Vocab,
+)
 
 GIVE_BACK_EVERY = 32 << 20  # bytes of loaded weights between two calls that return freed memory to the system
 Source = Callable[[str, TensorSlice], Weight]
@@ -121,9 +134,10 @@ def _moved(weight: Weight, dtype: torch.dtype, device: str) -> Weight:
 def _replace(modules: PublishedModules, plan: Plan, tp: Group, name: str, claim: Claim, tensors: Mapping[str, Any],
              mode: EncoderMode | None) -> None:
     """Put a module's slices into the model: as new parameters, or in a parallel layer in the module's place."""
-    if isinstance(claim.rule, Replicated):
+    if isinstance(claim.rule, Replicated | InPlace):
         for suffix, tensor in tensors.items():
-            setattr(modules[name], suffix, layers.frozen(tensor))
+            owner, parameter = modules.owner(name, suffix)
+            setattr(owner, parameter, layers.frozen(tensor))
         return
     if isinstance(claim.rule, Experts):
         modules.replace(name, _experts(plan, claim, tp, name, tensors, modules[name]))
@@ -143,15 +157,19 @@ def _slots(plan: Plan, claim: Claim, rank: int) -> tuple[Tensor | None, int]:
 
     (None, 0) where they fill all slots.
     """
-    axis = claim.rule.axis(claim.weight)
-    if axis not in plan.policy.head_axes:
-        return None, 0
-    encoder, kind = plan.policy.head_axes[axis]
-    shard, parts = plan.heads[encoder][rank], claim.rule.parts
-    if kind == "kv" or not shard.padded_q:
-        assert kind == "q" or not shard.padded_kv, "a rank without KV heads needs a fused rule"
-        return None, 0
-    return layers.slot_index(shard.q_slots, shard.head_dim, parts, shard.width), parts * shard.width
+    cut, places, width = claim.rule.cut("weight", claim.parameters()), list[Tensor](), 0
+    assert cut is not None
+    for axis in cut.axes:
+        if axis not in plan.policy.head_axes:
+            return None, 0
+        encoder, kind = plan.policy.head_axes[axis]
+        shard, rows = plan.heads[encoder][rank], plan.policy.rows_of_a_head(axis, plan.geometry)
+        if kind == "kv" or not shard.padded_q:
+            assert kind == "q" or not shard.padded_kv, "a rank without KV heads needs a fused rule"
+            return None, 0
+        places.append(width + layers.slot_index(shard.q_slots, rows))
+        width += shard.slots * rows
+    return torch.cat(places), width
 
 
 def _column(plan: Plan, claim: Claim, tp: Group, weight: Weight, bias: Tensor | None) -> nn.Module:
@@ -183,7 +201,7 @@ def _experts(plan: Plan, claim: Claim, tp: Group, name: str, tensors: Mapping[st
 
 
 BUILDERS: dict[type[Rule], Callable[[Plan, Claim, Group, Weight, Tensor | None], nn.Module]] = {
-    Column: _column, FusedQKV: _column, Row: _row, Vocab: _vocab, Head: _head,
+    Column: _column, Fused: _column, FusedQKV: _column, Row: _row, Vocab: _vocab, Head: _head,
 }
 
 

@@ -167,8 +167,7 @@ class VocabParallelHead(nn.Module):
         return self.tp.all_gather_last(out, self.sizes)
 
 
-def slot_index(q_slots: tuple[int, ...], head_dim: int, parts: int = 1, part_width: int = 0) -> Tensor:
-    """Head slots -> int64 element positions, `parts` times over (fused q | k | v), each part `part_width` wide."""
+def slot_index(q_slots: tuple[int, ...], rows: int) -> Tensor:
+    """Head slots, each `rows` elements wide -> int64 element positions."""
     heads = torch.tensor(q_slots, dtype=torch.int64)
-    one = (heads[:, None] * head_dim + torch.arange(head_dim)).reshape(-1)
-    return torch.cat([one + p * part_width for p in range(parts)])
+    return (heads[:, None] * rows + torch.arange(rows)).reshape(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -28,6 +29,17 @@ class PublishedModules(Mapping[str, nn.Module]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def owner(self, published: str, suffix: str) -> tuple[nn.Module, str]:
+        """The module that holds the parameter `suffix` of a module, and the parameter's name there: "conv1d.weight" is
+        that of a module inside."""
+        inside, _, name = suffix.rpartition(".")
+        return self[published].get_submodule(inside), name
+
+    def parameter(self, published: str, suffix: str) -> Any:
+        """A parameter as the model holds it now, quantised or not; None where there is none."""
+        module, name = self.owner(published, suffix)
+        return getattr(module, name, None)
 
     def replace(self, published: str, module: nn.Module) -> None:
         """Put `module` in the place of the one with this name."""

@@ -9,6 +9,8 @@ table (rule and dimensions of every row, its slice on that rank) and from heads;
 * attention over p patches of one image: 4 x head_dim x p^2 FLOP a head; over a prompt of s tokens, causal: 4 x
   head_dim x s (s + 1) / 2; for one new token over c cached ones: 4 x head_dim x c. Where a layer attends in windows
   of w patches, p x min(p, w) stands for p^2, as if no window were cut off at a border.
+* layers with a recurrence (roughly): 6 FLOP a token for each number of their state, as if it were updated token by
+  token; the state is read and written once a forward. Its convolution counts as a linear layer.
 * seconds of a forward: max(FLOP / rate, bytes read / bandwidth) + collectives + overhead, of the slowest rank.
 
 Not counted: reading and resizing images, tokenising, norms and other element-wise work over many rows, padding of a
@@ -26,7 +28,7 @@ from typing import Any
 from adapter.planning.hardware import Hardware
 from adapter.planning.plan import DTYPE_BYTES, Plan
 from policies.policy import Rows
-from policies.rules import Claim, Experts, Head, Row, Vocab
+from policies.rules import Claim, Experts, Head, InPlace, Row, Vocab
 
 TEXT_TOKENS = 27  # of a short question in the chat template
 
@@ -168,8 +170,10 @@ def text_work(plan: Plan, batch: int, tokens: int, cached: int, rank: int) -> Wo
     """`tokens` new ones of every sequence, each of which attends to `cached` ones and to the new up to itself."""
     shard, layers = plan.heads["text"][rank], plan.geometry.layers[plan.geometry.text_stack]
     scores = batch * (tokens * cached + tokens * (tokens + 1) // 2)
-    attention = Work(layers=layers, attention_flop=4 * shard.head_dim * shard.slots * layers * scores,
-                     kv_bytes=batch * cached * plan.kv_bytes_per_token(rank))
+    states = plan.state_bytes(rank)  # three products over a state of float32: 6 FLOP of each 4 bytes
+    attention = Work(layers=layers, attention_flop=4 * shard.head_dim * shard.slots * plan.attending_layers * scores
+                     + batch * tokens * states * 3 // 2,
+                     kv_bytes=batch * (cached * plan.kv_bytes_per_token(rank) + 2 * states))
     return attention + _table_work(plan, rank, {"token": batch * tokens, "last": batch})
 
 
@@ -218,6 +222,8 @@ def _used(plan: Plan, claim: Claim) -> float:
 
 def _outputs(plan: Plan, claim: Claim, module: str, rank: int) -> int:
     """Numbers that a rank's part of a module computes for one row of input."""
+    if isinstance(claim.rule, InPlace):
+        return 0
     if isinstance(claim.rule, Experts):
         first = plan.slice(module, next(iter(claim.parameters())), rank)
         return plan.geometry.experts_per_token * first.local_shape[1] + plan.geometry.sizes["hidden"]
@@ -251,6 +257,6 @@ def _memory(plan: Plan, hardware: Hardware, load: Workload, rank: int) -> Memory
     activations = item * max(patches * outputs.get("patch", 0), tokens * outputs.get("token", 0))
     activations += patches * plan.geometry.patch_values * DTYPE_BYTES["float32"]
     activations += load.batch * plan.geometry.sizes["vocab"] * item
-    kv = load.batch * (load.prompt_tokens + load.new_tokens) * plan.kv_bytes_per_token(rank)
+    kv = load.batch * ((load.prompt_tokens + load.new_tokens) * plan.kv_bytes_per_token(rank) + plan.state_bytes(rank))
     return Memory(rank, plan.weight_bytes(rank), kv, activations, hardware.process_memory_gb * 1e9,
                   hardware.ranks_per_memory(plan.tp_size), hardware.memory_gb * 1e9)

@@ -115,6 +115,9 @@ class Plan:
         found = {}
         if self.form.bits and self.geometry.experts_per_token:
             return [f"weights.format {self.form.name}: experts have no such format; use weights.format=dense"]
+        if self.form.bits and self.policy.delta_net:
+            return [f"weights.format {self.form.name}: nobody has tried what it does to the decays of linear layers; "
+                    "use weights.format=dense"]
         for claim, module, _ in self.rows:
             if not self.format_of(module).bits:
                 continue
@@ -132,10 +135,26 @@ class Plan:
         return [n for n in sizes if not self.form.bits or not replace(self, tp_size=n).off_group()]
 
     def kv_bytes_per_token(self, rank: int) -> int:
-        """Keys and values of one token in every text layer, for the KV heads this rank holds."""
-        shard = self.heads["text"][rank]
-        layers = self.geometry.layers[self.geometry.text_stack]
+        """Keys and values of one token in every text layer that attends, for the KV heads this rank holds."""
+        shard, layers = self.heads["text"][rank], self.attending_layers
         return 2 * layers * shard.kv_heads * shard.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def attending_layers(self) -> int:
+        """Text layers that have keys and values."""
+        rows = (row for row in self.policy.head_numbers if row.encoder == "text")
+        return sum(len(self.policy.modules(row, self.geometry)) for row in rows)
+
+    def state_bytes(self, rank: int) -> int:
+        """What the layers with a recurrence keep of one sequence, however long: of each the last tokens before the
+        convolution, in the model's dtype, and the state in float32, [value heads, key dim, value dim]."""
+        net = self.policy.delta_net
+        if net is None:
+            return 0
+        keys, values = (_length(self.splits[axis], rank) for axis in (net.key, net.value))
+        state = values * self.policy.rows_of_a_head(net.key, self.geometry) * DTYPE_BYTES["float32"]
+        convolved = (2 * keys + values) * self.geometry.sizes[net.width] * DTYPE_BYTES[self.dtype]
+        return len(self.policy.modules(net, self.geometry)) * (state + convolved)
 
     def collectives(self) -> dict[str, Any]:
         """All-reduces per layer of each stack, and the bytes one new token puts into collectives on each rank."""
@@ -152,6 +171,11 @@ class Plan:
             reduces = reduced = gathered = 0
         return {"per_layer": per_layer, "per_token": reduces + bool(gathered), "per_token_bytes": reduced + gathered,
                 "per_token_all_reduce_bytes": reduced, "per_token_gathered_logits_bytes": gathered}
+
+
+def _length(split: Split, rank: int) -> int:
+    start, stop = split.ranges[rank]
+    return stop - start
 
 
 def sizes_in_words(sizes: Sequence[int]) -> str:

@@ -30,7 +30,9 @@ STATEMENT = (
     "|w| mean|x| / std x) + 4 * u * (|y| + |b|), without the mean and b in RMSNorm. Gates and activations by 8 * u "
     "* |y| + 4 * u32 * the largest of the row. Experts by what the bounds of gate and up become in the activation (its "
     "slope is at most 1.1), the product and |down|, and by (2 k + N + 3) * u * the sum of k experts' terms in "
-    "magnitude. Residuals, masks, look-ups, positions, rotary tables and where image features go by nothing. Where "
+    "magnitude. The recurrence of a gated delta rule, given the same q, k, v, beta and decay, by what roundings of its "
+    "convolution, sums and decays become in a state that no step expands (adapter.verify.delta_net). "
+    "Residuals, masks, look-ups, positions, rotary tables and where image features go by nothing. Where "
     "weights are codes of 8 or 4 bits, at most 16 rows of x are rounded to 8 bits: sum over groups of 64 inputs of "
     "max|x| / 254 * sum|W_i|. u is the dtype's unit roundoff, u32 float32's."
 )

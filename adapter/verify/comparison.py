@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from policies.rules import TensorSlice
 
@@ -105,6 +106,27 @@ def with_own_containers(tree: Any) -> Any:
             clone[key] = with_own_containers(value)  # type: ignore[index]
         return clone
     return type(tree)(map(with_own_containers, tree)) if type(tree) in (tuple, list) else tree
+
+
+def put(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give a module parameters in the dtype of those that it has, by their names in the table; returns the latter."""
+    before = dict[str, Tensor]()
+    for suffix, tensor in weights.items():
+        inside, _, name = suffix.rpartition(".")
+        held: dict[str, Any] = module.get_submodule(inside)._parameters
+        before[suffix] = held[name]
+        held[name] = nn.Parameter(tensor.to(held[name].dtype), False)
+    return before
+
+
+@contextmanager
+def holding(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within, the module has these parameters."""
+    before = put(module, weights)
+    try:
+        yield
+    finally:
+        put(module, before)
 
 
 def take(t: Tensor, part: TensorSlice) -> Tensor:

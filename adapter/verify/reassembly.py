@@ -47,7 +47,7 @@ def reassembly(model: nn.Module, plan: Plan, tp: Group, checkpoint: Checkpoint |
     next_rank = (tp.rank + 1) % tp.size
     held, stored = [], []
     for module, suffix in names:
-        held.append(_digest(getattr(modules[module], suffix, None)))
+        held.append(_digest(modules.parameter(module, suffix)))
         stored.append(_digest(_stored(checkpoint, plan, module, suffix, next_rank, dtype)))
     mine = torch.tensor([*held, *stored], device=get_accelerator().current_device_name())
     every = tp.all_gather_last(mine, (len(mine),) * tp.size)

@@ -26,9 +26,9 @@ from adapter.model.published import PublishedModules
 from adapter.parallel.group import Group
 from adapter.planning.plan import Plan
 from adapter.verify import bounds
-from adapter.verify.comparison import Expected, take, tensors_in
+from adapter.verify.comparison import Expected, holding, put, take, tensors_in
 from policies.formats import GROUP
-from policies.rules import Claim, Column, Experts, FusedQKV, Range, Row, TensorSlice
+from policies.rules import Claim, Column, Experts, Fused, Range, Row, TensorSlice
 
 CHUNK = 1 << 24  # elements of an output that are looked at together: 64 MB in float32
 Tick = Callable[[], None]
@@ -111,25 +111,28 @@ class Reference:
         if isinstance(claim.rule, Experts):
             yield self._experts(name, plan.tp_size, x)
             return
+        x, *more = x if isinstance(x, tuple) else (x,)  # a norm may have a gate beside its input
         weights, ids = self.weights(name, held=True), not x.is_floating_point()
         rows = x.reshape(-1) if ids else x.reshape(-1, x.shape[-1]) if len(claim.weight) < 3 else x
+        more = [each.reshape(rows.shape) for each in more]
         step = max(1, CHUNK // weights["weight"].shape[1 if ids else 0])
         parts = [plan.slice(name, "weight", r) for r in range(plan.tp_size)]
         for start in range(0, len(rows), step):
-            values, bound = self._part(name, claim, weights, rows[start:start + step], parts)
+            gates = [each[start:start + step].float() for each in more]
+            values, bound = self._part(name, claim, weights, rows[start:start + step], gates, parts)
             if self.plan.format_of(name).bits and not ids and len(rows) <= FEW_ROWS:
                 bound = bound + bounds.coded_input(rows[start:start + step].float(), weights["weight"], GROUP)
-            if isinstance(claim.rule, Column | FusedQKV):
+            if isinstance(claim.rule, Column | Fused):
                 values, bound = (torch.cat([take(t, p) for p in parts], -1) for t in (values, bound))
             yield Expected(slice(start, start + step), None, values, bound)
 
-    def _part(self, name: str, claim: Claim, weights: Mapping[str, Tensor], x: Tensor,
+    def _part(self, name: str, claim: Claim, weights: Mapping[str, Tensor], x: Tensor, gates: list[Tensor],
               parts: list[TensorSlice]) -> tuple[Tensor, Tensor]:
         module = self._modules[name]
         if not x.is_floating_point():
             return (y := self._call(module, weights, x)), torch.zeros_like(y)
         x, weight, bias = x.float(), weights["weight"], weights.get("bias")
-        y = self._call(module, weights, x)
+        y = self._call(module, weights, x, *gates)
         if weight.ndim == 1:
             return y, bounds.norm(x, y, weight, bias, self.dtype)
         y = y.reshape(len(x), -1)
@@ -154,7 +157,7 @@ class Reference:
         return Expected(slice(None), None, y, bound + bounds.experts_summed(parts, chosen.shape[-1], ranks, self.dtype))
 
     def _call(self, module: nn.Module, weights: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
-        with _holding(module, weights):
+        with holding(module, weights):
             return next(tensors_in(module(*inputs)))  # of a router's outputs its logits
 
     @contextmanager
@@ -163,14 +166,13 @@ class Reference:
         is left. `tick` is called at each."""
         handles = []
         for name in self.plan.claims:
-            module = self._modules[name]
-            empty = dict(module._parameters)
+            module, empty = self._modules[name], dict[str, Tensor]()
 
-            def enter(module: nn.Module, _: object, name: str = name) -> None:
-                module._parameters.update({k: nn.Parameter(v, False) for k, v in self.weights(name).items()})
+            def enter(module: nn.Module, _: object, name: str = name, empty: dict[str, Tensor] = empty) -> None:
+                empty.update(put(module, self.weights(name)))
 
-            def leave(module: nn.Module, *_: object, empty: dict[str, nn.Parameter | None] = empty) -> None:
-                module._parameters.update(empty)
+            def leave(module: nn.Module, *_: object, empty: dict[str, Tensor] = empty) -> None:
+                put(module, empty)
                 tick()
 
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
@@ -179,13 +181,3 @@ class Reference:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-@contextmanager
-def _holding(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    empty = dict(module._parameters)
-    module._parameters.update({k: nn.Parameter(v, False) for k, v in weights.items()})
-    try:
-        yield
-    finally:
-        module._parameters.update(empty)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from adapter.planning.plan import Plan
-from adapter.verify import bounds
+from adapter.verify import bounds, delta_net
 from adapter.verify.comparison import Comparison, Limit, compare_trees, tensors_in, with_own_containers
-from policies.rules import Column, Experts, FusedQKV, PerHead, Row, expand
+from policies.rules import Column, Experts, Fused, PerHead, Row
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class Replayer:
     unproven: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.attention = {name: row.encoder for row in self.plan.policy.head_numbers
-                          for name in expand(row.module, self.plan.geometry.layers)}
+        policy, geometry, net = self.plan.policy, self.plan.geometry, self.plan.policy.delta_net
+        self.attention = {name: row.encoder for row in policy.head_numbers for name in policy.modules(row, geometry)}
+        self.delta_nets = frozenset(policy.modules(net, geometry)) if net else frozenset[str]()
 
     def compare(self, name: str, call: Call, calls: Calls) -> Iterator[Comparison]:
         """Replay `call` of module `name`, during which its children were called as `calls` says."""
@@ -85,24 +86,42 @@ class Replayer:
                 yield Comparison(call.order, name, f"calls {child} where one process does not", torch.inf)
 
     def _given(self, child: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments of a child that are compared: of a layer with weights its input, of experts all three."""
-        if child not in self.plan.claims:
+        """The arguments of a child that are compared: of a layer with weights its input, of experts all three, of a
+        gated norm both."""
+        if child not in self.plan.claims or child in self.delta_nets:
             return args, kwargs
         tensors = tuple(tensors_in((args, kwargs)))
-        return tensors if isinstance(self.plan.claims[child].rule, Experts) else tensors[:1], {}
+        return tensors if isinstance(self.plan.claims[child].rule, Experts | PerHead) else tensors[:1], {}
 
     def result(self, name: str, output: Any) -> Any:
         """The part of an output that is compared: attention may add the scores of this rank's own heads."""
         return next(tensors_in(output)) if name in self.attention else output
 
     def _limit(self, name: str, child: str, call: Call, observed: Call, calls: Calls) -> Limit | None:
-        """How far the input of `child` may be off: it is computed by `name` where the child is row-parallel."""
+        """How far the input of `child` may be off: it is computed by `name` where the child is row-parallel, and in a
+        delta net where it is the norm after the recurrence."""
         claim = self.plan.claims.get(child)
+        if name in self.delta_nets:
+            after = claim is not None and isinstance(claim.rule, PerHead)
+            return partial(self._delta_bound, name, observed, calls) if after else None
         if claim is None or not isinstance(claim.rule, Row):
             return None
         if name in self.attention:
             return partial(self._attention_bound, name, call, calls)
         return partial(bounds.elementwise, observed.args[0])
+
+    def _delta_bound(self, name: str, norm: Call, calls: Calls) -> Tensor:
+        """delta_net.bound for the observed outputs of the linear layers, shaped like the norm's input."""
+        net, x = self.plan.policy.delta_net, norm.args[0]
+        assert net is not None
+        numbers = {role: calls[f"{name}.{child}"][0].output for role, child in
+                   (("qkv", net.qkv), ("beta", net.beta), ("decay", net.decay))}
+        own = {suffix: self.skeleton[name].get_parameter(suffix) for suffix in self.plan.claims[name].parameters()}
+        found = delta_net.bound(self.plan, net, numbers, own)
+        limit = found.reshape(-1, 1) + bounds.elementwise(x)
+        if (limit >= x.float().abs().amax(-1, keepdim=True)).all():
+            self.unproven.add(name)
+        return limit
 
     def _forward(self, name: str, answers: Mapping[str, Callable[..., Any]], call: Call) -> Any:
         """Transformers' forward of `name` on a call's arguments; a child in `answers` is not run but answered for."""
@@ -119,7 +138,7 @@ class Replayer:
         """bounds.attention for the observed q, k and v, and norms of q and k, which policies state in this order."""
         head_dim = self.plan.geometry.attention[self.attention[name]].head_dim
         rules = {c: self.plan.claims[c].rule for c in self.children[name] if c in self.plan.claims}  # no rotary table
-        columns = [c for c, rule in rules.items() if isinstance(rule, Column | FusedQKV)]
+        columns = [c for c, rule in rules.items() if isinstance(rule, Column | Fused)]
         norms = [c for c, rule in rules.items() if isinstance(rule, PerHead)]
         seen = {c: calls[c][0].output for c in (*columns, *norms)}
         fused = len(columns) == 1
@@ -139,6 +158,8 @@ class Replayer:
         self._forward(name, answers | {row: end}, call)
         score = largest[0] * largest[1] / head_dim ** 0.5
         bound = bounds.attention(scale[0], score, head_dim, q.shape[-2], q.dtype, self.eager)
+        if q.shape[-1] > self.plan.geometry.attention[self.attention[name]].q_heads * head_dim and not fused:
+            bound = bound + bounds.elementwise(scale[0].to(q.dtype))  # times the sigmoid of a gate
         if (bound >= scale[0]).all():
             self.unproven.add(name)
         return bound

@@ -31,14 +31,21 @@ from adapter.model.published import PublishedModules
 from adapter.model.vision_data_parallel import data_parallel_of
 from adapter.parallel.group import Group, exchange
 from adapter.planning.plan import Plan
-from adapter.verify.comparison import Comparison, Expected, furthest, tensors_in, with_own_containers
+from adapter.verify.comparison import (
+    Comparison,
+    Expected,
+    furthest,
+    holding,
+    tensors_in,
+    with_own_containers,
+)
 from adapter.verify.encoder_trace import EncoderTrace
 from adapter.verify.replay import Call, Calls, Replayer
 from policies.errors import CheckFailed
-from policies.rules import Claim, Column, Experts, FusedQKV, PerHead, Range, Row
+from policies.rules import Claim, Column, Experts, Fused, InPlace, PerHead, Range, Row
 
 OUTPUT = "output"  # what a digest is of, where it is not an input
-# of a layer's inputs the one that there is; where there are several (rules.Experts), a tuple of all
+# of a layer's inputs the one that there is; where there may be several (rules.Experts, PerHead), a tuple of all
 Oracle = Callable[[Plan, Group, str, Claim, nn.Module, Any], Iterator[Expected]]
 
 
@@ -52,13 +59,16 @@ class Trace:
     only: modules to check with all that is in them; "" is the whole model.
     judging: entered on every rank around each comparison.
     keep: modules whose outputs are kept, in `kept`, for a caller that wants them (the layers of each stack).
+    parameters: called on every rank with the name of each module whose claim is rules.InPlace; gives rank 0 its whole
+    parameters. It may use collectives.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, tp: Group, skeleton: Mapping[str, nn.Module],
                  oracle: Oracle, eager: bool, only: Sequence[str] = ("",), keep: frozenset[str] = frozenset(),
-                 judging: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+                 judging: Callable[[], AbstractContextManager[None]] = nullcontext,
+                 parameters: Callable[[str], Mapping[str, Tensor]] = lambda _: {}) -> None:
         self.plan, self.tp, self.skeleton, self.oracle = plan, tp, skeleton, oracle
-        self.keep, self.judging = keep, judging
+        self.keep, self.judging, self.parameters = keep, judging, parameters
         self.modules = {n: m for n, m in observed(model, plan).items() if any(_inside(n, top) for top in only)}
         self.replayer = Replayer(skeleton, plan, _children(self.modules), eager)
         shared = data_parallel_of(model, plan)
@@ -120,10 +130,14 @@ class Trace:
         if shared:
             assert self.encoder
             self.encoder.compare(name, args, kwargs, output)
-        elif name in self.plan.claims:
+        elif name in self.plan.claims and not self._is_in_place(name):
             self._compare_layer(name, module, args, kwargs, output)
         else:
             self.compare_around(name, args, kwargs, output, calls)
+
+    def _is_in_place(self, name: str) -> bool:
+        """Whether a module has parameters of its own, and others inside, which it calls."""
+        return name in self.plan.claims and isinstance(self.plan.claims[name].rule, InPlace)
 
     def _is_shared_encoder(self, module: nn.Module) -> bool:
         return self.encoder is not None and self.encoder.runs(module)
@@ -142,9 +156,9 @@ class Trace:
         """A layer with weights: its output against the oracle's."""
         self.order += 1
         claim, (plan, tp) = self.plan.claims[name], self._cut(name)
-        by_columns = isinstance(claim.rule, Column | FusedQKV)
+        by_columns = isinstance(claim.rule, Column | Fused)
         inputs = tuple(tensors_in((args, kwargs)))
-        x: Any = inputs if isinstance(claim.rule, Experts) else inputs[0]
+        x: Any = inputs if isinstance(claim.rule, Experts | PerHead) else inputs[0]
         y = next(tensors_in(output))  # of a router's outputs its logits
         slots = getattr(module, "slots", None)
         replicated: tuple[Any, Any] = (x, output)
@@ -157,7 +171,8 @@ class Trace:
             y = tp.all_gather_last(local, _widths(plan, name, 0))
             replicated = (x, None)
         elif isinstance(claim.rule, PerHead) and tp.size > 1:
-            x, y = (_all_heads(plan, tp, claim.rule, t) for t in (x, y))
+            *heads, y = (_all_heads(plan, tp, claim.rule, t) for t in (*inputs, y))
+            x = tuple(heads)
             replicated, output = (None, None), y
         whole = _assemble(plan, name, y) if by_columns else output
         self.record(name, x if isinstance(x, tuple) else (x,), {}, whole, *replicated)
@@ -184,8 +199,10 @@ class Trace:
         """A module without weights of its own, by a replay: rotary tables, or what surrounds layers with weights."""
         self.order += 1
         with self.judging():
+            weights = self.parameters(name) if self._is_in_place(name) else {}
             if self.skeleton:
-                self.comparisons += self.replayer.compare(name, Call(self.order, args, kwargs, output), calls)
+                with holding(self.skeleton[name], weights):
+                    self.comparisons += self.replayer.compare(name, Call(self.order, args, kwargs, output), calls)
         named = dict(sorted(kwargs.items()))  # ranks may hold equal arguments in another order
         self.record(name, args, kwargs, output, (args, named), self.replayer.result(name, output))
 
@@ -253,20 +270,24 @@ def _widths(plan: Plan, name: str, dim: int) -> tuple[int, ...]:
 def _assemble(plan: Plan, name: str, y: Tensor) -> Tensor:
     """All ranks' outputs side by side -> the whole output; of a replicated KV head the last copy is taken."""
     parts = [plan.slice(name, "weight", r) for r in range(plan.tp_size)]
-    return _joined([part.ranges for part in parts], parts[0].shape[0], y)
+    return joined([part.ranges for part in parts], parts[0].shape[0], y)
 
 
 def _all_heads(plan: Plan, tp: Group, rule: PerHead, heads: Tensor) -> Tensor:
-    """This rank's heads [*, slots, head_dim] -> those of all ranks, [*, heads, head_dim], in their order."""
+    """This rank's heads [*, slots, head_dim], or [tokens x slots, head_dim] -> those of all ranks in their order,
+    [*, heads, head_dim] or [tokens x heads, head_dim]."""
     encoder, kind = plan.policy.head_axes[rule.part]
-    shard, split, local = plan.heads[encoder][tp.rank], plan.splits[rule.part], heads.flatten(-2)
+    shard, split, rows = plan.heads[encoder][tp.rank], plan.splits[rule.part], plan.policy.rows_of_a_head(
+        rule.part, plan.geometry)
+    local = heads.reshape(-1, rows * (shard.slots if kind == "q" else shard.kv_heads))
     if kind == "q" and shard.padded_q:
-        local = local.index_select(-1, slot_index(shard.q_slots, shard.head_dim).to(local.device))
+        local = local.index_select(-1, slot_index(shard.q_slots, rows).to(local.device))
     every = tp.all_gather_last(local, tuple(stop - start for start, stop in split.ranges))
-    return _joined([(owned,) for owned in split.ranges], split.size, every).unflatten(-1, (-1, shard.head_dim))
+    whole = joined([(owned,) for owned in split.ranges], split.size, every)
+    return whole.view(*heads.shape[:-2], -1, heads.shape[-1])
 
 
-def _joined(ranges: Sequence[Sequence[Range]], size: int, y: Tensor) -> Tensor:
+def joined(ranges: Sequence[Sequence[Range]], size: int, y: Tensor) -> Tensor:
     """The parts of all ranks, side by side in y, each in its place of the last dimension, `size` wide."""
     whole, at = y.new_zeros(*y.shape[:-1], size), 0
     for start, stop in chain.from_iterable(ranges):

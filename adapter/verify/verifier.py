@@ -212,7 +212,8 @@ class Verifier:
         inputs = _extended(inputs, self.tp.broadcast(decoded.sequences.clone()))
         trace = Trace(self.engine.module, self.plan, self.tp, self.reference.skeleton if self.reference else {},
                       self.reference.expected if self.reference else lambda *_: iter(()),
-                      self.config.model.attn_implementation == "eager", keep=self.layers, judging=self._judging)
+                      self.config.model.attn_implementation == "eager", keep=self.layers, judging=self._judging,
+                      parameters=self.reference.weights if self.reference else lambda _: {})
         with torch.inference_mode(), trace.watching():
             logits = self.engine.module(**inputs, use_cache=False).logits
         differ = self._differ({"greedy tokens": decoded.sequences, "sampled tokens": sampled})

@@ -12,6 +12,7 @@ from typing import Any
 from policies.config import (
     MOST_HEADS,
     MOST_LAYERS,
+    TextNumbers,
     indices,
     integer,
     problems_of_heads,
@@ -61,21 +62,26 @@ TABLE = (
 )
 
 CONTEXT, HEAD_DIM = 128000, 128
+INDEXES = "deepstack_visual_indexes"
 TEXT_DEFAULTS = {"max_position_embeddings": CONTEXT, "head_dim": HEAD_DIM, "tie_word_embeddings": False}
 VISION_DEFAULTS = {
     "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "in_channels": 3, "patch_size": 16,
     "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 3584, "num_position_embeddings": 2304,
-    "deepstack_visual_indexes": [8, 16, 24],
+    INDEXES: [8, 16, 24],
 }
 
 
 def geometry(config: Mapping[str, Any]) -> Geometry:
     """config.json -> Geometry. Raises UserError."""
-    text = read_text(config, CONTEXT, HEAD_DIM)
+    vision = {**VISION_DEFAULTS, **section(config, "vision_config")}
+    return geometry_of(config, read_text(config, CONTEXT, HEAD_DIM), len(indices(vision, INDEXES)))
+
+
+def geometry_of(config: Mapping[str, Any], text: TextNumbers, injected: int) -> Geometry:
+    """The geometry of a model of this text decoder and a vision encoder that has `injected` DeepStack layers."""
     vision = {**VISION_DEFAULTS, **section(config, "vision_config")}
     v_hidden, v_heads = integer(vision, "hidden_size"), integer(vision, "num_heads", most=MOST_HEADS)
     side, depth = integer(vision, "spatial_merge_size"), integer(vision, "depth", most=MOST_LAYERS)
-    injected = len(indices(vision, "deepstack_visual_indexes"))
     sizes = {
         **text.sizes, "head_dim": text.attention.head_dim, "v_hidden": v_hidden, "v_q": v_hidden,
         "v_qkv": 3 * v_hidden, "v_mlp": integer(vision, "intermediate_size"), "merger": v_hidden * side**2,
@@ -104,6 +110,9 @@ def problems(g: Geometry, tp_size: int) -> list[str]:
     return found
 
 
+DECODER = DecoderNames(
+    "model.language_model.embed_tokens", "model.language_model.rotary_emb", "model.language_model.norm", "lm_head",
+    q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
 POLICY = Policy(
     model_type="qwen3_vl",
     model_class="Qwen3VLForConditionalGeneration",
@@ -118,9 +127,7 @@ POLICY = Policy(
     media_tokens=("image_token_id", "video_token_id", "vision_start_token_id"),
     ignored=(),
     tied=("lm_head.weight", "model.language_model.embed_tokens.weight"),
-    decoder=DecoderNames("model.language_model.embed_tokens", "model.language_model.rotary_emb",
-                         "model.language_model.norm", "lm_head", q_norm="self_attn.q_norm",
-                         k_norm="self_attn.k_norm"),
+    decoder=DECODER,
     rows=((f"{VISION}.merger.linear_", "merged"), (f"{DEEPSTACK}.", "merged"), (f"{VISION}.", "patch"),
           ("model.", "token"), ("lm_head", "last")),
     encoder=Encoder(module=VISION, stack=f"{VISION}.blocks", heads="vision", patches="hidden_states", grid="grid_thw",

@@ -57,7 +57,7 @@ POLICY = replace(
     model_class="Qwen3VLMoeForConditionalGeneration",
     first_release="5.0",
     table=TABLE,
-    decoder=replace(qwen3_vl.POLICY.decoder, router="mlp.gate", experts="mlp.experts"),
+    decoder=replace(qwen3_vl.DECODER, router="mlp.gate", experts="mlp.experts"),
     geometry=geometry,
     problems=problems,
 )

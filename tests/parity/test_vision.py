@@ -24,11 +24,11 @@ from adapter.planning.vision_balance import assign, cost
 WORKER, PLAIN = Path(__file__).with_name("vision_worker.py"), Path(__file__).with_name("worker.py")
 OLD = os.environ.get("QWENVL_TP_OLD_PYTHON", "")
 MODELS = {"heads28": Shape(), "few_vision_heads": Shape(heads=6, kv_heads=2, v_heads=2, v_head_dim=8)}
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
 CASES = ("text", "image", "two_images", "video", "batch")
 RUNS = [(tp, name, vision) for tp, name in ((2, "heads28"), *((3, name) for name in (*MODELS, *FAMILIES)))
         for vision in ("data", "auto")]
-SWEPT = {run for run in RUNS if run[0] == 2 or (run[1] in FAMILIES and run[2] == "auto")}
+SWEPT = {run for run in RUNS if run[0] == 2 or (run[1] in FAMILIES and run[2] == "auto") or run[1] == "qwen3_5"}
 pytestmark = pytest.mark.ranks
 
 

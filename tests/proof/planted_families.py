@@ -7,6 +7,7 @@ from planted import Fault, param
 
 Q3, BLOCK3 = "model.language_model.layers.0.self_attn", "model.visual.blocks.0"
 BLOCK25 = "visual.blocks.0"
+DELTA, FULL = "model.language_model.layers.0.linear_attn", "model.language_model.layers.1.self_attn"
 EXPERTS, ROUTER = "model.language_model.layers.0.mlp.experts", "model.language_model.layers.0.mlp.gate"
 
 
@@ -111,6 +112,46 @@ def experts_not_summed(modules, plan, tp):
     experts.forward = experts.own
 
 
+def convolution_shifted(modules, plan, tp):
+    convolution = modules[f"{DELTA}.conv1d"]
+    convolution.weight = param(convolution.weight.roll(1, 0))
+
+
+def convolution_not_activated(modules, plan, tp):
+    modules[DELTA].activation = None
+
+
+def decay_of_another_head(modules, plan, tp):
+    net = modules[DELTA]
+    net.A_log = param(net.A_log.roll(1, 0))
+
+
+def gates_for_queries(modules, plan, tp):
+    """As if all queries came first, or each head's gate did."""
+    layer = modules[f"{FULL}.q_proj"]
+    head_dim = plan.geometry.attention["text"].head_dim
+    layer.weight = param(layer.weight.unflatten(0, (-1, 2, head_dim)).flip(1).flatten(0, 2))
+
+
+def delta_net_cut_contiguously(modules, plan, tp):
+    """A third of q | k | v, none of whose parts is a third, for each rank in turn."""
+    name, layer = f"{DELTA}.in_proj_qkv", modules[f"{DELTA}.in_proj_qkv"]
+    parts = [plan.slice(name, "weight", r) for r in range(tp.size)]
+    widths = tuple(part.local_shape[0] for part in parts)
+    whole = torch.zeros(parts[0].shape)
+    every = tp.all_gather_last(layer.weight.T.contiguous(), widths).T.split(widths)
+    for part, held in zip(parts, every, strict=True):
+        for (start, stop), rows in zip(part.ranges, held.split([b - a for a, b in part.ranges]), strict=True):
+            whole[start:stop] = rows
+    layer.weight = param(whole.split(widths)[tp.rank])
+
+
+def gated_norm_of_one_rank(modules, plan, tp):
+    if tp.rank == 1:
+        norm = modules[f"{DELTA}.norm"]
+        norm.weight = param(norm.weight.roll(1, 0))
+
+
 FAMILY_FAULTS: dict[str, dict[str, Fault]] = {
     "qwen2_5_vl": {
         "a window cut in two": Fault(window_cut_in_two, f"{BLOCK25}.attn", at_start=True),
@@ -133,5 +174,13 @@ FAMILY_FAULTS: dict[str, dict[str, Fault]] = {
         "an expert off by one": Fault(experts_off_by_one, EXPERTS, tensors=True),
         "experts that are not summed": Fault(experts_not_summed, EXPERTS, at_start=True),
         "a router of one rank": Fault(router_of_one_rank, ROUTER, tensors=True, at_start=True, ranks=(1,)),
+    },
+    "qwen3_5": {
+        "a convolution's channels shifted": Fault(convolution_shifted, DELTA, tensors=True),
+        "a convolution without its activation": Fault(convolution_not_activated, DELTA, at_start=True),
+        "A_log of another head": Fault(decay_of_another_head, DELTA, tensors=True),
+        "gates taken for queries": Fault(gates_for_queries, f"{FULL}.q_proj", tensors=True),
+        "a delta net cut contiguously": Fault(delta_net_cut_contiguously, f"{DELTA}.in_proj_qkv", tensors=True),
+        "a gated norm of one rank": Fault(gated_norm_of_one_rank, f"{DELTA}.norm", tensors=True, at_start=True),
     },
 }

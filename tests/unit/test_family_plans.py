@@ -11,12 +11,14 @@ import torch
 import transformers
 from families import CLASSES, CONFIGS, make_family
 from published_families import PUBLISHED
+from safetensors.torch import save_file
 
 from adapter.config.release import class_of
 from adapter.planning.cost_model import Workload, vision_work
 from adapter.planning.load import make_plan
 from policies import export
 from policies.errors import UserError
+from policies.formats import INT8
 from policies.registry import POLICIES, policy_for
 
 TOTAL_BYTES = {  # `total_size` of the index files
@@ -35,7 +37,7 @@ def plan_of(directory: Path, config: dict, tp_size: int, vision: str = "tensor")
 def test_every_published_size_at_every_tp(tmp_path, name):
     whole = plan_of(tmp_path, PUBLISHED[name], 1)[0].weight_bytes(0)
     assert whole == TOTAL_BYTES.get(name, whole)
-    for tp_size in range(1, 17):
+    for tp_size in range(1, min(16, plan_of(tmp_path, PUBLISHED[name], 1)[0].geometry.attention["text"].q_heads) + 1):
         plan, problems = plan_of(tmp_path, PUBLISHED[name], tp_size)
         assert not problems and not plan.geometry.assumed
         held = [plan.weight_bytes(rank) for rank in range(tp_size)]
@@ -72,6 +74,11 @@ def test_files_that_transformers_writes_are_sound(tmp_path, family):
     ("qwen3_vl", "vision_config", {"deepstack_visual_indexes": [1, 1]}, ["deepstack_visual_indexes", "each once"]),
     ("qwen3_vl", "text_config", {"head_dim": 7}, ["head_dim 7"]),
     ("qwen3_vl", "text_config", {"head_dim": "x"}, ["head_dim"]),
+    ("qwen3_5", "text_config", {"layer_types": ["full_attention"]}, ["layer_types", "each of 3 layers"]),
+    ("qwen3_5", "text_config", {"layer_types": ["sliding_attention"] * 3}, ["layer_types"]),
+    ("qwen3_5", "text_config", {"linear_num_value_heads": 33}, ["linear_num_value_heads 33", "key_heads 16"]),
+    ("qwen3_5", "text_config", {"linear_num_key_heads": 1}, ["tp_size 2", "linear_num_key_heads", "there are 1"]),
+    ("qwen3_5", "text_config", {"head_dim": 32}, ["mrope_section", "partial_rotary_factor 0.25"]),
 ])  # fmt: skip
 def test_a_geometry_that_cannot_be_is_refused(tmp_path, family, section, change, words):
     config = CONFIGS[family] | {"model_type": family}
@@ -81,6 +88,36 @@ def test_a_geometry_that_cannot_be_is_refused(tmp_path, family, section, change,
     except UserError as error:
         found = str(error)
     assert all(word in found for word in words), found
+
+
+def test_heads_of_linear_layers_are_cut_together(tmp_path):
+    """16 key heads with 3 value heads each over 3 ranks, 5, 5 and 6 of them: q, k, v and what one value head has."""
+    plan, _ = plan_of(tmp_path, PUBLISHED["Qwen3.5-27B"], 3)
+    name, keys = "model.language_model.layers.0.linear_attn", [(0, 5), (5, 10), (10, 16)]
+    for rank, (a, b) in enumerate(keys):
+        k, v = 128 * 16, 128
+        parts = ((a * v, b * v), (k + a * v, k + b * v), (2 * k + 3 * a * v, 2 * k + 3 * b * v))
+        assert plan.slice(f"{name}.in_proj_qkv", "weight", rank).ranges == parts
+        assert plan.slice(name, "conv1d.weight", rank).ranges == parts
+        assert plan.slice(name, "A_log", rank).ranges == ((3 * a, 3 * b),)
+        assert plan.slice(f"{name}.in_proj_a", "weight", rank).ranges == ((3 * a, 3 * b),)
+        assert plan.slice(f"{name}.out_proj", "weight", rank).ranges == ((3 * a * v, 3 * b * v),)
+        # 48 of 64 layers: [value heads, 128, 128] in float32, 4 tokens of q | k | v in bfloat16
+        assert plan.state_bytes(rank) == 48 * (b - a) * (3 * 128 * 128 * 4 + 5 * 128 * 4 * 2)
+    attention = plan.slice("model.language_model.layers.3.self_attn.q_proj", "weight", 1).ranges
+    assert attention == ((512 * 8, 512 * 16),), "a query and its gate are one head of twice the width"
+    assert plan.kv_bytes_per_token(1) == 2 * 16 * 2 * 256 * 2, "keys and values of 16 layers, 2 KV heads"
+    assert "decays of linear layers; use weights.format=dense" in replace(plan, form=INT8).off_group()[0]
+
+
+def test_tensors_that_nothing_uses_are_no_problem(tmp_path):
+    """Published files of Qwen3.5 have a head that predicts more tokens, `mtp.*`, which Transformers ignores."""
+    directory = make_family(tmp_path / "qwen3_5", "qwen3_5")
+    save_file({"mtp.fc.weight": torch.ones(2, 2)}, directory / "model-mtp.safetensors", {"format": "pt"})
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    index["weight_map"]["mtp.fc.weight"] = "model-mtp.safetensors"
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert not make_plan(directory, 2, "float32")[2]
 
 
 def test_windows_make_attention_cheaper(tmp_path):

@@ -283,8 +283,7 @@ def test_unknown_model_type_names_the_nearest(model_type):
 
 
 @pytest.mark.parametrize(("model_type", "why"), [
- ("qwen3_5", "delta-net"), ("qwen3_5_moe", "experts"), ("qwen4_exp", "hyper"),
-    ("qwen2_5_omni", "audio")])  # fmt: skip
+    ("qwen3_5_moe", "shared expert"), ("qwen4_exp", "hyper"), ("qwen2_5_omni", "audio")])  # fmt: skip
 def test_a_relative_without_a_page_is_refused_with_the_reason(model_type, why):
     with pytest.raises(UserError, match=rf"model_type '{model_type}' cannot be split yet: .*{why}"):
         policy_for({"model_type": model_type, "vision_config": {}})
@@ -292,7 +291,7 @@ def test_a_relative_without_a_page_is_refused_with_the_reason(model_type, why):
 
 @pytest.mark.parametrize("config", [{}, {"model_type": None}, {"model_type": ["qwen2_vl"]}, {"model_type": "bert"}])
 def test_any_other_model_type_is_a_user_error_with_the_known_ones(config):
-    with pytest.raises(UserError, match="known: qwen2_5_vl, qwen2_vl, qwen3_vl"):
+    with pytest.raises(UserError, match="known: qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl"):
         policy_for(config)
 
 
