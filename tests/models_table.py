@@ -62,7 +62,7 @@ def forms(home: Path, family: str) -> Iterator[Form]:
     home.mkdir()
     wide = {"intermediate_size": 208}
     dense = make_checkpoint(home / "dense") if family == "qwen2_vl" else make_family(home / "dense", family, **wide)
-    if policy_for(read_config(dense)).decoder.experts:
+    if (decoder := policy_for(read_config(dense)).decoder) and decoder.experts:
         published = Path(shutil.copytree(dense, home / "published"))
         transpose_experts(published)
         yield "dense", dense, dense, ()

@@ -168,7 +168,7 @@ class Verifier:
         modules = _by_layer(ours.trace.comparisons, self.layers)
         self.checked |= {c.module for c in ours.trace.comparisons}
         if ours.trace.replayer.unproven:
-            log.warning("%s: scores so large that rounding them explains any attention output: %s; sdpa or float32 "
+            log.warning("%s: scores or states so large that rounding them explains any output: %s; sdpa or float32 "
                         "tells more", name, ", ".join(sorted(ours.trace.replayer.unproven)))
         answers = [[self._decode(row) for row in t] for t in (facts.pop("our_tokens"), facts.pop("one_process_tokens"))]
         single = len(prepared) == 1
