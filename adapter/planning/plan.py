@@ -90,6 +90,12 @@ class Plan:
                 if not self.is_tied_copy(module, suffix):
                     yield module, suffix
 
+    @cached_property
+    def places(self) -> Mapping[str, tuple[str, str]]:
+        """Parameter's name -> (module, suffix): a suffix may have a dot in it (Claim.others)."""
+        return {f"{module}.{suffix}": (module, suffix) for module, claim in self.claims.items()
+                for suffix in claim.parameters()}
+
     def is_tied_copy(self, module: str, suffix: str) -> bool:
         """Whether this parameter is another one under a second name."""
         return self.geometry.tied and f"{module}.{suffix}" == self.policy.tied[0]
