@@ -89,6 +89,15 @@ class Plan:
                 if not self.is_tied_copy(module, suffix):
                     yield module, suffix
 
+    def place_of(self, name: str) -> tuple[str, str]:
+        """(module, suffix) of a parameter's name: of "a.conv1d.weight" that of `a`, where the table has it there."""
+        return self._places[name]
+
+    @cached_property
+    def _places(self) -> Mapping[str, tuple[str, str]]:
+        return {f"{module}.{suffix}": (module, suffix) for module, claim in self.claims.items()
+                for suffix in claim.parameters()}
+
     def is_tied_copy(self, module: str, suffix: str) -> bool:
         """Whether this parameter is another one under a second name."""
         return self.geometry.tied and f"{module}.{suffix}" == self.policy.tied[0]
