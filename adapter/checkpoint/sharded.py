@@ -130,7 +130,7 @@ class Shards:
 
     def inputs(self, name: str, rank: int) -> int:
         """Of a quantised weight, whose last group may be filled up."""
-        return self.plan.slice(*self.plan.places[name], rank).local_shape[1]
+        return self.plan.slice(*self.plan.place_of(name), rank).local_shape[1]
 
     def file(self, rank: int) -> Path:
         return self.directory / file_name(rank, self.plan.tp_size)
@@ -166,7 +166,7 @@ def parameters(plan: Plan) -> list[tuple[str, int]]:
 def entries(plan: Plan, rank: int) -> Iterator[Entry]:
     """What the file of `rank` holds, in order."""
     for name, bits in parameters(plan):
-        shape = plan.slice(*plan.places[name], rank).local_shape
+        shape = plan.slice(*plan.place_of(name), rank).local_shape
         if bits:
             groups = -(-shape[1] // GROUP)
             yield Entry(f"{name}.codes", "U8", (shape[0], groups * GROUP * bits // 8))
@@ -309,7 +309,7 @@ def read_whole(shards: Shards, name: str) -> Tensor:
 
     whole: torch.Tensor | None = None
     for rank in range(shards.plan.tp_size):
-        part, held = shards.plan.slice(*shards.plan.places[name], rank), read_held(shards, rank, name)
+        part, held = shards.plan.slice(*shards.plan.place_of(name), rank), read_held(shards, rank, name)
         tensor = held if isinstance(held, torch.Tensor) else held.dense()
         if part.dim is None:
             return tensor

@@ -169,7 +169,7 @@ def _tensors(plan: Plan, checkpoint: Checkpoint, rank: int) -> Iterator[Tensor]:
 
     dtype = getattr(torch, plan.dtype)
     for name, _ in parameters(plan):
-        module, suffix = plan.places[name]
+        module, suffix = plan.place_of(name)
         held: Weight = checkpoint.read(name, plan.slice(module, suffix, rank)).to(dtype)
         if suffix == "weight":
             held = make_weight(held, plan.format_of(module))

@@ -90,9 +90,12 @@ class Plan:
                 if not self.is_tied_copy(module, suffix):
                     yield module, suffix
 
+    def place_of(self, name: str) -> tuple[str, str]:
+        """(module, suffix) of a parameter's name: of "a.conv1d.weight" that of `a`, where the table has it there."""
+        return self._places[name]
+
     @cached_property
-    def places(self) -> Mapping[str, tuple[str, str]]:
-        """Parameter's name -> (module, suffix): a suffix may have a dot in it (Claim.others)."""
+    def _places(self) -> Mapping[str, tuple[str, str]]:
         return {f"{module}.{suffix}": (module, suffix) for module, claim in self.claims.items()
                 for suffix in claim.parameters()}
 

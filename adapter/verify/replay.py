@@ -43,7 +43,8 @@ class Replayer:
 
     skeleton: published name -> module, its weights not needed. children: module -> the observed modules right below it.
     eager: whether attention rounds its scores to the dtype, as Transformers' "eager" does.
-    unproven: attention modules and delta nets whose bound was no smaller than their values, which a comparison cannot find wrong.
+    unproven: attention modules and delta nets whose bound was no smaller than their values, which a comparison cannot
+    find wrong.
     """
 
     skeleton: Mapping[str, nn.Module]

@@ -37,7 +37,7 @@ def recurrence(qkv, beta, decay, net) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "slow", "found"), [
-    (torch.float32, 0.0, 0.9), (torch.float32, -6.0, 0.5), (torch.bfloat16, 0.0, 0.02)])
+    (torch.float32, 0.0, 0.9), (torch.float32, -6.0, 0.9), (torch.bfloat16, 0.0, 0.05)])
 def test_a_correct_computation_stays_within_the_bound_and_a_wrong_one_does_not(dtype, slow, found):
     """slow: added to A_log; at -6 a state keeps nearly all of 150 tokens. found: the least share of the numbers that
     are off by more than the bound where channels are shifted by one; verify needs one."""
