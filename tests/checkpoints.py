@@ -86,7 +86,8 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     t = torch.randn(shape, generator=generator)
     if len(shape) == 1:
         return 1 + 0.2 * t if ("norm" in name and name.endswith("weight")) or "ln_q.weight" in name else 0.3 * t
-    return 0.3 * t if "embed_tokens" in name else t * (1.5 / t[0].numel() ** 0.5)
+    inputs = t.shape[-1] if ".experts." in name else t[0].numel()
+    return 0.3 * t if "embed_tokens" in name else t * (1.5 / inputs ** 0.5)
 
 
 RENAMES = (("visual.", "model.visual."), ("model.", "model.language_model."))

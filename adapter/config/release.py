@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from packaging.version import Version
 
 from policies.errors import UserError
 from policies.policy import Policy
 
 
 def class_of(policy: Policy) -> Any:
-    """Return the family's class of models. Raises UserError where the release has none."""
-    if found := getattr(transformers, policy.model_class, None):
-        return found
-    raise UserError(f"model_type {policy.model_type} needs Transformers {policy.first_release} or later, and "
-                    f"{transformers.__version__} is installed: it has no {policy.model_class}")
+    """Return the family's class of models. Raises UserError where the release has none, or one that computes otherwise
+    than the family's page says."""
+    found = getattr(transformers, policy.model_class, None)
+    if found is None or Version(transformers.__version__) < Version(policy.first_release):
+        raise UserError(f"model_type {policy.model_type} needs Transformers {policy.first_release} or later, and "
+                        f"{transformers.__version__} is installed"
+                        + (f": it has no {policy.model_class}" if found is None else ""))
+    return found
 
 
 def dense_config(directory: Path) -> Any:

@@ -73,8 +73,12 @@ VISION_DEFAULTS = {
 
 def geometry(config: Mapping[str, Any]) -> Geometry:
     """config.json -> Geometry. Raises UserError."""
-    vision = {**VISION_DEFAULTS, **section(config, "vision_config")}
-    return geometry_of(config, read_text(config, CONTEXT, HEAD_DIM), len(indices(vision, INDEXES)))
+    return geometry_of(config, read_text(config, CONTEXT, HEAD_DIM), injected(config))
+
+
+def injected(config: Mapping[str, Any]) -> int:
+    """The number of DeepStack layers."""
+    return len(indices({**VISION_DEFAULTS, **section(config, "vision_config")}, INDEXES))
 
 
 def geometry_of(config: Mapping[str, Any], text: TextNumbers, injected: int) -> Geometry:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from policies.config import indices, integer, text_section
+from policies.config import indices, integer, read_text, text_section
+from policies.errors import UserError
 from policies.families import qwen3_vl
 from policies.families.qwen3_vl import LAYER
 from policies.policy import Geometry
@@ -31,9 +32,15 @@ TABLE = (
 
 def geometry(config: Mapping[str, Any]) -> Geometry:
     """config.json -> Geometry. Raises UserError."""
-    dense, text = qwen3_vl.geometry(config), text_section(config)
+    text = text_section(config)
+    head_dim = integer(text, "hidden_size") // integer(text, "num_attention_heads")  # where none is stated
+    dense = qwen3_vl.geometry_of(config, read_text(config, qwen3_vl.CONTEXT, head_dim), qwen3_vl.injected(config))
     # published files say num_experts; Transformers 5 writes num_local_experts
-    experts = integer(text, "num_experts" if "num_experts" in text else "num_local_experts")
+    stated = [key for key in ("num_experts", "num_local_experts") if key in text] or ["num_experts"]
+    experts = integer(text, stated[0])
+    if experts != integer(text, stated[-1]):
+        raise UserError(f"config.json: 'num_experts' is {experts} and 'num_local_experts' {text[stated[-1]]}; they are "
+                        "two names of one number")
     width = integer(text, "moe_intermediate_size")
     step, layers = integer(text, "decoder_sparse_step", 1), dense.layers[STACK]
     whole = indices(text, "mlp_only_layers") if text.get("mlp_only_layers") is not None else ()
