@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from adapter.checkpoint.safetensors import DENSE as DENSE_CODES
 from adapter.checkpoint.safetensors import ITEM_BYTES, TORCH_NAMES
 from policies.formats import DENSE, GROUP, Format, format_of
 from policies.heads import HeadShard
 from policies.policy import Geometry, Policy
 from policies.rules import Claim, Experts, Row, Split, TensorSlice, Vocab, slice_of
 
-DTYPE_BYTES = {name: ITEM_BYTES[code] for code, name in TORCH_NAMES.items()}
+DTYPE_BYTES = {TORCH_NAMES[code]: ITEM_BYTES[code] for code in DENSE_CODES}
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ def decoder(device):
         return angles.cos(), angles.sin()
 
     layer = SimpleNamespace(
+        sparse=None,
         attention_norm=norm(), q_norm=norm(DIM), k_norm=norm(DIM), q=linear(HIDDEN, HEADS * DIM),
         k=linear(HIDDEN, KV_HEADS * DIM), v=linear(HIDDEN, KV_HEADS * DIM), o=linear(HEADS * DIM, HIDDEN),
         mlp_norm=norm(), gate=linear(HIDDEN, MLP), up=linear(HIDDEN, MLP), down=linear(MLP, HIDDEN))

@@ -22,9 +22,10 @@ REQUEST = {"prompt": "a"}
 CHAT = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
 PIXELS = {"integer", "null"}
 ACCEPTS: dict[str, set[str]] = {  # key -> the kinds of KINDS that it takes; a string no name or path of which exists
-    "model": set(), "model.path": set(), "model.revision": {"null"}, "model.dtype": set(),
+    "model": set(), "model.path": set(), "model.revision": {"null"}, "model.dtype": set(), "model.adapters": set(),
     "model.attn_implementation": set(),
     "tensor_parallel": set(), "tensor_parallel.tp_size": {"integer"}, "tensor_parallel.vision": set(),
+    "tensor_parallel.experts": set(),
     "tensor_parallel.desync_check": {"integer"}, "tensor_parallel.heartbeat_s": {"integer"},
     "tensor_parallel.self_test": {"boolean"},
     "deepspeed": {"mapping"}, "weights": set(), "weights.format": set(), "weights.original": {"null"},
