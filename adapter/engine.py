@@ -168,7 +168,7 @@ def _shard_loaded(model: nn.Module, parallel: TensorParallelSection, megatron: A
     _check_dtype(dtype)
     mpu = parallel_state.start(tp_size, megatron, _token_bytes(plan, dtype),
                                facts_of_model(model, plan, parallel, section))
-    graphed = cuda_graph.wanted(section, mpu.tp, geometry.experts_per_token)
+    graphed = cuda_graph.wanted(section, mpu.tp, geometry.experts_per_token, policy.not_decoded)
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, model_source(model, policy), dtype, get_accelerator().current_device_name())
     report = LoadReport(0, plan.weight_bytes(mpu.tp.rank), time.perf_counter() - began)
@@ -191,7 +191,7 @@ def _shard_from_files(config: Config, megatron: Any) -> _Shard:
     for note in (note_of_defaults(plan, shown(directory)), note_of_form(plan, checkpoint)):
         if mpu.world.rank == 0 and note:
             log.warning("%s", note)
-    graphed = cuda_graph.wanted(config.deepspeed, mpu.tp, plan.geometry.experts_per_token)
+    graphed = cuda_graph.wanted(config.deepspeed, mpu.tp, plan.geometry.experts_per_token, plan.policy.not_decoded)
     began, whole = time.perf_counter(), skeletons(model, plan)
     inject(model, plan, mpu.tp, checkpoint_source(checkpoint, mpu.tp.rank), dtype,
            get_accelerator().current_device_name())

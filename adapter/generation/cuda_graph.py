@@ -100,8 +100,9 @@ def _release(runner: weakref.ref[CudaGraphStep]) -> None:
         alive.release()
 
 
-def wanted(section: Mapping[str, Any], tp: Group, experts: int = 0) -> bool:
+def wanted(section: Mapping[str, Any], tp: Group, experts: int = 0, not_decoded: str = "") -> bool:
     """Whether steps are to be captured. section: arguments of deepspeed.init_inference. experts: that a token has.
+    not_decoded: why Transformers' loop decodes this family; "" where it does not.
 
     Raises UserError where a step does what no graph can hold.
     """
@@ -114,6 +115,9 @@ def wanted(section: Mapping[str, Any], tp: Group, experts: int = 0) -> bool:
     if experts:
         raise UserError(f"deepspeed.{KEY}: this model's tokens choose experts, and which are read is decided outside a "
                         f"graph; leave {KEY} out")
+    if not_decoded:
+        raise UserError(f"deepspeed.{KEY}: Transformers' own loop decodes this model ({not_decoded}), which has no "
+                        f"graphs; leave {KEY} out")
     needed = accelerator.communication_backend_name()
     if tp.size > 1 and (backend := dist.get_backend(tp.group)) != needed:
         raise UserError(f"deepspeed.{KEY}: the ranks sum over {backend}, which no graph can hold; start the job with "

@@ -48,13 +48,15 @@ def workplace(tmp_path_factory) -> Path:
 @cache
 def job(root: Path, tp: int) -> None:
     launcher = "fork" if tp > 1 else "alone"
-    for own, names in ((False, MODELS.keys() - UNDECODED), (True, MODELS.keys() & UNDECODED)):
+    for names in (MODELS.keys() - UNDECODED, MODELS.keys() & UNDECODED):
+        if not names:  # an older release
+            continue
         outcome = launch(tp, WORKER, "--out", str(root), *(str(root / name) for name in sorted(names)),
-                         launcher=launcher) if names else None
-        assert outcome is None or outcome.code == 0, outcome.err[-6000:]
-        said = outcome is not None and "Transformers' own loop" in outcome.err
-        assert said == (own and bool(names)), outcome.err[-3000:]
-        assert not said or "a step of qwen3_5 is another one: its linear layers keep a state" in outcome.err
+                         launcher=launcher)
+        assert outcome.code == 0, outcome.err[-6000:]
+        assert ("Transformers' own loop" in outcome.err) == (names <= UNDECODED), outcome.err[-3000:]
+        reason = "a step of qwen3_5 is another one: its linear layers keep a state"
+        assert (reason in outcome.err) == (names <= UNDECODED)
 
 
 @pytest.fixture(params=SIZES, scope="session")

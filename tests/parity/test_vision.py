@@ -74,8 +74,9 @@ def test_logits_and_greedy_tokens_equal_one_process(ran, case):
     plain, ours, _, plan = ran
     assert plain[f"{case}.logits"].std() > 0.3, "the reference itself must say something"
     difference = float((plain[f"{case}.logits"] - ours[f"{case}.logits"]).abs().max())
-    print(f"tp {plan.tp_size}, vision {plan.vision}, {case}: max |logit difference| {difference:.1e}")
-    assert difference <= 1e-4
+    largest = float(plain[f"{case}.logits"].abs().max())
+    print(f"tp {plan.tp_size}, vision {plan.vision}, {case}: max |logit difference| {difference:.1e} of {largest:.1f}")
+    assert difference <= 1e-4 * largest
     assert torch.equal(plain[f"{case}.tokens"], ours[f"{case}.tokens"])
 
 

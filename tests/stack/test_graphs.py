@@ -242,7 +242,7 @@ def test_an_answer_that_is_not_finite_spoils_no_later_one(plain, graphed):
 @lean
 def test_an_engine_that_may_have_graphs_replays_them(directory, taping, monkeypatch):
     """All the way from init_inference; DeepSpeed, which refuses the key over several ranks, does not see it."""
-    monkeypatch.setattr(cuda_graph, "wanted", lambda section, tp, experts: section["enable_cuda_graph"])
+    monkeypatch.setattr(cuda_graph, "wanted", lambda section, tp, *_: section["enable_cuda_graph"])
     config = {"model": {"path": str(directory), "dtype": "float32"}, "tensor_parallel": {"tp_size": 1},
               "deepspeed": {"enable_cuda_graph": True}}
     engine = adapter.init_inference(from_dict(config, directory))
@@ -284,3 +284,5 @@ def test_ranks_that_sum_over_gloo_are_reported(engine, monkeypatch):
     assert cuda_graph.wanted({"enable_cuda_graph": True}, Group(0, 1))
     with pytest.raises(UserError, match="choose experts"):
         cuda_graph.wanted({"enable_cuda_graph": True}, Group(0, 1), experts=2)
+    with pytest.raises(UserError, match=r"Transformers' own loop decodes this model \(its norms are others\)"):
+        cuda_graph.wanted({"enable_cuda_graph": True}, Group(0, 1), not_decoded="its norms are others")
