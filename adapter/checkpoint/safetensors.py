@@ -102,8 +102,8 @@ class Checkpoint:
         return found
 
     def _swapped(self, policy: Policy, geometry: Geometry) -> frozenset[str]:
-        """All tensors that may be held with swapped dimensions, where one of them is, by its shape: a square one has
-        the same shape either way, and follows the others."""
+        """Return the tensors that the files hold with swapped dimensions: all that may be, as soon as the shape of one
+        shows it, since a square one has the same shape either way; else none."""
         shapes = {f"{module}.{suffix}": tuple(geometry.sizes[d] for d in dims)
                   for module, claim in policy.claims(geometry).items() if claim.transposed
                   for suffix, dims in claim.parameters().items()}
