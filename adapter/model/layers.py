@@ -99,8 +99,8 @@ class ParallelExperts(nn.Module):
     """hidden [T, H], of each token the experts that its router chose, int64 [T, k], and their weights [T, k] -> [T, H],
     summed over the group.
 
-    gate_up_proj: [E, 2 x width, H], of each expert the gate's outputs, then the others. down_proj: [E, H, width]. A rank
-    has a part of the width of all experts, or the whole width of experts `first` and following.
+    gate_up_proj: [E, 2 x width, H], of each expert the gate's outputs, then the others. down_proj: [E, H, width]. A
+    rank has a part of the width of all experts, or the whole width of experts `first` and following.
     """
 
     def __init__(self, gate_up_proj: Tensor, down_proj: Tensor, first: int, activation: nn.Module, tp: Group) -> None:
